@@ -1,0 +1,28 @@
+"""IntervMerge: task-specific interventions that repair merged CLIP vision encoders."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .distillation import distill
+    from .interventions import InterventionConfig
+    from .model import InterventionModel
+
+__version__ = "0.1.0"
+__all__ = ["InterventionConfig", "InterventionModel", "distill"]
+
+_HOME = {
+    "InterventionConfig": ".interventions",
+    "InterventionModel": ".model",
+    "distill": ".distillation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load torch only when something of the package is used: the config hook must stay light."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name], __name__), name)

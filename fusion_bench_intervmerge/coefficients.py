@@ -1,0 +1,226 @@
+"""Task vectors and their mixture: theta0 + sum over tasks of lambda * tau.
+
+tau_t = theta_t - theta0 is task t's vector (Task Arithmetic), lambda one coefficient a task, or one
+a task and parameter tensor (AdaMerging, arXiv 2310.02575; section 3.1 of the IntervMerge paper).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .encoders import VisionTower
+from .errors import ConfigError
+
+GRANULARITIES = ("task", "layer")
+TASK_VECTORS = ("plain", "ties")
+
+
+class Mixture(nn.Module):
+    """Merged weights as a function of coefficients that can be trained.
+
+    The weights are mixed once a step, in place, on whatever device they live on. The coefficients'
+    gradient is the inner product of a weight's gradient with each task vector, so that no copy of
+    the weights needs a gradient of its own.
+
+    Args:
+        pretrained: theta0, one tensor a parameter, in ``named_parameters()`` order.
+        task_vectors: tau_t, tensors in the same order, one sequence a task.
+        coefficients: (tasks) or (tasks, tensors).
+        dtype: in which the task vectors are kept; bfloat16 halves their memory.
+
+    Raises:
+        ConfigError: coefficients of a shape that does not fit.
+    """
+
+    def __init__(
+        self,
+        pretrained: Sequence[Tensor],
+        task_vectors: Iterable[Sequence[Tensor]],
+        coefficients: Tensor,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        tasks = coefficients.shape[0]
+        self.theta0 = [tensor.detach().clone() for tensor in pretrained]
+        self.tau = [torch.empty(tasks, t.numel(), dtype=dtype) for t in pretrained]
+        for task, vector in enumerate(task_vectors):
+            for rows, tensor in zip(self.tau, vector, strict=True):
+                rows[task] = tensor.flatten()
+        if coefficients.shape not in ((tasks,), (tasks, len(self.tau))):
+            raise ConfigError(
+                "coefficients.init",
+                f"coefficients of shape {tuple(coefficients.shape)} do not fit",
+                f"({tasks},) or ({tasks}, {len(self.tau)}): tasks, parameter tensors",
+            )
+        self.coefficients = nn.Parameter(coefficients.detach().clone().float())
+
+    def to_device(self, device: torch.device) -> Mixture:
+        """Move everything; the mixing then happens there."""
+        self.theta0 = [t.to(device) for t in self.theta0]
+        self.tau = [t.to(device) for t in self.tau]
+        self.coefficients.data = self.coefficients.data.to(device)
+        return self
+
+    def used(self) -> Tensor:
+        """The coefficients as they act: clamped to [0, 1], shape (tasks, tensors)."""
+        clamped = self.coefficients.detach().clamp(0, 1)
+        return clamped if clamped.dim() == 2 else clamped[:, None].expand(-1, len(self.tau))
+
+    @torch.no_grad()
+    def write(self, tower: VisionTower) -> None:
+        """Mix into the tower's parameters, in their type."""
+        used = self.used()
+        for index, parameter in enumerate(tower.mergeable().values()):
+            tau = self.tau[index]
+            change = (used[:, index].to(tau.dtype) @ tau).view(parameter.shape)
+            parameter.data.copy_(self.theta0[index] + change)
+
+    @torch.no_grad()
+    def collect_gradient(self, tower: VisionTower) -> None:
+        """Turn the gradients of the tower's parameters into the coefficients', and free them.
+
+        d loss / d lambda_tl = <d loss / d theta_l, tau_tl>, zero outside [0, 1] where the clamp
+        holds lambda.
+        """
+        columns = []
+        for index, parameter in enumerate(tower.mergeable().values()):
+            tau = self.tau[index]
+            if parameter.grad is None:
+                columns.append(torch.zeros(len(tau), device=tau.device))
+            else:
+                columns.append((tau @ parameter.grad.flatten().to(tau.dtype)).float())
+                parameter.grad = None
+        gradient = torch.stack(columns, dim=1)
+        if self.coefficients.dim() == 1:
+            gradient = gradient.sum(dim=1)
+        inside = (self.coefficients >= 0) & (self.coefficients <= 1)
+        self.coefficients.grad = gradient * inside
+
+
+def task_vector(expert: VisionTower, pretrained: Sequence[Tensor]) -> list[Tensor]:
+    """tau = theta_expert - theta0, in ``named_parameters()`` order.
+
+    Raises:
+        ConfigError: the expert's parameters have other shapes.
+    """
+    weights = list(expert.mergeable().values())
+    if [w.shape for w in weights] != [t.shape for t in pretrained]:
+        raise ConfigError("modelpool", "an expert and the pretrained encoder differ in shape")
+    return [w.detach() - t for w, t in zip(weights, pretrained, strict=True)]
+
+
+def trim(vector: Sequence[Tensor], keep: float) -> list[Tensor]:
+    """Keep the fraction ``keep`` of a task vector's entries that are largest in magnitude.
+
+    The first step of Ties-Merging (arXiv 2306.01708, section 4).
+    """
+    flat = torch.cat([tensor.flatten() for tensor in vector]).abs()
+    threshold = flat.kthvalue(max(1, flat.numel() - int(keep * flat.numel()))).values
+    return [torch.where(tensor.abs() >= threshold, tensor, 0.0) for tensor in vector]
+
+
+def elect_signs(vectors: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """Drop entries whose sign is not the one of the sum over tasks (Ties-Merging, section 4).
+
+    With trimmed vectors and one common coefficient, the mixture of the result is Ties-Merging with
+    the disjoint sum, as the IntervMerge paper uses it.
+    """
+    kept: list[list[Tensor]] = [[] for _ in vectors]
+    signs = [torch.stack(tensors).sum(0).sign() for tensors in zip(*vectors, strict=True)]
+    majority = torch.stack([sign.sum() for sign in signs]).sum().sign()
+    for position, sign in enumerate(signs):
+        sign = torch.where(sign == 0, majority.to(sign.dtype), sign)
+        for vector, out in zip(vectors, kept, strict=True):
+            out.append(torch.where(vector[position].sign() == sign, vector[position], 0.0))
+    return kept
+
+
+def initial_coefficients(
+    init: float | str | Path | Tensor, tasks: int, tensors: int, granularity: str
+) -> Tensor:
+    """Coefficients from a number, a tensor, or a file that FusionBench's AdaMerging saved.
+
+    Args:
+        init: a number for all, a tensor, or a path: ``.pt`` (shape (tasks,) or (tasks, tensors),
+            read with torch's tensors-only loader) or ``.safetensors`` (an artifact's).
+        tasks, tensors: the expected sizes.
+        granularity: ``task`` or ``layer``.
+
+    Raises:
+        ConfigError: the file is missing or of another kind, or the shape does not fit.
+    """
+    where = "coefficients.init"
+    shape = (tasks,) if granularity == "task" else (tasks, tensors)
+    if isinstance(init, (int, float)):
+        return torch.full(shape, float(init))
+    if not isinstance(init, Tensor):
+        init = _read_coefficients(Path(init), where)
+    if init.shape == (tasks, 1):
+        init = init[:, 0]
+    if init.shape == (tasks,) and granularity == "layer":
+        init = init[:, None].expand(shape)
+    if init.shape != shape:
+        raise ConfigError(
+            where,
+            f"coefficients of shape {tuple(init.shape)} do not fit granularity {granularity!r}",
+            f"shape {shape}: tasks{', parameter tensors' if granularity == 'layer' else ''}",
+        )
+    return init.float().clone()
+
+
+def read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Check ``coefficients`` of a method config and fill in what it leaves out.
+
+    Raises:
+        ConfigError: an unknown key or value.
+    """
+    defaults = {
+        "granularity": "task",
+        "init": 0.3,
+        "train": True,
+        "task_vectors": "plain",
+        "keep": 0.2,
+        "dtype": "float32",
+    }
+    for key in settings:
+        if key not in defaults:
+            raise ConfigError(f"coefficients.{key}", "no such setting", ", ".join(defaults))
+    filled = defaults | dict(settings)
+    for key, allowed in (
+        ("granularity", GRANULARITIES),
+        ("task_vectors", TASK_VECTORS),
+        ("dtype", ("float32", "bfloat16")),
+        ("train", (True, False)),
+    ):
+        if filled[key] not in allowed:
+            raise ConfigError(
+                f"coefficients.{key}", f"{filled[key]!r}", ", ".join(map(str, allowed))
+            )
+    if not 0 < filled["keep"] <= 1:
+        raise ConfigError("coefficients.keep", f"{filled['keep']!r}", "a fraction in (0, 1]")
+    return filled
+
+
+def _read_coefficients(path: Path, where: str) -> Tensor:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)["coefficients"]
+        found = torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise ConfigError(
+            where, f"there is no file {path}", "a number or an existing file"
+        ) from None
+    except Exception as error:
+        raise ConfigError(
+            where, f"{path} holds no coefficients ({error})", ".pt or .safetensors"
+        ) from None
+    if not isinstance(found, Tensor):
+        raise ConfigError(where, f"{path} holds a {type(found).__name__}", "one tensor")
+    return found

@@ -1,0 +1,454 @@
+"""The one trainer: edits (and coefficients) move until the features match the experts'."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..coefficients import Mixture
+from ..encoders import VisionTower
+from ..errors import ConfigError
+from ..model import InterventionModel
+from .images import ImageStore
+from .losses import Representations, loss_function
+from .progress import progress_bar
+from .schedule import Schedule
+from .state import Progress, StateFolder
+
+log = logging.getLogger(__name__)
+
+Experts = Mapping[str, Callable[[], VisionTower]]
+MakeOptimizer = Callable[[Sequence[torch.nn.Parameter]], torch.optim.Optimizer]
+
+# fp16 gradients of a mean over thousands of features would round to zero
+FP16_SCALE = 2.0**12
+
+
+class DistillationError(RuntimeError):
+    """Training cannot go on; the message says what was kept."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped the run; its state is on disk."""
+
+
+@dataclass
+class Distillation:
+    """What a run did.
+
+    Attributes:
+        losses: (steps, tasks), each task's loss at each step.
+        images: task -> dataset indices of the images seen, in the order of first use.
+        seconds: wall-clock time of ``features`` (reading images, experts' features) and ``steps``.
+        expert_features: task -> (images seen, projection_dim).
+        resumed_at: the step a stopped run went on from, 0 for a fresh one.
+    """
+
+    losses: Tensor
+    images: dict[str, list[int]]
+    seconds: dict[str, float]
+    expert_features: dict[str, Tensor]
+    resumed_at: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def distill(
+    model: InterventionModel,
+    experts: Experts,
+    images: Mapping[str, Dataset],
+    *,
+    steps: int = 1000,
+    batch_size: int = 16,
+    fraction: float = 1.0,
+    loss: str = "output",
+    optimizer: MakeOptimizer | None = None,
+    mixture: Mixture | None = None,
+    seed: int = 0,
+    num_workers: int = 0,
+    cache_gb: float = 2.0,
+    fabric: L.Fabric | None = None,
+    state_folder: Path | None = None,
+    run: str = "",
+    save_every: int = 100,
+    log_every: int = 10,
+) -> Distillation:
+    """Train a model's edits by distillation, without labels (eq 3.2 of the paper).
+
+    Each step every task shows one batch of its images; the loss is the sum over tasks of the mean
+    L1 between the repaired encoder's image features and the expert's. With frozen coefficients no
+    term depends on another task's edits, so one optimizer over all of them gives the same numbers
+    as one task after the other.
+
+    Args:
+        model: the model to train, in place.
+        experts: task -> function that loads the expert; one expert is in memory at a time. The
+            tasks trained are these; others of the model stay as they are.
+        images: task -> dataset of pixel values, or of (pixel values, anything).
+        steps: steps a task.
+        batch_size: images a task and step, over all processes.
+        fraction: share of each dataset that may be seen, in (0, 1].
+        loss: ``output`` or ``blocks`` (SurgeryV2).
+        optimizer: makes the optimizer of a list of parameters; Adam at 3e-3 by default.
+        mixture: merging coefficients to train along with the edits.
+        seed: decides which images are seen, and when.
+        num_workers: worker processes that decode images.
+        cache_gb: GiB of memory for the states of images that are seen again.
+        fabric: device, precision, processes and loggers; one device by default.
+        state_folder: where to keep the state of a run that may be stopped; ``None``: nowhere.
+        run: identifies the run; only a state of the same run is continued.
+        save_every: steps between two states.
+        log_every: steps between two entries in the logs.
+
+    Returns:
+        Losses, images seen, seconds, and the experts' features.
+
+    Raises:
+        ConfigError: settings that do not fit.
+        DistillationError: the loss is not finite; the last good state is kept.
+        Interrupted: on Ctrl-C, after the state was kept.
+    """
+    fabric = fabric or L.Fabric(devices=1, accelerator="auto")
+    tasks = list(experts)
+    for task in tasks:
+        model._check_task(task)
+        if task not in images:
+            raise ConfigError("modelpool", f"no images for task {task!r}")
+    schedules = {
+        task: Schedule(
+            task,
+            len(images[task]),  # type: ignore[arg-type]
+            steps=steps,
+            batch_size=batch_size,
+            fraction=fraction,
+            seed=seed,
+        )
+        for task in tasks
+    }
+    trainer = _Trainer(model, tasks, schedules, loss, mixture, fabric)
+    store = ImageStore(images, schedules, cache_gb * 2**30, num_workers)
+    with ExitStack() as stack:
+        stack.enter_context(trainer.on_device())
+        started = time.perf_counter()
+        targets = trainer.read_experts(experts, store)
+        ready = time.perf_counter()
+        trained = trainer.trained()
+        make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=3e-3))
+        optim = make(list(trained.values()))
+        states = StateFolder(state_folder, run) if state_folder is not None else None
+        progress = (states and states.load(trained, optim)) or Progress(
+            0, torch.empty(0, len(tasks))
+        )
+        if progress.step:
+            log.info("going on from step %d of %d", progress.step, steps)
+        resumed_at = progress.step
+        trainer.run(optim, trained, store, targets, progress, states, save_every, log_every)
+        finished = time.perf_counter()
+    if mixture is not None:
+        mixture.write(model.tower)
+    if states is not None and fabric.is_global_zero:
+        states.clear()
+    return Distillation(
+        losses=progress.losses,
+        images={task: schedule.unique for task, schedule in schedules.items()},
+        seconds={"features": ready - started, "steps": finished - ready},
+        expert_features={task: t["output"].float() for task, t in targets.items()},
+        resumed_at=resumed_at,
+    )
+
+
+class _Trainer:
+    """The parts of a run that share the model, the device and the precision."""
+
+    def __init__(
+        self,
+        model: InterventionModel,
+        tasks: list[str],
+        schedules: Mapping[str, Schedule],
+        loss: str,
+        mixture: Mixture | None,
+        fabric: L.Fabric,
+    ):
+        self.model, self.tasks, self.schedules = model, tasks, schedules
+        self.loss_name, self.loss = loss, loss_function(loss)
+        self.mixture, self.fabric = mixture, fabric
+        precision = str(getattr(fabric._precision, "precision", "32-true"))
+        self.dtype = {"bf16": torch.bfloat16, "16-": torch.float16}.get(
+            precision[:4] if precision.startswith("bf16") else precision[:3], torch.float32
+        )
+        # Weights that move invalidate what was computed with them; the block-wise loss reads all blocks.
+        self.start = 0 if mixture is not None or loss == "blocks" else model.first_block
+        batch = next(iter(schedules.values())).rows.shape[1]
+        self.mine = slice(fabric.global_rank, batch, fabric.world_size)
+        if batch % fabric.world_size:
+            raise ConfigError(
+                "data.batch_size",
+                f"{batch} images do not divide among {fabric.world_size} processes",
+                f"a multiple of {fabric.world_size}",
+            )
+        self.groups = self._groups(batch // fabric.world_size)
+
+    def _groups(self, images_per_task: int) -> list[list[str]]:
+        """Tasks that share a forward pass: as many as keep the activations within bounds.
+
+        Whatever the grouping, the numbers are the same; larger passes only amortise overheads.
+        """
+        tower = self.model.tower
+        # about 16 tensors of the states' size are kept for a block's backward pass
+        per_image = 16 * tower.num_tokens * tower.width * tower.num_blocks * self.dtype.itemsize
+        budget = 2**30 if self.fabric.device.type == "cpu" else 24 * 2**30
+        size = max(1, budget // (per_image * images_per_task))
+        count = math.ceil(len(self.tasks) / size)
+        size = math.ceil(len(self.tasks) / count)
+        return [self.tasks[i : i + size] for i in range(0, len(self.tasks), size)]
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """The model on the device and in the precision of the run; afterwards as it was."""
+        model, device = self.model, self.fabric.device
+        home = model.tower.device
+        model.to(device)
+        if self.mixture is not None:
+            self.mixture.to_device(device)
+        try:
+            with model.tower.in_dtype(self.dtype):
+                yield
+        finally:
+            model.tower.requires_grad_(False)
+            model.to(home)
+            if self.mixture is not None:
+                self.mixture.to_device(home)
+
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """Everything that moves, by name."""
+        parameters = {
+            f"{task}.{name}": parameter
+            for task in self.tasks
+            for name, parameter in self.model.edits[task].named_parameters()
+        }
+        if self.mixture is not None:
+            parameters["coefficients"] = self.mixture.coefficients
+        return parameters
+
+    # -- before the loop ---------------------------------------------------------------------------
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images -> what the loop starts from: pixels when weights move, else states."""
+        if self.mixture is not None:
+            return images
+        with torch.no_grad(), self.model.for_task(None):
+            return self._prefix(images.to(self.fabric.device, self.dtype))
+
+    def _prefix(self, images: Tensor) -> Tensor:
+        tower = self.model.tower
+        states = tower.embed(images)
+        for block in range(self.start):
+            states = tower.run_block(block, states)
+        # Where only the output is edited the rest of the tower is frozen too.
+        return tower.readout(states) if self.start == tower.num_blocks else states
+
+    def read_experts(self, experts: Experts, store: ImageStore) -> dict[str, Representations]:
+        """The experts' representations of every image seen, one expert in memory at a time."""
+        targets = {}
+        total = sum(len(self.schedules[task].unique) for task in self.tasks)
+        with progress_bar("experts' features", total, self.fabric.is_global_zero) as bar:
+            for task in self.tasks:
+                expert = experts[task]()
+                self._check_expert(task, expert)
+                expert = expert.to(self.fabric.device).eval()
+                parts: list[Representations] = []
+                with torch.no_grad(), expert.in_dtype(self.dtype):
+                    for rows, images in store.first_pass(task, 64, self.prepare):
+                        pixels = images.to(self.fabric.device, self.dtype)
+                        parts.append({n: t.cpu() for n, t in self._expert(expert, pixels).items()})
+                        bar.advance(len(rows))
+                targets[task] = {n: torch.cat([p[n] for p in parts]) for n in parts[0]}
+                del expert
+        return targets
+
+    def _expert(self, expert: VisionTower, images: Tensor) -> Representations:
+        if self.loss_name == "output":
+            return {"output": expert.features(images)}
+        means: list[Tensor] = []
+        states = expert.embed(images)
+        for block in range(expert.num_blocks):
+            states = expert.run_block(block, states)
+            means.append(states.mean(dim=1))
+        return {"blocks": torch.stack(means, dim=1), "output": expert.readout(states)}
+
+    def _check_expert(self, task: str, expert: VisionTower) -> None:
+        own = {n: p.shape for n, p in self.model.tower.mergeable().items()}
+        theirs = {n: p.shape for n, p in expert.mergeable().items()}
+        if own != theirs:
+            name = next(n for n in [*own, *theirs] if own.get(n) != theirs.get(n))
+            raise ConfigError(
+                f"modelpool.models.{task}",
+                f"{name} has shape {_shape(theirs.get(name))}, the merged encoder's "
+                f"{_shape(own.get(name))}",
+                "experts of one architecture",
+            )
+
+    # -- the loop ----------------------------------------------------------------------------------
+
+    def run(
+        self,
+        optimizer: torch.optim.Optimizer,
+        trained: Mapping[str, torch.nn.Parameter],
+        store: ImageStore,
+        targets: Mapping[str, Representations],
+        progress: Progress,
+        states: StateFolder | None,
+        save_every: int,
+        log_every: int,
+    ) -> None:
+        """Steps from ``progress.step`` to the end of the schedule; ``progress`` is kept current."""
+        steps = len(self.schedules[self.tasks[0]].rows)
+        plan = [
+            {task: self.schedules[task].rows[step][self.mine] for task in group}
+            for step in range(progress.step, steps)
+            for group in self.groups
+        ]
+        passes = zip(plan, store.stream(plan, self.prepare), strict=True)
+        history = list(progress.losses)
+        keep = states if self.fabric.is_global_zero else None
+        size = len(self.tasks) * self.schedules[self.tasks[0]].rows.shape[1]
+        saved = progress.step
+
+        def current(step: int) -> Progress:
+            progress.step, progress.losses = (
+                step,
+                torch.stack(history) if history else progress.losses,
+            )
+            return progress
+
+        with (
+            _stop_requested() as stopped,
+            progress_bar(
+                "distillation", steps, self.fabric.is_global_zero, done=progress.step
+            ) as bar,
+        ):
+            for step in range(progress.step, steps):
+                losses = self._step(passes, targets, optimizer, trained)
+                if not torch.isfinite(losses).all():
+                    bad = self.tasks[int((~torch.isfinite(losses)).nonzero()[0])]
+                    if keep is not None and step > saved:
+                        keep.save(current(step), trained, optimizer)
+                    where = f" in {keep.folder}" if keep is not None else ""
+                    raise DistillationError(
+                        f"the loss of task {bad!r} is not finite at step {step}; the state before "
+                        f"it is kept{where}; a smaller optimizer.lr may help"
+                    )
+                optimizer.step()
+                history.append(losses)
+                mean = float(losses.mean())
+                bar.advance(1, f"loss {mean:.4f}", size)
+                if (step + 1) % log_every == 0 or step + 1 == steps:
+                    scalars = {
+                        f"loss/{t}": float(v) for t, v in zip(self.tasks, losses, strict=True)
+                    }
+                    self.fabric.log_dict({"loss/mean": mean, **scalars}, step=step + 1)
+                if keep is not None and ((step + 1) % save_every == 0 or stopped.is_set()):
+                    keep.save(current(step + 1), trained, optimizer)
+                    saved = step + 1
+                if stopped.is_set():
+                    current(step + 1)
+                    where = "; the same command goes on from there" if keep is not None else ""
+                    raise Interrupted(f"stopped after step {step + 1} of {steps}{where}")
+        current(steps)
+
+    def _step(
+        self,
+        passes: Iterator[tuple[dict[str, Tensor], Tensor]],
+        targets: Mapping[str, Representations],
+        optimizer: torch.optim.Optimizer,
+        trained: Mapping[str, torch.nn.Parameter],
+    ) -> Tensor:
+        """Gradients of one step; returns each task's loss (tasks,) on the CPU."""
+        optimizer.zero_grad(set_to_none=True)
+        if self.mixture is not None:
+            self.mixture.write(self.model.tower)
+            for parameter in self.model.tower.mergeable().values():
+                parameter.requires_grad_(True)
+        scale = FP16_SCALE if self.dtype == torch.float16 else 1.0
+        losses = []
+        for _ in self.groups:
+            entry, inputs = next(passes)
+            expert = {
+                name: torch.cat([targets[task][name][rows] for task, rows in entry.items()]).to(
+                    self.fabric.device, non_blocking=True
+                )
+                for name in next(iter(targets.values()))
+            }
+            student = self._student(entry, inputs.to(self.fabric.device, non_blocking=True))
+            group = self.loss(student, expert, len(entry))
+            (group.sum() * scale).backward()
+            losses.append(group.detach())
+        if self.mixture is not None:
+            self.mixture.collect_gradient(self.model.tower)
+        result = torch.cat(losses)
+        gradients = [p.grad for p in trained.values() if p.grad is not None]
+        if scale != 1.0:
+            for gradient in gradients:
+                gradient.div_(scale)
+        if self.fabric.world_size > 1:
+            result = self._average(gradients, result)
+        return result.cpu()
+
+    def _student(self, entry: Mapping[str, Tensor], inputs: Tensor) -> Representations:
+        model = self.model
+        names = [task for task, rows in entry.items() for _ in rows]
+        means: list[Tensor] = []
+        with model.for_task(names, len(inputs)):
+            if self.start == model.tower.num_blocks and self.loss_name == "output":
+                return {"output": model.tower.output(inputs.clone())}
+            if self.mixture is not None:
+                inputs = model.tower.embed(inputs.to(self.dtype))
+            keep = None if self.loss_name == "output" else lambda _, s: means.append(s.mean(dim=1))
+            features = model.features_from(inputs, self.start, keep)
+        return {"output": features, **({"blocks": torch.stack(means, dim=1)} if means else {})}
+
+    def _average(self, gradients: list[Tensor], losses: Tensor) -> Tensor:
+        """Means over the processes: each saw an equal share of every task's batch."""
+        flat = torch.cat([losses, *(g.flatten() for g in gradients)])
+        flat = self.fabric.all_reduce(flat, reduce_op="mean")
+        parts = flat.split([losses.numel(), *(g.numel() for g in gradients)])
+        for gradient, part in zip(gradients, parts[1:], strict=True):
+            gradient.copy_(part.view_as(gradient))
+        return parts[0]
+
+
+@contextmanager
+def _stop_requested() -> Iterator[threading.Event]:
+    """Set by the first Ctrl-C, which then waits for the step's end; a second one stops at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def request(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    signal.signal(signal.SIGINT, request)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "nothing of that name" if shape is None else str(tuple(shape))

@@ -1,0 +1,151 @@
+"""One small interface over a CLIP vision tower, whoever wrote the tower.
+
+A tower is read in three stages (embed, blocks, readout) so that a caller can start in the middle,
+from states it kept, or go on in another tower. The stages call the tower's own modules, and edits
+enter through forward hooks on the modules of named sites.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+Edit = Callable[[str, int, Tensor], Tensor]
+
+
+class VisionTower(nn.Module, ABC):
+    """A CLIP vision encoder with its projection.
+
+    Shapes: images (batch, 3, image_size, image_size); states (batch, num_tokens, width), the class
+    token first; image features (batch, projection_dim), after the projection, not normalised.
+
+    Attributes:
+        family: the name under which an artifact remembers whose tower it was.
+        task_follows: whether FusionBench's task pool of this family names the task, after the
+            forward pass. Where it does not, a forward pass without a task would pass for the
+            repaired model's.
+        output: the site ``output``: image features go through it.
+    """
+
+    family: ClassVar[str]
+    task_follows: ClassVar[bool]
+    width: int
+    num_blocks: int
+    num_tokens: int
+    projection_dim: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output = nn.Identity()
+
+    # -- the three stages --------------------------------------------------------------------------
+
+    @abstractmethod
+    def embed(self, images: Tensor) -> Tensor:
+        """Images -> states that enter block 0."""
+
+    @abstractmethod
+    def run_block(self, index: int, states: Tensor) -> Tensor:
+        """States that enter a block -> states that leave it."""
+
+    @abstractmethod
+    def run_block_for_class_token(self, index: int, states: Tensor, edit: Edit) -> Tensor:
+        """The same for the class token alone: (batch, num_tokens, width) -> (batch, 1, width).
+
+        Keys and values are still of all tokens. ``edit(site, block, z)`` is called for a site whose
+        module this shortcut does not call.
+        """
+
+    @abstractmethod
+    def readout(self, states: Tensor) -> Tensor:
+        """States that leave the last block (the class token is read) -> image features."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images -> image features."""
+        states = self.embed(images)
+        for index in range(self.num_blocks):
+            states = self.run_block(index, states)
+        return self.readout(states)
+
+    # -- what the host toolkit and the artifact need -----------------------------------------------
+
+    @abstractmethod
+    def site(self, name: str, block: int) -> nn.Module:
+        """The module whose output (or whose output's first entry) is the site's tensor."""
+
+    def site_tensor(self, output: Any) -> Tensor:
+        """The (batch, tokens, width) view in a site module's output."""
+        return output[0] if isinstance(output, tuple) else output
+
+    @abstractmethod
+    def spec(self) -> dict[str, Any]:
+        """What ``from_spec`` needs to build the same tower, as JSON values."""
+
+    @classmethod
+    @abstractmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> VisionTower:
+        """A tower of that architecture with weights yet to be loaded."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """Every tensor by its name in the family's usual checkpoint."""
+
+    @abstractmethod
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over all tensors.
+
+        Raises:
+            ValueError: a tensor is missing, unknown or of another shape.
+        """
+
+    @abstractmethod
+    def mergeable(self) -> dict[str, nn.Parameter]:
+        """The parameters that experts have of their own, in ``named_parameters()`` order."""
+
+    def digest(self) -> str:
+        """SHA-256 of all weights: names, shapes, types, bytes."""
+        sha = hashlib.sha256()
+        for name, tensor in sorted(self.weights().items()):
+            sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            flat = tensor.detach().cpu().contiguous().flatten()
+            sha.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        return sha.hexdigest()
+
+    @contextmanager
+    def in_dtype(self, dtype: torch.dtype) -> Iterator[None]:
+        """Hold the (frozen) weights in another type for a while; the originals come back."""
+        originals = [(parameter, parameter.data) for parameter in self.parameters()]
+        try:
+            for parameter, data in originals:
+                if data.dtype != dtype:
+                    parameter.data = data.to(dtype)
+            yield
+        finally:
+            for parameter, data in originals:
+                parameter.data = data
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+
+def fill(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+    """``load_state_dict`` that says in one line what does not fit."""
+    own = module.state_dict()
+    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)
+    for problem, names in (("lacks", missing), ("has unknown", unknown), ("has misshapen", shapes)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"{what} {problem} {names[0]}{more}")
+    module.load_state_dict(dict(weights))

@@ -1,0 +1,17 @@
+"""The one error a user's input can raise: what is wrong, where, and what is allowed."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """Bad input, said in one line.
+
+    Args:
+        where: the config key (or argument) at fault, e.g. ``interventions.attention.rank``.
+        problem: what is wrong with it.
+        allowed: what it may be instead.
+    """
+
+    def __init__(self, where: str, problem: str, allowed: str | None = None):
+        self.where = where
+        super().__init__(f"{where}: {problem}" + (f"; allowed: {allowed}" if allowed else ""))

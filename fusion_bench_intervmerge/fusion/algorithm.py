@@ -1,0 +1,296 @@
+"""``fusion_bench method=intervmerge``: merge, distil, report.
+
+Surgery and SurgeryV2 are configs of the same algorithm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from fusion_bench import BaseAlgorithm, BaseModelPool
+from fusion_bench.constants import RuntimeConstants
+from fusion_bench.mixins import LightningFabricMixin, SimpleProfilerMixin
+from omegaconf import OmegaConf
+from rich.console import Console
+from torch import nn
+
+from ..cache import cache_root
+from ..coefficients import (
+    Mixture,
+    elect_signs,
+    initial_coefficients,
+    read_settings,
+    task_vector,
+    trim,
+)
+from ..distillation import Distillation, distill
+from ..encoders import VisionTower
+from ..errors import ConfigError
+from ..files import write_json
+from ..interventions import read_interventions
+from ..model import InterventionModel
+from .base_merge import run_base
+from .diagnosis import diagnose, table
+from .experts import ExpertPool
+
+log = logging.getLogger(__name__)
+
+DATA = {"split": "test", "fraction": 1.0, "batch_size": 16, "num_workers": 0, "cache_gb": 2.0}
+DIAGNOSED_IMAGES = 256
+
+
+class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
+    """Merge experts and repair the merged encoder by distilling task-specific edits.
+
+    Args:
+        interventions: site -> edit settings (``InterventionConfig``).
+        base: config of the FusionBench method that merges the experts; a ``_merged_`` model in the
+            pool wins over it, and ``coefficients`` over both.
+        coefficients: merge by task vectors with these coefficients: ``granularity`` (task, layer),
+            ``init`` (a number, or a file that AdaMerging saved), ``train``, ``task_vectors``
+            (plain, ties).
+        loss: ``output`` or ``blocks``.
+        data: ``split`` (test, validation, train), ``fraction`` of it, ``batch_size``,
+            ``num_workers``, ``cache_gb`` (GiB of memory for images that are seen again).
+        steps: steps a task.
+        optimizer: config of a torch optimizer.
+        seed: decides initial edits, images and their order.
+        save_to: folder for the artifact; ``{log_dir}`` stands for the run's log folder.
+        resume: ``auto`` continues a run of the same settings that was stopped; ``never`` does not.
+        save_every: steps between two states of a run.
+    """
+
+    def __init__(
+        self,
+        interventions: Mapping[str, Any],
+        base: Any = None,
+        coefficients: Mapping[str, Any] | None = None,
+        loss: str = "output",
+        data: Mapping[str, Any] | None = None,
+        steps: int = 1000,
+        optimizer: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        save_to: str | None = None,
+        resume: str = "auto",
+        save_every: int = 100,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.interventions = _plain(interventions)
+        self.base, self.coefficients = base, _plain(coefficients)
+        self.loss, self.steps, self.seed = loss, steps, seed
+        self.data = DATA | (_plain(data) or {})
+        self.optimizer = _plain(optimizer) or {"_target_": "torch.optim.Adam", "lr": 3e-3}
+        self.save_to, self.resume, self.save_every = save_to, resume, save_every
+        for key in self.data:
+            if key not in DATA:
+                raise ConfigError(f"data.{key}", "no such setting", ", ".join(DATA))
+        if resume not in ("auto", "never"):
+            raise ConfigError("resume", f"{resume!r}", "auto, never")
+        read_interventions(self.interventions)
+        if self.coefficients is not None:
+            self.coefficients = read_settings(self.coefficients)
+
+    def run(self, modelpool: BaseModelPool) -> InterventionModel:
+        """Merge the pool's experts and train the edits.
+
+        Returns:
+            The model, which FusionBench's task pools evaluate task by task.
+
+        Raises:
+            ConfigError: a setting or a pool that does not fit, in one line.
+            DistillationError: the loss is not finite.
+        """
+        pool = ExpertPool(modelpool)
+        if self.save_to is not None:
+            self._check_writable(self._artifact_folder())
+        images = {task: pool.images(task, self.data["split"]) for task in pool.tasks}
+        with self.profile("merging"):
+            merged, mixture = self._merge(pool)
+        steps = min(self.steps, 2) if RuntimeConstants.debug else self.steps
+        model = InterventionModel(merged, pool.tasks, self.interventions, self.seed)
+        run = self._identity(pool, model, steps)
+        with self.profile("distillation"):
+            done = distill(
+                model,
+                {task: lambda task=task: pool.tower(task) for task in pool.tasks},
+                images,
+                steps=steps,
+                batch_size=self.data["batch_size"],
+                fraction=self.data["fraction"],
+                num_workers=self.data["num_workers"],
+                cache_gb=self.data["cache_gb"],
+                loss=self.loss,
+                optimizer=self._make_optimizer,
+                mixture=mixture if mixture is not None and self.coefficients["train"] else None,
+                seed=self.seed,
+                fabric=self.fabric,
+                state_folder=cache_root() / "states" / run if self.resume == "auto" else None,
+                run=run,
+                save_every=self.save_every,
+            )
+        if mixture is not None:
+            model.metadata["coefficients"] = {"coefficients": mixture.coefficients.detach().cpu()}
+        report = self._report(pool, model, images, done, steps)
+        model.metadata |= {"images": report["images_used"], "method": report["method"]}
+        if self.save_to is not None and self.fabric.is_global_zero:
+            folder = self._artifact_folder()
+            model.save_pretrained(folder)
+            log.info("the model is saved in %s", folder)
+        self.print_profile_summary()
+        return model
+
+    # -- merging -----------------------------------------------------------------------------------
+
+    def _merge(self, pool: ExpertPool) -> tuple[VisionTower, Mixture | None]:
+        if self.coefficients is not None:
+            return self._mix(pool)
+        # Ask for what every method will ask for, so that what is missing is said in one line.
+        name = "_merged_" if pool.pool.has_merged else pool.pool.all_model_names[0]
+        tower = pool.tower(name)
+        if pool.pool.has_merged:
+            log.info("the pool has a merged model: it is repaired, and `base` is not run")
+            return tower, None
+        if self.base is None:
+            raise ConfigError("base", "nothing merges the experts", "a FusionBench method")
+        model = run_base(self.base, pool.pool, self.fabric, self._program)
+        return pool.wrap(model.to("cpu")), None
+
+    def _mix(self, pool: ExpertPool) -> tuple[VisionTower, Mixture]:
+        settings = self.coefficients
+        tower = pool.tower("_pretrained_")
+        theta0 = [p.detach().clone() for p in tower.mergeable().values()]
+        init = initial_coefficients(
+            settings["init"], len(pool.tasks), len(theta0), settings["granularity"]
+        )
+        vectors = (task_vector(pool.tower(task), theta0) for task in pool.tasks)
+        if settings["task_vectors"] == "ties":
+            vectors = iter(elect_signs([trim(vector, settings["keep"]) for vector in vectors]))
+        mixture = Mixture(theta0, vectors, init, getattr(torch, settings["dtype"]))
+        mixture.write(tower)
+        return tower, mixture
+
+    # -- around the trainer ------------------------------------------------------------------------
+
+    def _make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        from hydra.utils import get_class
+
+        settings = {k: v for k, v in self.optimizer.items() if k not in ("_target_", "_recursive_")}
+        try:
+            cls = get_class(self.optimizer["_target_"])
+            if cls in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
+                # one kernel for hundreds of small tensors
+                settings = {"fused": True} | settings
+            return cls(parameters, **settings)
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                "optimizer", reason, "{_target_: torch.optim.Adam, lr: 0.003}"
+            ) from None
+
+    def _identity(self, pool: ExpertPool, model: InterventionModel, steps: int) -> str:
+        """A digest of everything the trained numbers depend on."""
+        facts = {
+            "settings": self._settings(),
+            "steps": steps,
+            "merged": model.tower.digest(),
+            "experts": {task: pool.identity(task) for task in pool.tasks},
+            "precision": str(getattr(self.fabric._precision, "precision", "")),
+            "processes": self.fabric.world_size,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "interventions": self.interventions,
+            "base": _plain(self.base),
+            "coefficients": self.coefficients,
+            "loss": self.loss,
+            "data": self.data,
+            "optimizer": self.optimizer,
+            "seed": self.seed,
+        }
+
+    def _report(
+        self,
+        pool: ExpertPool,
+        model: InterventionModel,
+        images: Mapping[str, Any],
+        done: Distillation,
+        steps: int,
+    ) -> dict[str, Any]:
+        """Print how far the model got; keep the whole story beside FusionBench's report."""
+        dummy = self._without_task_pool()
+        rows = {}
+        for task, seen in done.images.items():
+            count = min(DIAGNOSED_IMAGES, len(seen))
+            head = pool.head(task) if dummy else None
+            expert = done.expert_features[task][:count]
+            rows[task] = diagnose(model, task, images[task], seen[:count], expert, head)
+        extra = model.extra_parameters()
+        used = (
+            f"{self.data['fraction']:.0%} of the {self.data['split']} split, unlabelled, "
+            f"{steps} steps of {self.data['batch_size']} images a task, seed {self.seed}"
+        )
+        report = {
+            "method": self._settings(),
+            "images_used": used,
+            # Evaluated on the test split, edits trained on its images are a transductive result.
+            "transductive": self.data["split"] == "test",
+            "images_seen": {task: len(seen) for task, seen in done.images.items()},
+            "extra_parameters": extra,
+            "seconds": done.seconds,
+            "resumed_at": done.resumed_at,
+            "features": rows,
+            "losses": {
+                task: [round(float(v), 6) for v in done.losses[:, i]]
+                for i, task in enumerate(done.images)
+            },
+        }
+        if self.fabric.is_global_zero:
+            console = Console()
+            console.print(table(rows, extra["total"]))
+            console.print(f"Trained on {used}.", style="dim")
+            if dummy:
+                console.print(f"For accuracies add a task pool: {_suggested_task_pool()}")
+            if self.log_dir is not None:
+                write_json(Path(self.log_dir) / "intervmerge.json", report)
+        return report
+
+    def _without_task_pool(self) -> bool:
+        pool = getattr(self._program, "taskpool", None)
+        return self._program is not None and (
+            pool is None or type(pool).__name__ == "DummyTaskPool"
+        )
+
+    def _artifact_folder(self) -> Path:
+        return Path(str(self.save_to).format(log_dir=self.log_dir or "."))
+
+    def _check_writable(self, folder: Path) -> None:
+        """Say so before the training, not after it."""
+        parent = folder.absolute()
+        while not parent.exists():
+            parent = parent.parent
+        if not os.access(parent, os.W_OK):
+            raise ConfigError("save_to", f"{parent} cannot be written to", "a writable folder")
+
+
+def _suggested_task_pool() -> str:
+    from hydra.core.hydra_config import HydraConfig
+
+    if HydraConfig.initialized():
+        chosen = str(HydraConfig.get().runtime.choices.get("modelpool", ""))
+        if chosen and "/" not in chosen:
+            return f"taskpool={chosen}"
+    return "taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8"
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

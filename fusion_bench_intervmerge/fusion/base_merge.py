@@ -1,0 +1,59 @@
+"""The merge that is repaired: any FusionBench method, as a nested config."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fusion_bench import BaseModelPool
+from fusion_bench.utils import instantiate
+from lightning import Fabric
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ..errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def run_base(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -> nn.Module:
+    """Run a nested method on a pool and return the merged model.
+
+    Configs of both kinds are taken: with ``_target_``, and the older ones that FusionBench finds
+    by their ``name``.
+
+    Args:
+        config: the method's config, or a method object.
+        pool: the model pool.
+        fabric: shared with the nested method.
+        program: the running FusionBench program, or None.
+
+    Raises:
+        ConfigError: the config names no method, or the method gives no single model.
+    """
+    if isinstance(config, Mapping) and not isinstance(config, DictConfig):
+        config = OmegaConf.create(dict(config))
+    if not isinstance(config, DictConfig):
+        method = config
+    elif "_target_" in config:
+        method = instantiate(config, _recursive_=config.get("_recursive_", False))
+    elif "name" in config:
+        from fusion_bench.compat.method import load_algorithm_from_config
+
+        method = load_algorithm_from_config(config)
+    else:
+        raise ConfigError("base", "names no method", "method@method.base=task_arithmetic, ...")
+    for name, value in (("_program", program), ("_fabric_instance", fabric), ("_fabric", fabric)):
+        if hasattr(method, name):
+            setattr(method, name, value)
+    method.on_run_start() if hasattr(method, "on_run_start") else None
+    merged = method.run(pool)
+    method.on_run_end() if hasattr(method, "on_run_end") else None
+    if not isinstance(merged, nn.Module):
+        raise ConfigError(
+            "base",
+            f"{type(method).__name__} gives a {type(merged).__name__}",
+            "a method that gives one merged model",
+        )
+    return merged

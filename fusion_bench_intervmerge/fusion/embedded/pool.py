@@ -1,0 +1,91 @@
+"""The embedded pool as FusionBench sees it: a model pool, and the parts a task pool is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fusion_bench.modelpool import CLIPVisionModelPool
+from fusion_bench.tasks.clip_classification import CLIPTemplateFactory
+from omegaconf import OmegaConf
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers import CLIPModel, CLIPProcessor
+
+from .build import ensure_pool
+from .tasks import SPLITS, TASKS
+
+
+class EmbeddedCLIPVisionModelPool(CLIPVisionModelPool):
+    """A tiny CLIP with eight experts and their datasets; built at first use, offline.
+
+    Args:
+        seed: which pool; another seed draws, pre-trains and fine-tunes anew.
+        models: further models by name, such as ``_merged_``.
+    """
+
+    def __init__(self, seed: int = 0, models: Mapping[str, Any] | None = None, **kwargs: Any):
+        folder = ensure_pool(seed)
+        own = {"_pretrained_": str(folder / "pretrained")}
+        own |= {name: str(folder / "experts" / name) for name in TASKS}
+        datasets = {
+            f"{key}_datasets": OmegaConf.create(
+                {name: _dataset_config(name, split, seed) for name in TASKS}
+            )
+            for key, split in zip(("train", "val", "test"), SPLITS, strict=True)
+        }
+        processor = str(folder / "pretrained")
+        super().__init__({**own, **(models or {})}, processor=processor, **datasets, **kwargs)
+
+
+def _dataset_config(task: str, split: str, seed: int) -> dict[str, Any]:
+    target = f"{load_dataset.__module__}.{load_dataset.__qualname__}"
+    return {"_target_": target, "task": task, "split": split, "seed": seed}
+
+
+class EmbeddedDataset(Dataset):
+    """Images and labels in memory; an item is ``{"image": PIL.Image, "label": int}``.
+
+    Args:
+        images: uint8, (n, height, width, 3).
+        labels: integers, (n,).
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray):
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": Image.fromarray(self.images[index]), "label": int(self.labels[index])}
+
+
+def load_dataset(task: str, split: str, seed: int = 0) -> EmbeddedDataset:
+    """A split (``train``, ``validation`` or ``test``) of a task of the embedded pool."""
+    with np.load(ensure_pool(seed) / "data" / f"{task}.npz") as data:
+        return EmbeddedDataset(data[f"{split}_images"], data[f"{split}_labels"])
+
+
+def load_clip(seed: int = 0) -> CLIPModel:
+    """The embedded pool's pre-trained CLIP, both towers."""
+    return CLIPModel.from_pretrained(_pretrained(seed))
+
+
+def load_processor(seed: int = 0) -> CLIPProcessor:
+    """The image processor and tokenizer of the embedded pool."""
+    return CLIPProcessor.from_pretrained(_pretrained(seed))
+
+
+def _pretrained(seed: int) -> Path:
+    return ensure_pool(seed) / "pretrained"
+
+
+def register_tasks() -> None:
+    """Tells FusionBench the class names and captions of the embedded tasks."""
+    for task in TASKS.values():
+        info = {"classnames": list(task.classnames), "templates": task.templates}
+        # ``dataset_info`` as well: without it FusionBench stores the templates under a wrong key.
+        CLIPTemplateFactory.register_dataset(task.name, dataset_info=info, **info)

@@ -1,0 +1,142 @@
+"""What a run needs of a model pool: towers, images, zero-shot heads.
+
+What cannot be had is said in one line.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from fusion_bench import BaseModelPool
+from fusion_bench.dataset import CLIPDataset
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..encoders import VisionTower, as_tower
+from ..errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+SPLITS = {
+    "test": ("load_test_dataset", "test_datasets"),
+    "validation": ("load_val_dataset", "val_datasets"),
+    "train": ("load_train_dataset", "train_datasets"),
+}
+OFFLINE_POOL = "modelpool=clip-vit-tiny_TA8 taskpool=clip-vit-tiny_TA8 need no download"
+
+
+class ExpertPool:
+    """A FusionBench model pool, read as towers.
+
+    Args:
+        pool: a ``CLIPVisionModelPool`` or an ``OpenCLIPVisionModelPool``.
+
+    Raises:
+        ConfigError: the pool has no experts.
+    """
+
+    def __init__(self, pool: BaseModelPool):
+        self.pool = pool
+        self.tasks: list[str] = list(pool.model_names)
+        if not self.tasks:
+            raise ConfigError("modelpool.models", "there are no experts", "one model a task")
+        self._projection: nn.Linear | None = None
+
+    def tower(self, name: str) -> VisionTower:
+        """The model of that name, ``_pretrained_`` and ``_merged_`` included, as a tower.
+
+        Raises:
+            ConfigError: its checkpoint cannot be had, or it is no CLIP vision encoder.
+        """
+        model = self._load(name)
+        if self.pool.has_instance_models:
+            model = copy.deepcopy(model)  # a live module is the user's, and hooks would stay on it
+        return self.wrap(model)
+
+    def wrap(self, model: nn.Module) -> VisionTower:
+        """A vision model of this pool's kind as a tower.
+
+        Raises:
+            ConfigError: it is no CLIP vision encoder.
+        """
+        try:
+            return as_tower(model, self._projection_for(model))
+        except TypeError as error:
+            raise ConfigError("modelpool", str(error)) from None
+
+    def images(self, task: str, split: str) -> Dataset:
+        """A split's images, preprocessed: items are (pixel values, label).
+
+        Raises:
+            ConfigError: an unknown split, or the pool has no such data for the task.
+        """
+        if split not in SPLITS:
+            raise ConfigError("data.split", f"there is no split {split!r}", ", ".join(SPLITS))
+        method, group = SPLITS[split]
+        where = f"modelpool.{group}.{task}"
+        if task not in (getattr(self.pool, f"_{group}", None) or {}):
+            raise ConfigError(where, f"the pool has no {split} images for this task")
+        dataset = _fetch(lambda: getattr(self.pool, method)(task), where)
+        return CLIPDataset(dataset, self._processor())
+
+    def head(self, task: str) -> Callable[[Tensor], Tensor]:
+        """Zero-shot logits from image features (batch, projection_dim), not normalised."""
+        if hasattr(self.pool, "load_classification_head"):
+            return self.pool.load_classification_head(task).eval()
+        from fusion_bench.models.hf_clip import HFCLIPClassifier
+        from fusion_bench.tasks.clip_classification import get_classnames_and_templates
+
+        # Not through CLIPClassificationMixin: it caches heads on disk by the model's name alone.
+        if not hasattr(self, "_classifier"):
+            clip = copy.deepcopy(self.pool.load_clip_model("_pretrained_"))
+            self._classifier = HFCLIPClassifier(clip, self._processor())
+        classnames, templates = get_classnames_and_templates(task)
+        self._classifier.set_classification_task(classnames, templates)
+        weights = self._classifier.zeroshot_weights.detach().clone()
+        return lambda features: (
+            nn.functional.normalize(features.float(), dim=-1).to(weights.device) @ weights.T
+        )
+
+    def identity(self, name: str) -> str:
+        """What the config says of a model: enough to tell one run's models from another's."""
+        config = self.pool._models[name]
+        return "a live module" if isinstance(config, nn.Module) else str(config)
+
+    def _load(self, name: str) -> nn.Module:
+        return _fetch(lambda: self.pool.load_model(name), f"modelpool.models.{name}")
+
+    def _processor(self) -> Any:
+        if hasattr(self.pool, "test_processor"):
+            return self.pool.test_processor
+        return _fetch(self.pool.load_processor, "modelpool.processor")
+
+    def _projection_for(self, model: nn.Module) -> nn.Linear | None:
+        # Only Hugging Face's vision models come without their projection.
+        if not type(model).__module__.startswith("transformers.") or not hasattr(
+            self.pool, "load_clip_model"
+        ):
+            return None
+        if self._projection is None:
+            name = "_pretrained_" if self.pool.has_pretrained else self.tasks[0]
+            clip = _fetch(lambda: self.pool.load_clip_model(name), f"modelpool.models.{name}")
+            self._projection = copy.deepcopy(clip.visual_projection)
+        return self._projection
+
+
+def _fetch(load: Callable[[], Any], where: str) -> Any:
+    """Load something that may be far away; one line when it cannot be had."""
+    try:
+        return load()
+    except ConfigError:
+        raise
+    except (OSError, ConnectionError, EOFError) as error:
+        log.debug("%s could not be loaded", where, exc_info=True)
+        reason = (
+            str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        )
+        raise ConfigError(
+            where, f"cannot be had ({reason})", f"a reachable id or a local folder; {OFFLINE_POOL}"
+        ) from None

@@ -1,0 +1,287 @@
+"""Reads encoders and heads: safetensors, state dicts, and the task-vectors paper's pickles.
+
+The paper's checkpoints are whole modules, pickled under open_clip 2.0.2 and classes of the paper's
+own code. Unpickling runs whatever a file asks for, so a file may ask for nothing but the classes
+listed here, and each of those names stands for an empty object that collects attributes. Then the
+tensors are taken out of these objects, converted to safetensors once, and read from there the next
+time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from fusion_bench.models.open_clip import ClassificationHead
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fusion_bench_intervmerge.cache import cache_root
+from fusion_bench_intervmerge.encoders import as_tower
+from fusion_bench_intervmerge.encoders.openclip import OpenCLIPTower
+from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.files import whole_file
+
+from .encoder import ImageEncoder, fitting_spec, named_spec
+
+NO_DOWNLOAD = "modelpool=openclip-vit-tiny_TA8, which needs no download"
+
+
+def load_encoder(
+    path: str | Path, model_name: str | None = None, *, where: str = "path"
+) -> ImageEncoder:
+    """Read an encoder.
+
+    Args:
+        path: a ``.safetensors`` file, a state dict, or a pickled module. The tensors are called
+            ``model.visual.*`` (or ``visual.*``); others are left out.
+        model_name: its architecture, in OpenCLIP's words. Files written by ``save_encoder`` know
+            theirs; others without a name are taken for one of OpenAI's vision transformers.
+        where: the config key that named the file.
+
+    Raises:
+        ConfigError: the file is missing, asks for a class that does not belong into a checkpoint,
+            or holds no such encoder.
+    """
+    file = _read(Path(path), where)
+    weights = {
+        name.removeprefix("model."): tensor
+        for name, tensor in file.tensors.items()
+        if name.startswith("model.visual.")
+    }
+    try:
+        if model_name is not None:
+            spec = named_spec(model_name, where)
+        elif "spec" in file.metadata:
+            spec = json.loads(file.metadata["spec"])
+        else:
+            spec = fitting_spec(weights)
+        with torch.device("meta"):  # no time, and no random numbers, for weights to be replaced
+            tower = OpenCLIPTower.from_spec(spec)
+        tower.to_empty(device="cpu").load_weights(weights)
+    except ConfigError:
+        raise
+    except (LookupError, ValueError) as error:
+        wanted = model_name or "vision transformer"
+        why = f"lacks {error}" if isinstance(error, KeyError) else error
+        raise ConfigError(where, f"{path} holds no {wanted} ({why})", NO_DOWNLOAD) from None
+    return ImageEncoder(tower)
+
+
+def load_head(path: str | Path, *, where: str = "path") -> ClassificationHead:
+    """Read a classification head.
+
+    Args:
+        path: as for ``load_encoder``; the tensors are ``weight`` (classes, projection_dim) and, if
+            there is one, ``bias``. Features are normalised before it, as everywhere in the paper,
+            unless the file says otherwise.
+        where: the config key that named the file.
+
+    Raises:
+        ConfigError: as for ``load_encoder``.
+    """
+    file = _read(Path(path), where)
+    weight = file.tensors.get("weight")
+    if weight is None or weight.dim() != 2:
+        raise ConfigError(where, f"{path} holds no classification head", NO_DOWNLOAD)
+    normalize = json.loads(file.metadata.get("normalize", "true"))
+    return ClassificationHead(normalize, weight, file.tensors.get("bias"))
+
+
+def save_encoder(encoder: nn.Module, path: str | Path) -> None:
+    """Write an OpenCLIP encoder's vision tower to a safetensors file that ``load_encoder`` reads.
+
+    Args:
+        encoder: anything ``as_tower`` takes for an OpenCLIP tower.
+        path: gets the suffix ``.safetensors`` where it has another.
+    """
+    tower = as_tower(encoder)
+    tensors = {f"model.{name}": tensor for name, tensor in tower.weights().items()}
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        path = path.with_name(path.name + ".safetensors")
+    _write(path, _File(tensors, {"spec": json.dumps(tower.spec())}))
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _File:
+    """What is kept of a checkpoint: tensors by name, and strings by name."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def _read(path: Path, where: str) -> _File:
+    if not path.is_file():
+        allowed = f"a checkpoint that is there, or {NO_DOWNLOAD}"
+        raise ConfigError(where, f"no file {path}", allowed)
+    if path.suffix != ".safetensors":
+        converted = cache_root() / "openclip" / f"{_sha256(path)}.safetensors"
+        if not converted.is_file():
+            _write(converted, _convert(path, where))
+        path = converted
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return _File({name: file.get_tensor(name) for name in names}, file.metadata() or {})
+    except SafetensorError as error:
+        raise ConfigError(where, f"{path} cannot be read ({error})", NO_DOWNLOAD) from None
+
+
+def _write(path: Path, file: _File) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in file.tensors.items()}
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", **file.metadata})
+        temporary.chmod(0o644)
+
+
+def _sha256(path: Path) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+def _convert(path: Path, where: str) -> _File:
+    try:
+        return _kept(_unpickle(path))
+    except (
+        Exception
+    ) as error:  # a file can be broken in many ways, each with an exception of its own
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        reason = (
+            f"asks for {asked[1]}, which does not belong into a checkpoint, and was not unpickled"
+            if asked
+            else f"cannot be read ({type(error).__name__})"
+        )
+        raise ConfigError(
+            where, f"{path} {reason}", f"a CLIP checkpoint, or {NO_DOWNLOAD}"
+        ) from None
+
+
+def _kept(unpickled: Any) -> _File:
+    """The vision tower of an encoder under the paper's names, or all of a head."""
+    # Copies: tensors of a checkpoint may be views of one another, which safetensors refuses.
+    tensors = {name: tensor.clone() for name, tensor in _named_tensors(unpickled)}
+    vision = {
+        f"model.{name.removeprefix('model.')}": tensor
+        for name, tensor in tensors.items()
+        if name.startswith(("model.visual.", "visual."))
+    }
+    if vision:
+        return _File(vision)
+    normalize = getattr(unpickled, "normalize", True) is not False
+    return _File(tensors, {"normalize": json.dumps(normalize)})
+
+
+def _named_tensors(unpickled: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a state dict, or of a module that came as a stand-in."""
+    if isinstance(unpickled, Mapping):
+        state = unpickled
+    elif isinstance(unpickled, _StandIn):
+        attributes = vars(unpickled)
+        state = {**attributes.get("_parameters", {}), **attributes.get("_buffers", {})}
+        for name, module in attributes.get("_modules", {}).items():
+            yield from _named_tensors(module, f"{prefix}{name}.")
+    else:
+        return
+    for name, tensor in state.items():
+        if isinstance(tensor, Tensor):
+            yield f"{prefix}{name}", tensor
+
+
+# -- pickles ---------------------------------------------------------------------------------------
+
+
+class _StandIn:
+    """An object of an old class: it takes every argument and keeps what attributes it is given."""
+
+    def __init__(self, *args: Any):
+        pass
+
+
+_OLD_CLASSES = {
+    "src.modeling": "ImageEncoder ClassificationHead",
+    "open_clip.model": "CLIP LayerNorm QuickGELU ResidualAttentionBlock Transformer "
+    "VisualTransformer",
+    "open_clip.transform": "_convert_to_rgb MaybeConvertMode MaybeToTensor",
+    # FusionBench's copy of the paper's classes, and what later releases of open_clip renamed
+    "fusion_bench.models.open_clip.modeling": "ImageEncoder ClassificationHead",
+    "open_clip.transformer": "LayerNorm QuickGELU ResidualAttentionBlock Transformer "
+    "VisionTransformer",
+    "torch.nn.modules.activation": "GELU MultiheadAttention",
+    "torch.nn.modules.container": "ModuleList Sequential",
+    "torch.nn.modules.conv": "Conv2d",
+    "torch.nn.modules.linear": "Identity Linear NonDynamicallyQuantizableLinear _LinearWithBias",
+    "torch.nn.modules.sparse": "Embedding",
+    "torchvision.transforms.functional": "InterpolationMode",
+    "torchvision.transforms.transforms": "CenterCrop Compose Normalize RandomResizedCrop Resize "
+    "ToTensor",
+}
+# One class a name, since torch's allow-list goes by a class's own module and name. No real class is
+# put there, so nothing that somebody else allowed is disallowed when the list is taken back.
+_STAND_INS: dict[str, Any] = {
+    f"{module}.{name}": type(name, (_StandIn,), {"__module__": module})
+    for module, names in _OLD_CLASSES.items()
+    for name in names.split()
+}
+
+
+def _unpickle(path: Path) -> Any:
+    """A state dict, or the stand-in of a module.
+
+    Raises:
+        UnpicklingError: the file asks for a name off the list; whatever else comes of broken files.
+    """
+    with path.open("rb") as stream:
+        start = stream.read(len(_TORCH_LEGACY))
+        stream.seek(0)
+        if not start.startswith(b"PK") and start != _TORCH_LEGACY:
+            return _ClosedUnpickler(stream).load()
+    with torch.serialization.safe_globals(list(_STAND_INS.values())):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+# What torch.save's files started with before they became zip archives.
+_TORCH_LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+
+
+class _ClosedUnpickler(pickle.Unpickler):
+    """For files by ``pickle.dump``, which torch.load does not read: the paper's ViT-B-16 for Cars.
+
+    It knows the stand-ins and the few functions that put a tensor together, and no other name.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        asked = f"{module}.{name}"
+        if asked not in _IN_PLAIN_PICKLES:
+            raise pickle.UnpicklingError(f"GLOBAL {asked}")
+        return _IN_PLAIN_PICKLES[asked]
+
+
+def _storage(content: bytes) -> Any:
+    """A tensor's storage; the function of torch that stands here in a pickle unpickles openly."""
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+_IN_PLAIN_PICKLES = _STAND_INS | {
+    "builtins.set": set,
+    "collections.OrderedDict": OrderedDict,
+    "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
+    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+    "torch.storage._load_from_bytes": _storage,
+}

@@ -1,0 +1,86 @@
+"""The forms an edit can take. One file a form: its name is the file's name.
+
+To add a form, put a module beside these with one subclass of ``Function``; nothing else changes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import torch
+
+from ...errors import ConfigError
+from .base import ACTIVATIONS, Function
+
+FUNCTION_NAMES: tuple[str, ...] = tuple(
+    sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+)
+
+
+def function_class(name: str, where: str = "function") -> type[Function]:
+    """The class of a form by name.
+
+    Raises:
+        ConfigError: no form has that name.
+    """
+    if name not in FUNCTION_NAMES:
+        raise ConfigError(where, f"there is no function {name!r}", ", ".join(FUNCTION_NAMES))
+    module = importlib.import_module(f"{__name__}.{name}")
+    (found,) = (
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Function)
+        and value.__module__ == module.__name__
+    )
+    return found
+
+
+def build_function(
+    name: str,
+    width: int,
+    rank: int,
+    *,
+    copies: int | None = None,
+    activation: str | None = None,
+    init: str = "reference",
+    generator: torch.Generator | None = None,
+    where: str = "interventions",
+) -> Function:
+    """One intervention function as a module: z (..., width) -> z (..., width).
+
+    Args:
+        name: one of ``FUNCTION_NAMES``.
+        width: number of entries of a vector that it edits.
+        rank: number of directions it works along, 1 to width.
+        copies: number of independent edits (one a token position); ``None`` for one.
+        activation: ``None`` or one of ``ACTIVATIONS``, for the forms that take one.
+        init: ``reference`` (the published start) or ``identity`` (starts at z' = z).
+        generator: source of the initial values.
+        where: config key to name in errors.
+
+    Raises:
+        ConfigError: an unknown name, activation or init, a rank out of range, or a start or an
+            activation that the form does not have.
+    """
+    cls = function_class(name, f"{where}.function")
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= width:
+        raise ConfigError(
+            f"{where}.rank", f"{rank!r} does not fit vectors of width {width}", f"1 to {width}"
+        )
+    if activation is not None:
+        if not cls.takes_activation:
+            raise ConfigError(f"{where}.activation", f"{name} takes none", "null")
+        if activation not in ACTIVATIONS:
+            raise ConfigError(
+                f"{where}.activation", f"unknown: {activation!r}", f"null, {', '.join(ACTIVATIONS)}"
+            )
+    if init not in ("reference", "identity"):
+        raise ConfigError(f"{where}.init", f"unknown: {init!r}", "reference, identity")
+    if init == "identity" and not cls.identity_start:
+        raise ConfigError(f"{where}.init", f"{name} cannot be the identity", "reference")
+    return cls(width, rank, copies=copies, activation=activation, init=init, generator=generator)
+
+
+__all__ = ["ACTIVATIONS", "FUNCTION_NAMES", "Function", "build_function", "function_class"]

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .base import Function
+
+
+class Constant(Function):
+    """z + v: what LobiReFT's R'b folds to at inference. v: (k); the rank plays no part."""
+
+    def reset_parameters(self, generator: torch.Generator | None, identity: bool) -> None:
+        # Starts at the identity either way: a free vector has no published start.
+        self.v = nn.Parameter(
+            torch.zeros_like(self._uniform(self.width, bound=1, generator=generator))
+        )
+
+    def edit(self, z: Tensor, v: Tensor) -> Tensor:
+        return z + v.unsqueeze(-2)

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .base import Function, linear_transposed
+from .constant import Constant
+
+
+class LobiReFT(Function):
+    """z + R'b: adds one vector (Table 7 of the paper; the form of its mini-interventions).
+
+    R: (r, k) with orthonormal rows, b: (r).
+    """
+
+    def reset_parameters(self, generator: torch.Generator | None, identity: bool) -> None:
+        self._register_orthonormal(generator)
+        bias = (
+            self._uniform(self.rank, bound=0.5, generator=generator) + 0.5
+        )  # [0, 1), as published
+        self.b = nn.Parameter(torch.zeros_like(bias) if identity else bias)
+
+    def edit(self, z: Tensor, R: Tensor, b: Tensor) -> Tensor:
+        return z + linear_transposed(b.unsqueeze(-2), R)
+
+    def folded(self) -> Function:
+        return self._as(Constant, v=linear_transposed(self.b.unsqueeze(-2), self.R).squeeze(-2))

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ConfigError
+from .base import Function, linear, linear_transposed
+from .nodireft import NodiReFT
+
+
+class LoReFT(Function):
+    """z + R'(W1 z + b - R z) with orthonormal rows of R (Table 7 of the paper).
+
+    R, W1: (r, k), b: (r). An activation acts on W1 z + b.
+    """
+
+    takes_activation = True
+
+    def reset_parameters(self, generator: torch.Generator | None, identity: bool) -> None:
+        if identity and self.activation is not None:
+            raise ConfigError("init", "loreft with an activation has no identity", "reference")
+        self._register_orthonormal(generator)
+        weight, bias = self._linear(generator)
+        if identity:
+            weight, bias = self.R.detach().clone(), torch.zeros_like(bias)
+        self.W1, self.b = nn.Parameter(weight), nn.Parameter(bias)
+
+    def edit(self, z: Tensor, R: Tensor, W1: Tensor, b: Tensor) -> Tensor:
+        if self.activation is None:
+            return z + linear_transposed(linear(z, W1 - R, b), R)
+        return z + linear_transposed(self._activate(linear(z, W1, b)) - linear(z, R), R)
+
+    def folded(self) -> Function:
+        if self.activation is not None:
+            return super().folded()
+        return self._as(NodiReFT, W1=self.W1 - self.R, W2=self.R, b=self.b)

@@ -1,0 +1,431 @@
+"""The merged encoder with its per-task edits."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .deferred import DeferredTensor
+from .encoders import VisionTower
+from .errors import ConfigError
+from .interventions import (
+    Function,
+    InterventionConfig,
+    Placement,
+    build_function,
+    read_interventions,
+)
+
+
+@dataclass
+class _Route:
+    """Whose edits the running forward pass applies.
+
+    Attributes:
+        tasks: the tasks that occur in the batch.
+        ids: for each image the index of its task in ``tasks``; None when there is one task, and
+            when the tasks follow one another in equal groups of images.
+    """
+
+    tasks: list[str]
+    ids: Tensor | None = None
+    gathered: dict[tuple[str, int], dict[str, Tensor]] = field(default_factory=dict)
+
+
+class InterventionModel(nn.Module):
+    """A frozen merged encoder and, for each task, edits of its representations.
+
+    Without a task it is the merged encoder, bit for bit. The tasks' edits are modules of their own:
+    one can be trained, added or dropped without touching another.
+
+    Args:
+        tower: the merged encoder; the model takes it over and freezes it.
+        tasks: names of the tasks.
+        interventions: site -> settings (or a mapping of them).
+        seed: the edits of a task start from (seed, task name) alone, whatever tasks stand beside.
+
+    Raises:
+        ConfigError: settings that do not fit the encoder, or a bad or repeated task name.
+    """
+
+    # To models that say so FusionBench's CLIP task pool names the task (compute_surgery_features).
+    is_surgery_model = True
+
+    def __init__(
+        self,
+        tower: VisionTower,
+        tasks: Sequence[str],
+        interventions: Mapping[str, InterventionConfig | Mapping[str, Any]],
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.tower = tower.requires_grad_(False).eval()
+        self.interventions = read_interventions(interventions)
+        self.seed = seed
+        self.placements = {
+            site: Placement.fit(
+                config,
+                width=tower.projection_dim if site == "output" else tower.width,
+                num_blocks=tower.num_blocks,
+                num_tokens=tower.num_tokens,
+                output=site == "output",
+                where=f"interventions.{site}",
+            )
+            for site, config in self.interventions.items()
+        }
+        self.edits = nn.ModuleDict()
+        self.metadata: dict[str, Any] = {}
+        self._route: _Route | None = None
+        self._hook_sites()
+        for task in tasks:
+            self.add_task(task)
+
+    # -- what a user calls -------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that the model has edits for."""
+        return list(self.edits)
+
+    def encode(self, images: Tensor, task: str | Sequence[str] | None = None) -> Tensor:
+        """Image features of the repaired encoder.
+
+        Args:
+            images: (batch, 3, image_size, image_size).
+            task: the task of all images, or one task an image, in one forward pass. ``None`` gives
+                the merged encoder's features.
+
+        Returns:
+            (batch, projection_dim), after the visual projection, not normalised.
+
+        Raises:
+            ValueError: a task the model has no edits for, or not one task an image.
+        """
+        with self.for_task(task, len(images)):
+            return self.tower.features(images)
+
+    def add_task(self, task: str) -> None:
+        """Give a task edits at their starting values; ``distill`` trains them."""
+        if not isinstance(task, str) or not task or "." in task or hasattr(nn.ModuleDict, task):
+            raise ConfigError("tasks", f"{task!r} cannot name a task", "non-empty, no dots")
+        if task in self.edits:
+            raise ConfigError("tasks", f"{task!r} is there already", "a new name")
+        digest = hashlib.sha256(f"{self.seed} {task}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        sites = {}
+        for site, config in self.interventions.items():
+            placement = self.placements[site]
+            sites[site] = nn.ModuleDict(
+                {
+                    str(block): build_function(
+                        config.function,
+                        placement.width,
+                        config.rank,
+                        copies=placement.copies,
+                        activation=config.activation,
+                        init=config.init,
+                        generator=generator,
+                        where=f"interventions.{site}",
+                    )
+                    for block in placement.blocks
+                }
+            )
+        self.edits[task] = nn.ModuleDict(sites).to(self.tower.device)
+
+    def drop_task(self, task: str) -> None:
+        """Remove a task's edits; the other tasks' features stay what they are."""
+        self._check_task(task)
+        del self.edits[task]
+
+    def fold(self) -> InterventionModel:
+        """The same model in the form that needs least at inference; outputs are unchanged.
+
+        R'b becomes one vector, W1 - W2 one matrix (eq 3.4, Table 7).
+        """
+        folded = copy.deepcopy(self)
+        for task in folded.tasks:
+            for site, blocks in folded.edits[task].items():
+                for block, function in blocks.items():
+                    blocks[block] = function.folded()
+                    name = blocks[block].name
+                config = self.interventions[site].to_dict() | {"function": name}
+                folded.interventions[site] = InterventionConfig.from_mapping(config)
+        return folded
+
+    def extra_parameters(self) -> dict[str, Any]:
+        """What inference needs beyond one merged model.
+
+        Returns:
+            ``total`` over all tasks as trained, ``per_task``, and ``folded``: the total after
+            ``fold``.
+        """
+        per_task = {task: _count(edits) for task, edits in self.edits.items()}
+        folded = sum(_count(f.folded()) for f in self._functions())
+        return {"total": sum(per_task.values()), "per_task": per_task, "folded": folded}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the artifact: plain files, safetensors and JSON, whole or not at all."""
+        from .artifact import save
+
+        save(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> InterventionModel:
+        """Read an artifact.
+
+        Raises:
+            ArtifactError: what does not fit, in one line.
+        """
+        from .artifact import load
+
+        return load(Path(folder))
+
+    # -- the task of a forward pass ----------------------------------------------------------------
+
+    @contextmanager
+    def for_task(
+        self, task: str | Sequence[str] | None, batch: int | None = None
+    ) -> Iterator[None]:
+        """Apply a task's edits in every forward pass inside; ``None``: the merged encoder."""
+        outer, self._route = self._route, self._make_route(task, batch)
+        try:
+            yield
+        finally:
+            self._route = outer
+
+    def _make_route(self, task: str | Sequence[str] | None, batch: int | None) -> _Route:
+        if task is None:
+            return _Route([])
+        if isinstance(task, str):
+            self._check_task(task)
+            return _Route([task])
+        if batch is not None and len(task) != batch:
+            raise ValueError(
+                f"{len(task)} tasks are named for {batch} images; one an image is needed"
+            )
+        tasks = list(dict.fromkeys(task))
+        for name in tasks:
+            self._check_task(name)
+        if len(tasks) == 1:
+            return _Route(tasks)
+        order = {name: index for index, name in enumerate(tasks)}
+        ids = torch.tensor([order[name] for name in task])
+        if torch.equal(ids, torch.arange(len(tasks)).repeat_interleave(len(ids) // len(tasks))):
+            return _Route(tasks)
+        return _Route(tasks, ids.to(self.tower.device))
+
+    def _check_task(self, task: str) -> None:
+        if task not in self.edits:
+            raise ValueError(f"no edits for task {task!r}; the model has: {', '.join(self.tasks)}")
+
+    # -- edits in the forward pass -----------------------------------------------------------------
+
+    def _hook_sites(self) -> None:
+        for site, placement in self.placements.items():
+            for block in placement.blocks:
+                module = self.tower.site(site, block)
+                module.register_forward_hook(partial(self._after_site, site, block))
+
+    def _after_site(self, site: str, block: int, module: nn.Module, args: Any, output: Any) -> None:
+        if self._route is not None and self._route.tasks:
+            self.apply_edit(site, block, self.tower.site_tensor(output))
+
+    def apply_edit(self, site: str, block: int, z: Tensor) -> Tensor:
+        """Edit a site's tensor in place, for the tasks of the running forward pass."""
+        route, placement = self._route, self.placements.get(site)
+        if route is None or not route.tasks or placement is None or block not in placement.parts:
+            return z
+        functions = [self._function(task, site, block) for task in route.tasks]
+        if len(functions) == 1:
+            return placement.apply(z, block, functions[0])
+        if (site, block) not in route.gathered:
+            route.gathered[site, block] = _stack(functions, route.ids)
+        tensors = {n: t.to(z.dtype) for n, t in route.gathered[site, block].items()}
+
+        def edit(vectors: Tensor) -> Tensor:
+            # one leading entry a set of tensors: an image, or all images of a task
+            grouped = (
+                vectors if route.ids is not None else vectors.unflatten(0, (len(functions), -1))
+            )
+            if placement.copies is not None:
+                grouped = grouped.unsqueeze(-2)
+            elif route.ids is None:
+                grouped = grouped.flatten(1, 2)
+            return functions[0].edit(grouped, **tensors).reshape(vectors.shape)
+
+        if route.ids is None and placement.copies is not None:
+            tensors = {name: tensor.unsqueeze(1) for name, tensor in tensors.items()}
+        return placement.apply(z, block, edit)
+
+    def _function(self, task: str, site: str, block: int) -> Function:
+        return self.edits[task][site][str(block)]  # type: ignore[index,return-value]
+
+    def _functions(self) -> Iterator[Function]:
+        for edits in self.edits.values():
+            for blocks in edits.values():
+                yield from blocks.values()
+
+    @property
+    def first_block(self) -> int:
+        """The first block with an edit; ``num_blocks`` when only the output is edited."""
+        edited = [p.blocks[0] for site, p in self.placements.items() if site != "output"]
+        return min(edited, default=self.tower.num_blocks)
+
+    @property
+    def last_block_on_class_token(self) -> bool:
+        """Whether the last block may leave the patch tokens out: no edit there touches them."""
+        last = self.tower.num_blocks - 1
+        return all(
+            last not in p.blocks or p.class_token_only
+            for site, p in self.placements.items()
+            if site != "output"
+        )
+
+    def features_from(
+        self,
+        states: Tensor,
+        start: int,
+        after_block: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Image features from the states that enter block ``start``, inside ``for_task``.
+
+        Args:
+            states: (batch, num_tokens, width).
+            start: the first block to run.
+            after_block: called with each block's index and output states; then every block works
+                on all tokens.
+        """
+        last = self.tower.num_blocks - 1
+        for block in range(start, self.tower.num_blocks):
+            if block == last and after_block is None and self.last_block_on_class_token:
+                states = self.tower.run_block_for_class_token(block, states, self.apply_edit)
+            else:
+                states = self.tower.run_block(block, states)
+            if after_block is not None:
+                after_block(block, states)
+        return self.tower.readout(states)
+
+    # -- a vision model among FusionBench's --------------------------------------------------------
+
+    def forward(self, pixel_values: Tensor, *args: Any, task: Any = None, **kwargs: Any) -> Any:
+        """The output of the tower's own forward pass.
+
+        Args:
+            pixel_values: images (batch, 3, image_size, image_size).
+            task: as in ``encode``; without one (and outside ``for_task``) the merged encoder's
+                output, or, where the host names the task only afterwards, an output that is
+                computed when it is known whose it should be.
+
+        Raises:
+            ValueError: no task, on a tower whose host never names one: its report would show the
+                merged encoder's numbers as the repaired model's.
+        """
+        if task is not None:
+            with self.for_task(task, len(pixel_values)):
+                return self(pixel_values, *args, **kwargs)
+        if self._route is not None:
+            if self._route.tasks and "output" in self.placements and self.tower.task_follows:
+                raise ValueError(
+                    "edits at the site 'output' come after the visual projection, which this "
+                    "output comes before; use encode(images, task) for image features"
+                )
+            return self.tower(pixel_values, *args, **kwargs)
+        if not self.tower.task_follows:
+            raise ValueError(
+                "no task is named, and this task pool never names one, so its report would show "
+                "the merged model; use taskpool=openclip-... of fusion_bench_intervmerge, or "
+                "encode(images, task)"
+            )
+        if torch.is_grad_enabled() or args or kwargs:
+            with self.for_task(None):
+                return self.tower(pixel_values, *args, **kwargs)
+        return self._deferred(pixel_values)
+
+    def _deferred(self, images: Tensor) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        @cache
+        def merged() -> Any:
+            with self.for_task(None), torch.no_grad():
+                return self.tower(images)
+
+        return BaseModelOutputWithPooling(
+            last_hidden_state=DeferredTensor.of(images, lambda: merged().last_hidden_state),
+            pooler_output=DeferredTensor.of(images, lambda: merged().pooler_output),
+        )
+
+    def compute_surgery_features(
+        self, features: Tensor | Callable[[nn.Module], Tensor], dataset_name: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """FusionBench's protocol for task-specific features.
+
+        Args:
+            features: what became of this model's output (projected, normalised), or a function of
+                the model that computes it.
+            dataset_name: the task.
+
+        Returns:
+            L2-normalised features of the repaired encoder (batch, projection_dim), the merged
+            encoder's, and the difference between the two.
+
+        Raises:
+            ValueError: a task the model has no edits for, or features of unknown images.
+        """
+        self._check_task(dataset_name)
+        if not isinstance(features, Tensor):
+            with self.for_task(None):
+                merged = features(self)
+            with self.for_task(dataset_name):
+                edited = features(self)
+            return edited, merged, merged - edited
+        if not isinstance(features, DeferredTensor):
+            raise ValueError(
+                "these features were computed before the task was known; run the model under "
+                "torch.no_grad(), or use encode(images, task)"
+            )
+        edited = self.encode(features.images, dataset_name)
+        edited = edited / edited.norm(p=2, dim=-1, keepdim=True)
+        return edited, features, features - edited
+
+    @property
+    def config(self) -> Any:
+        """The tower's own configuration."""
+        return getattr(self.tower, "config", None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tower.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tower.dtype
+
+    @property
+    def train_preprocess(self) -> Any:
+        """The images' preprocessing, where the tower carries one (OpenCLIP)."""
+        return self.tower.train_preprocess
+
+    @property
+    def val_preprocess(self) -> Any:
+        """The images' preprocessing, where the tower carries one (OpenCLIP)."""
+        return self.tower.val_preprocess
+
+
+def _stack(functions: Sequence[Function], ids: Tensor | None) -> dict[str, Tensor]:
+    """The functions' tensors side by side: a set a task, or one an image where ``ids`` names it."""
+    by_task = [function.tensors() for function in functions]
+    stacked = {name: torch.stack([t[name] for t in by_task]) for name in by_task[0]}
+    return stacked if ids is None else {name: tensor[ids] for name, tensor in stacked.items()}
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
