@@ -7,14 +7,13 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .deferred import DeferredTensor
 from .encoders import VisionTower
 from .errors import ConfigError
 from .interventions import (
@@ -24,6 +23,7 @@ from .interventions import (
     build_function,
     read_interventions,
 )
+from .task_aware import TaskAwareModel
 
 
 @dataclass
@@ -41,7 +41,7 @@ class _Route:
     gathered: dict[tuple[str, int], dict[str, Tensor]] = field(default_factory=dict)
 
 
-class InterventionModel(nn.Module):
+class InterventionModel(TaskAwareModel):
     """A frozen merged encoder and, for each task, edits of its representations.
 
     Without a task it is the merged encoder, bit for bit. The tasks' edits are modules of their own:
@@ -56,9 +56,6 @@ class InterventionModel(nn.Module):
     Raises:
         ConfigError: settings that do not fit the encoder, or a bad or repeated task name.
     """
-
-    # To models that say so FusionBench's CLIP task pool names the task (compute_surgery_features).
-    is_surgery_model = True
 
     def __init__(
         self,
@@ -143,7 +140,7 @@ class InterventionModel(nn.Module):
 
     def drop_task(self, task: str) -> None:
         """Remove a task's edits; the other tasks' features stay what they are."""
-        self._check_task(task)
+        self.check_task(task)
         del self.edits[task]
 
     def fold(self) -> InterventionModel:
@@ -206,7 +203,7 @@ class InterventionModel(nn.Module):
         if task is None:
             return _Route([])
         if isinstance(task, str):
-            self._check_task(task)
+            self.check_task(task)
             return _Route([task])
         if batch is not None and len(task) != batch:
             raise ValueError(
@@ -214,7 +211,7 @@ class InterventionModel(nn.Module):
             )
         tasks = list(dict.fromkeys(task))
         for name in tasks:
-            self._check_task(name)
+            self.check_task(name)
         if len(tasks) == 1:
             return _Route(tasks)
         order = {name: index for index, name in enumerate(tasks)}
@@ -223,7 +220,7 @@ class InterventionModel(nn.Module):
             return _Route(tasks)
         return _Route(tasks, ids.to(self.tower.device))
 
-    def _check_task(self, task: str) -> None:
+    def check_task(self, task: str) -> None:
         if task not in self.edits:
             raise ValueError(f"no edits for task {task!r}; the model has: {', '.join(self.tasks)}")
 
@@ -316,85 +313,22 @@ class InterventionModel(nn.Module):
 
     # -- a vision model among FusionBench's --------------------------------------------------------
 
-    def forward(self, pixel_values: Tensor, *args: Any, task: Any = None, **kwargs: Any) -> Any:
-        """The output of the tower's own forward pass.
-
-        Args:
-            pixel_values: images (batch, 3, image_size, image_size).
-            task: as in ``encode``; without one (and outside ``for_task``) the merged encoder's
-                output, or, where the host names the task only afterwards, an output that is
-                computed when it is known whose it should be.
-
-        Raises:
-            ValueError: no task, on a tower whose host never names one: its report would show the
-                merged encoder's numbers as the repaired model's.
-        """
-        if task is not None:
-            with self.for_task(task, len(pixel_values)):
-                return self(pixel_values, *args, **kwargs)
-        if self._route is not None:
-            if self._route.tasks and "output" in self.placements and self.tower.task_follows:
-                raise ValueError(
-                    "edits at the site 'output' come after the visual projection, which this "
-                    "output comes before; use encode(images, task) for image features"
-                )
-            return self.tower(pixel_values, *args, **kwargs)
-        if not self.tower.task_follows:
+    def native(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        edited = self._route is not None and bool(self._route.tasks)
+        if edited and "output" in self.placements and self.tower.task_follows:
             raise ValueError(
-                "no task is named, and this task pool never names one, so its report would show "
-                "the merged model; use taskpool=openclip-... of fusion_bench_intervmerge, or "
-                "encode(images, task)"
+                "edits at the site 'output' come after the visual projection, which this "
+                "output comes before; use encode(images, task) for image features"
             )
-        if torch.is_grad_enabled() or args or kwargs:
-            with self.for_task(None):
-                return self.tower(pixel_values, *args, **kwargs)
-        return self._deferred(pixel_values)
+        return self.tower(pixel_values, *args, **kwargs)
 
-    def _deferred(self, images: Tensor) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
+    @property
+    def task_follows(self) -> bool:
+        return self.tower.task_follows
 
-        @cache
-        def merged() -> Any:
-            with self.for_task(None), torch.no_grad():
-                return self.tower(images)
-
-        return BaseModelOutputWithPooling(
-            last_hidden_state=DeferredTensor.of(images, lambda: merged().last_hidden_state),
-            pooler_output=DeferredTensor.of(images, lambda: merged().pooler_output),
-        )
-
-    def compute_surgery_features(
-        self, features: Tensor | Callable[[nn.Module], Tensor], dataset_name: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """FusionBench's protocol for task-specific features.
-
-        Args:
-            features: what became of this model's output (projected, normalised), or a function of
-                the model that computes it.
-            dataset_name: the task.
-
-        Returns:
-            L2-normalised features of the repaired encoder (batch, projection_dim), the merged
-            encoder's, and the difference between the two.
-
-        Raises:
-            ValueError: a task the model has no edits for, or features of unknown images.
-        """
-        self._check_task(dataset_name)
-        if not isinstance(features, Tensor):
-            with self.for_task(None):
-                merged = features(self)
-            with self.for_task(dataset_name):
-                edited = features(self)
-            return edited, merged, merged - edited
-        if not isinstance(features, DeferredTensor):
-            raise ValueError(
-                "these features were computed before the task was known; run the model under "
-                "torch.no_grad(), or use encode(images, task)"
-            )
-        edited = self.encode(features.images, dataset_name)
-        edited = edited / edited.norm(p=2, dim=-1, keepdim=True)
-        return edited, features, features - edited
+    @property
+    def task_is_known(self) -> bool:
+        return self._route is not None
 
     @property
     def config(self) -> Any:

@@ -123,7 +123,7 @@ def distill(
     fabric = fabric or L.Fabric(devices=1, accelerator="auto")
     tasks = list(experts)
     for task in tasks:
-        model._check_task(task)
+        model.check_task(task)
         if task not in images:
             raise ConfigError("modelpool", f"no images for task {task!r}")
     schedules = {
@@ -188,7 +188,7 @@ class _Trainer:
         self.dtype = {"bf16": torch.bfloat16, "16-": torch.float16}.get(
             precision[:4] if precision.startswith("bf16") else precision[:3], torch.float32
         )
-        # Weights that move invalidate what was computed with them; the block-wise loss reads all blocks.
+        # Weights that move invalidate what was computed with them; `blocks` reads every block.
         self.start = 0 if mixture is not None or loss == "blocks" else model.first_block
         batch = next(iter(schedules.values())).rows.shape[1]
         self.mine = slice(fabric.global_rank, batch, fabric.world_size)

@@ -91,7 +91,8 @@ class StateFolder:
 
     def clear(self) -> None:
         """Remove the states of a run that has finished."""
-        for path in self._files():
+        # also what a killed process was in the middle of writing
+        for path in [*self._files(), *self.folder.glob(".step-*")]:
             path.unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()

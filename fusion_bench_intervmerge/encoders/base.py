@@ -105,6 +105,10 @@ class VisionTower(nn.Module, ABC):
         """
 
     @abstractmethod
+    def stock(self) -> nn.Module:
+        """The vision model as the host's task pool of this family takes it."""
+
+    @abstractmethod
     def mergeable(self) -> dict[str, nn.Parameter]:
         """The parameters that experts have of their own, in ``named_parameters()`` order."""
 

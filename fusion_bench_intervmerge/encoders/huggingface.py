@@ -112,6 +112,9 @@ class HuggingFaceTower(VisionTower):
         fill(self._root, vision, "the vision model's weights file")
         fill(self.projection, {"weight": weights["visual_projection.weight"]}, "the projection")
 
+    def stock(self) -> nn.Module:
+        return self.model
+
     def mergeable(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
 

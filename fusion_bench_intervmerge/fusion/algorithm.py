@@ -111,34 +111,11 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         pool = ExpertPool(modelpool)
         if self.save_to is not None:
             self._check_writable(self._artifact_folder())
-        images = {task: pool.images(task, self.data["split"]) for task in pool.tasks}
         with self.profile("merging"):
-            merged, mixture = self._merge(pool)
-        steps = min(self.steps, 2) if RuntimeConstants.debug else self.steps
-        model = InterventionModel(merged, pool.tasks, self.interventions, self.seed)
-        run = self._identity(pool, model, steps)
+            merged, mixture = self.merge(pool)
         with self.profile("distillation"):
-            done = distill(
-                model,
-                {task: lambda task=task: pool.tower(task) for task in pool.tasks},
-                images,
-                steps=steps,
-                batch_size=self.data["batch_size"],
-                fraction=self.data["fraction"],
-                num_workers=self.data["num_workers"],
-                cache_gb=self.data["cache_gb"],
-                loss=self.loss,
-                optimizer=self._make_optimizer,
-                mixture=mixture if mixture is not None and self.coefficients["train"] else None,
-                seed=self.seed,
-                fabric=self.fabric,
-                state_folder=cache_root() / "states" / run if self.resume == "auto" else None,
-                run=run,
-                save_every=self.save_every,
-            )
-        if mixture is not None:
-            model.metadata["coefficients"] = {"coefficients": mixture.coefficients.detach().cpu()}
-        report = self._report(pool, model, images, done, steps)
+            model, done = self.repair(pool, merged, mixture)
+        report = self._report(pool, model, done)
         model.metadata |= {"images": report["images_used"], "method": report["method"]}
         if self.save_to is not None and self.fabric.is_global_zero:
             folder = self._artifact_folder()
@@ -147,9 +124,8 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         self.print_profile_summary()
         return model
 
-    # -- merging -----------------------------------------------------------------------------------
-
-    def _merge(self, pool: ExpertPool) -> tuple[VisionTower, Mixture | None]:
+    def merge(self, pool: ExpertPool) -> tuple[VisionTower, Mixture | None]:
+        """The merged encoder, and the mixture it came from where ``coefficients`` are set."""
         if self.coefficients is not None:
             return self._mix(pool)
         # Ask for what every method will ask for, so that what is missing is said in one line.
@@ -162,6 +138,52 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             raise ConfigError("base", "nothing merges the experts", "a FusionBench method")
         model = run_base(self.base, pool.pool, self.fabric, self._program)
         return pool.wrap(model.to("cpu")), None
+
+    def repair(
+        self, pool: ExpertPool, merged: VisionTower, mixture: Mixture | None = None
+    ) -> tuple[InterventionModel, Distillation]:
+        """Train edits for a merged encoder, which the model takes over."""
+        model = InterventionModel(merged, pool.tasks, self.interventions, self.seed)
+        run = self._identity(pool, model)
+        done = distill(
+            model,
+            {task: lambda task=task: pool.tower(task) for task in pool.tasks},
+            self.images(pool),
+            steps=self._steps,
+            batch_size=self.data["batch_size"],
+            fraction=self.data["fraction"],
+            num_workers=self.data["num_workers"],
+            cache_gb=self.data["cache_gb"],
+            loss=self.loss,
+            optimizer=self._make_optimizer,
+            mixture=mixture if mixture is not None and self.coefficients["train"] else None,
+            seed=self.seed,
+            fabric=self.fabric,
+            state_folder=cache_root() / "states" / run if self.resume == "auto" else None,
+            run=run,
+            save_every=self.save_every,
+        )
+        if mixture is not None:
+            model.metadata["coefficients"] = {"coefficients": mixture.coefficients.detach().cpu()}
+        return model, done
+
+    def images(self, pool: ExpertPool) -> dict[str, Any]:
+        """Task -> the images that may be seen."""
+        return {task: pool.images(task, self.data["split"]) for task in pool.tasks}
+
+    @property
+    def images_used(self) -> str:
+        """In words, which images the edits were trained on."""
+        return (
+            f"{self.data['fraction']:.0%} of the {self.data['split']} split, unlabelled, "
+            f"{self._steps} steps of {self.data['batch_size']} images a task, seed {self.seed}"
+        )
+
+    @property
+    def _steps(self) -> int:
+        return min(self.steps, 2) if RuntimeConstants.debug else self.steps
+
+    # -- merging -----------------------------------------------------------------------------------
 
     def _mix(self, pool: ExpertPool) -> tuple[VisionTower, Mixture]:
         settings = self.coefficients
@@ -195,11 +217,11 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
                 "optimizer", reason, "{_target_: torch.optim.Adam, lr: 0.003}"
             ) from None
 
-    def _identity(self, pool: ExpertPool, model: InterventionModel, steps: int) -> str:
+    def _identity(self, pool: ExpertPool, model: InterventionModel) -> str:
         """A digest of everything the trained numbers depend on."""
         facts = {
             "settings": self._settings(),
-            "steps": steps,
+            "steps": self._steps,
             "merged": model.tower.digest(),
             "experts": {task: pool.identity(task) for task in pool.tasks},
             "precision": str(getattr(self.fabric._precision, "precision", "")),
@@ -222,26 +244,20 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         self,
         pool: ExpertPool,
         model: InterventionModel,
-        images: Mapping[str, Any],
         done: Distillation,
-        steps: int,
     ) -> dict[str, Any]:
         """Print how far the model got; keep the whole story beside FusionBench's report."""
         dummy = self._without_task_pool()
-        rows = {}
+        rows, images = {}, self.images(pool)
         for task, seen in done.images.items():
             count = min(DIAGNOSED_IMAGES, len(seen))
             head = pool.head(task) if dummy else None
             expert = done.expert_features[task][:count]
             rows[task] = diagnose(model, task, images[task], seen[:count], expert, head)
         extra = model.extra_parameters()
-        used = (
-            f"{self.data['fraction']:.0%} of the {self.data['split']} split, unlabelled, "
-            f"{steps} steps of {self.data['batch_size']} images a task, seed {self.seed}"
-        )
         report = {
             "method": self._settings(),
-            "images_used": used,
+            "images_used": self.images_used,
             # Evaluated on the test split, edits trained on its images are a transductive result.
             "transductive": self.data["split"] == "test",
             "images_seen": {task: len(seen) for task, seen in done.images.items()},
@@ -257,7 +273,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         if self.fabric.is_global_zero:
             console = Console()
             console.print(table(rows, extra["total"]))
-            console.print(f"Trained on {used}.", style="dim")
+            console.print(f"Trained on {self.images_used}.", style="dim")
             if dummy:
                 console.print(f"For accuracies add a task pool: {_suggested_task_pool()}")
             if self.log_dir is not None:

@@ -56,6 +56,14 @@ class ExpertPool:
             model = copy.deepcopy(model)  # a live module is the user's, and hooks would stay on it
         return self.wrap(model)
 
+    def raw(self, name: str) -> nn.Module:
+        """The model of that name as the pool gives it.
+
+        Raises:
+            ConfigError: its checkpoint cannot be had.
+        """
+        return self._load(name)
+
     def wrap(self, model: nn.Module) -> VisionTower:
         """A vision model of this pool's kind as a tower.
 

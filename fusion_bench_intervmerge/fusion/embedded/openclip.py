@@ -28,7 +28,7 @@ class EmbeddedOpenCLIPVisionModelPool(OpenCLIPVisionModelPool):
     """
 
     def __init__(self, seed: int = 0, models: Mapping[str, Any] | None = None, **kwargs: Any):
-        own = {name: _target(load_encoder, name=name, seed=seed) for name in _folders()}
+        own: Any = {name: _target(load_encoder, name=name, seed=seed) for name in _folders()}
         heads = {name: _target(load_head, task=name, seed=seed) for name in TASKS}
         datasets = {
             f"{key}_datasets": OmegaConf.create(
@@ -37,7 +37,7 @@ class EmbeddedOpenCLIPVisionModelPool(OpenCLIPVisionModelPool):
             for key, split in zip(("train", "val", "test"), SPLITS, strict=True)
         }
         super().__init__(
-            {**own, **(models or {})},
+            own | dict(models or {}),
             classification_heads=OmegaConf.create(heads),
             **datasets,
             **kwargs,
@@ -48,13 +48,14 @@ def load_encoder(name: str, seed: int = 0) -> ImageEncoder:
     """An encoder of the embedded pool: ``_pretrained_`` or a task's expert."""
     vision = CLIPVisionModel.from_pretrained(ensure_pool(seed) / _folders()[name])
     tower = HuggingFaceTower(vision, load_clip(seed).visual_projection)
-    processor = load_processor(seed).image_processor
-    return ImageEncoder(to_openclip(tower, processor.image_mean, processor.image_std))
+    processor: Any = load_processor(seed)
+    images = processor.image_processor
+    return ImageEncoder(to_openclip(tower, images.image_mean, images.image_std))
 
 
 def load_head(task: str, seed: int = 0) -> ClassificationHead:
     """A task's zero-shot head in the task-vectors paper's form: with the logit scale in it."""
-    classifier = HFCLIPClassifier(load_clip(seed), load_processor(seed))
+    classifier: Any = HFCLIPClassifier(load_clip(seed), load_processor(seed))
     classifier.set_classification_task(list(TASKS[task].classnames), TASKS[task].templates)
     scale = classifier.clip_model.logit_scale.detach().exp()
     return ClassificationHead(normalize=True, weights=scale * classifier.zeroshot_weights)

@@ -107,8 +107,8 @@ def digits(rng, label, split):
     scan = Image.fromarray(scans[rng.integers(len(scans))]).resize((side, side), Image.BICUBIC)
     page = Image.new("L", (SIZE, SIZE))
     page.paste(scan, tuple(int(v) for v in rng.integers(0, SIZE - side + 1, 2)))
-    ground, ink = _ground_and_ink(rng)
-    return _photograph(rng, _paint(ground, np.asarray(page) / 255, ink), noise=0.05)
+    chalk = rng.uniform(0.8, 1, 3)
+    return _photograph(rng, _paint(_shaded(rng), np.asarray(page) / 255, chalk), noise=0.05)
 
 
 LETTERS = "A, B, C, E, H, K, M, R, S, T"
@@ -211,7 +211,7 @@ def gratings(rng, label, split):
     along = X * np.cos(angle) + Y * np.sin(angle)
     wave = np.sin(rng.uniform(6, 18) * along + rng.uniform(0, 2 * np.pi))
     ground, ink = _ground_and_ink(rng)
-    return _photograph(rng, _paint(ground, 0.5 + 0.5 * rng.uniform(0.3, 1) * wave, ink))
+    return _photograph(rng, _paint(ground, 0.5 + 0.5 * rng.uniform(0.1, 0.5) * wave, ink))
 
 
 @task(

@@ -95,7 +95,8 @@ def load_head(path: str | Path, *, where: str = "path") -> ClassificationHead:
     if weight is None or weight.dim() != 2:
         raise ConfigError(where, f"{path} holds no classification head", NO_DOWNLOAD)
     normalize = json.loads(file.metadata.get("normalize", "true"))
-    return ClassificationHead(normalize, weight, file.tensors.get("bias"))
+    bias: Any = file.tensors.get("bias")
+    return ClassificationHead(normalize, weight, bias)
 
 
 def save_encoder(encoder: nn.Module, path: str | Path) -> None:
@@ -159,18 +160,16 @@ def _sha256(path: Path) -> str:
 def _convert(path: Path, where: str) -> _File:
     try:
         return _kept(_unpickle(path))
-    except (
-        Exception
-    ) as error:  # a file can be broken in many ways, each with an exception of its own
+    # There are many ways to be broken, each with an exception of its own.
+    except Exception as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         reason = (
             f"asks for {asked[1]}, which does not belong into a checkpoint, and was not unpickled"
             if asked
             else f"cannot be read ({type(error).__name__})"
         )
-        raise ConfigError(
-            where, f"{path} {reason}", f"a CLIP checkpoint, or {NO_DOWNLOAD}"
-        ) from None
+        allowed = f"a CLIP checkpoint, or {NO_DOWNLOAD}"
+        raise ConfigError(where, f"{path} {reason}", allowed) from None
 
 
 def _kept(unpickled: Any) -> _File:

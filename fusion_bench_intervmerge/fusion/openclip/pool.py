@@ -7,12 +7,12 @@ from typing import Any
 from fusion_bench.modelpool.openclip_vision.modelpool import (
     OpenCLIPVisionModelPool as HostOpenCLIPVisionModelPool,
 )
-from fusion_bench.models.open_clip import ClassificationHead
 from fusion_bench.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.model import InterventionModel
 
 from .checkpoints import load_encoder, load_head, save_encoder
 
@@ -25,13 +25,16 @@ class OpenCLIPVisionModelPool(HostOpenCLIPVisionModelPool):
     ``ImageEncoder``).
     """
 
-    def load_model(self, model_name_or_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    def load_model(self, model_name_or_config: Any, *args: Any, **kwargs: Any) -> Any:
         """Load an encoder.
 
         Args:
             model_name_or_config: a name in the pool, or what may stand under a name: a file's path;
                 ``{model_name, pickle_path}`` or ``{model_name, state_dict_path}``, where either key
                 may name a file of any format; a live module, returned as it is; a ``_target_``.
+
+        Returns:
+            a module: images (batch, 3, image_size, image_size) -> image features.
 
         Raises:
             ConfigError: what is wrong with the file, and which config key named it.
@@ -43,6 +46,7 @@ class OpenCLIPVisionModelPool(HostOpenCLIPVisionModelPool):
         if isinstance(config, DictConfig):
             config = OmegaConf.to_container(config, resolve=True)
 
+        encoder: Any
         if isinstance(config, str):
             encoder = load_encoder(config, where=where)
         elif isinstance(config, nn.Module):
@@ -62,33 +66,35 @@ class OpenCLIPVisionModelPool(HostOpenCLIPVisionModelPool):
             self._test_processor = getattr(encoder, "val_preprocess", None)
         return encoder
 
-    def load_classification_head(
-        self, model_name_or_config: Any, *args: Any, **kwargs: Any
-    ) -> ClassificationHead:
+    def load_classification_head(self, model_name_or_config: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a classification head.
 
         Args:
             model_name_or_config: a task's name, or what may stand under it: a file's path, a live
                 head, a ``_target_``.
 
+        Returns:
+            a module: image features (batch, projection_dim) -> logits (batch, classes).
+
         Raises:
             ConfigError: what is wrong with the file, and which config key named it.
         """
         config, where = model_name_or_config, "modelpool.classification_heads"
-        if isinstance(config, str) and config in (self._classification_heads or {}):
+        heads: Any = self._classification_heads or {}
+        if isinstance(config, str) and config in heads:
             where = f"{where}.{config}"
-            config = self._classification_heads[config]
+            config = heads[config]
         return read_head(config, where, *args, **kwargs)
 
     def save_model(self, model: nn.Module, path: str, *args: Any, **kwargs: Any) -> None:
         """Save a model: a repaired one as its artifact, a plain encoder as safetensors."""
-        if hasattr(model, "save_pretrained"):
+        if isinstance(model, InterventionModel):
             model.save_pretrained(path)
         else:
             save_encoder(model, path)
 
 
-def read_head(config: Any, where: str, *args: Any, **kwargs: Any) -> ClassificationHead:
+def read_head(config: Any, where: str, *args: Any, **kwargs: Any) -> Any:
     """A classification head from a path, a live head or a ``_target_``.
 
     Raises:

@@ -13,23 +13,22 @@ from fusion_bench.taskpool.openclip_vision.openclip_taskpool import (
 from fusion_bench.utils import instantiate
 from lightning.fabric import is_wrapped
 from omegaconf import DictConfig
-from torch import nn
 from torch.utils.data import DataLoader
 
 from fusion_bench_intervmerge.errors import ConfigError
-from fusion_bench_intervmerge.model import InterventionModel
+from fusion_bench_intervmerge.task_aware import TaskAwareModel
 
 from .pool import read_head
 
 
 class OpenCLIPVisionModelTaskPool(HostOpenCLIPVisionModelTaskPool):
-    """Evaluates OpenCLIP encoders; a repaired one with each task's edits on that task's images.
+    """Evaluates OpenCLIP encoders, a repaired one with each task's edits on that task's images.
 
     It takes the configs of FusionBench's pool of that name. Heads are read as the model pool reads
     them, and images are prepared as the encoder says, so that nothing is downloaded.
     """
 
-    def evaluate(self, model: nn.Module, **kwargs: Any) -> dict[str, Any]:
+    def evaluate(self, model: Any, **kwargs: Any) -> dict[str, Any]:
         """Evaluate an encoder on every task.
 
         Args:
@@ -47,31 +46,30 @@ class OpenCLIPVisionModelTaskPool(HostOpenCLIPVisionModelTaskPool):
 
     def setup(self) -> None:
         """Loads the datasets and the heads."""
-        heads = {}
-        for name in self._test_datasets:
-            where = f"taskpool.classification_heads.{name}"
-            if name not in self._classifier_heads:
+        # The host's annotations know no task's name for a string, and no Compose for a processor.
+        datasets: Any = self._test_datasets
+        heads: Any = self._classifier_heads
+        options: Any = self._dataloader_kwargs
+        processor: Any = self.processor
+        self.classifier_heads, self.test_datasets, self.test_dataloaders = {}, {}, {}
+        for task, dataset in datasets.items():
+            where = f"taskpool.classification_heads.{task}"
+            if task not in heads:
                 raise ConfigError(where, "there is a dataset but no head", "a path or a _target_")
-            heads[name] = read_head(self._classifier_heads[name], where)
-        self.classifier_heads = {name: head.to(self.fabric.device) for name, head in heads.items()}
-        self.test_datasets = {
-            name: CLIPDataset(
-                instantiate(dataset) if isinstance(dataset, DictConfig) else dataset, self.processor
-            )
-            for name, dataset in self._test_datasets.items()
-        }
-        self.test_dataloaders = {
-            name: self.fabric.setup_dataloaders(DataLoader(dataset, **self._dataloader_kwargs))
-            for name, dataset in self.test_datasets.items()
-        }
+            self.classifier_heads[task] = read_head(heads[task], where).to(self.fabric.device)
+            if isinstance(dataset, DictConfig):
+                dataset = instantiate(dataset)
+            self.test_datasets[task] = CLIPDataset(dataset, processor)
+            loader = DataLoader(self.test_datasets[task], **options)
+            self.test_dataloaders[task] = self.fabric.setup_dataloaders(loader)
         self._is_setup = True
 
     def _evaluate(
         self, classifier: ImageClassifier, test_loader: DataLoader, num_classes: int, task_name: str
     ) -> dict[str, float]:
-        encoder = classifier.image_encoder
+        encoder: Any = classifier.image_encoder
         if is_wrapped(encoder):
             encoder = encoder.module
-        repaired = isinstance(encoder, InterventionModel)
-        with encoder.for_task(task_name) if repaired else nullcontext():
+        task_aware = isinstance(encoder, TaskAwareModel)
+        with encoder.for_task(task_name) if task_aware else nullcontext():
             return super()._evaluate(classifier, test_loader, num_classes, task_name)

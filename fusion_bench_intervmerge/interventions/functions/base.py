@@ -120,7 +120,8 @@ class Function(nn.Module):
     def _as(self, form: type[Function], **tensors: Tensor) -> Function:
         """Another form over given tensors."""
         function = form(self.width, self.rank, copies=self.copies, activation=self.activation)
-        function.load_state_dict({name: t.detach() for name, t in tensors.items()})
+        copies = {name: t.detach().clone() for name, t in tensors.items()}
+        function.load_state_dict(copies, assign=True)
         return function
 
     def _activate(self, x: Tensor) -> Tensor:

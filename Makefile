@@ -1,0 +1,30 @@
+# Two commands: `make demo` sets up and runs the main job, `make check` sets up and passes the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+RUN = outputs/demo
+
+.PHONY: demo check lint types test
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/fusion_bench method=intervmerge/compare modelpool=clip-vit-tiny_TA8 \
+	  taskpool=clip-vit-tiny_TA8 path.log_dir=$(RUN) print_config=false print_function_call=false
+	$(BIN)/intervmerge report $(RUN) --to $(RUN)/report
+
+check: lint types test
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest

@@ -1,0 +1,334 @@
+"""The report's files: tables, figures, and one page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from ..files import whole_file
+from . import figures, tables
+from .drawing import css_variables, to_inline_svg, to_png, to_svg
+from .runs import Study, gather, read_run
+from .tables import Row
+from .words import NONE, count, duration, listed, percent, readable
+
+Draw = Callable[[float], Figure | None]
+_PACKAGES = (
+    "fusion-bench-intervmerge", "fusion-bench", "torch", "torchvision", "transformers",
+    "open_clip_torch", "lightning", "hydra-core", "numpy",
+)  # fmt: skip
+
+
+def write_report(
+    runs: Sequence[str | Path],
+    to: str | Path | None = None,
+    bases: Sequence[str] = (),
+    title: str = "IntervMerge report",
+    console: Console | None = None,
+) -> Path:
+    """Write tables, figures and the page of these runs.
+
+    Args:
+        runs: run folders.
+        to: the report's folder; ``report`` in the first run's folder where None. Other files in it
+            stay as they are.
+        bases: the merging methods to report; all where empty.
+        title: the page's.
+        console: where the table is printed; nowhere where None.
+
+    Returns:
+        The report's folder.
+
+    Raises:
+        ConfigError: runs that cannot be read or do not belong together, or a folder that cannot be
+            written to.
+    """
+    study = gather([read_run(run) for run in runs], bases)
+    table = tables.rows(study)
+    folder = Path(runs[0]) / "report" if to is None else Path(to)
+    command = ["intervmerge", "report", *map(str, runs), *(["--to", str(to)] if to else [])]
+    command += [word for base in bases for word in ("--base", base)]
+    # everything is made before anything is written
+    content: dict[str, str | bytes] = {
+        "table.md": tables.to_markdown(study, table),
+        "table.csv": tables.to_csv(study, table),
+        "table.json": json.dumps(tables.to_json(study, table), indent=2) + "\n",
+        "report.html": render(study, table, title, shlex.join(command)),
+    }
+    for draw in (figures.accuracy_vs_parameters, figures.accuracy_by_task):
+        figure = draw(study, table)
+        if figure is not None:
+            content[f"{draw.__name__}.png"] = to_png(figure)
+            content[f"{draw.__name__}.svg"] = to_svg(figure)
+    for name, value in content.items():
+        with whole_file(folder / name) as temporary:
+            temporary.write_bytes(value if isinstance(value, bytes) else value.encode())
+            temporary.chmod(0o644)  # temporary files are for their owner alone
+    if console is not None:
+        console.print(tables.to_terminal(study, table, console.width))
+    return folder
+
+
+def render(study: Study, table: Sequence[Row], title: str, command: str) -> str:
+    """The page, as HTML that loads nothing from elsewhere.
+
+    Args:
+        study: the results.
+        table: its rows.
+        title: of the page.
+        command: the command line that made it.
+    """
+    environment = Environment(
+        loader=PackageLoader(__package__, "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html").render(
+        title=title,
+        subtitle=_subtitle(study, table),
+        headline=_headline(table),
+        caption=tables.caption(table),
+        columns=_columns(study),
+        lines=_lines(study, table),
+        sections=[s for s in _sections(study, table) if s.pictures],
+        seen=_seen(table),
+        runs=study.runs,
+        command=command,
+        versions=_versions(),
+        today=datetime.date.today().isoformat(),
+        light=css_variables(dark=False),
+        dark=css_variables(dark=True),
+    )
+
+
+@dataclass
+class Section:
+    """A figure of the page with its heading.
+
+    Attributes:
+        name: its anchor, unique.
+        title: its heading.
+        text: what it shows.
+        pictures: inline SVG, (wide, narrow); empty where there is nothing to draw.
+    """
+
+    name: str
+    title: str
+    text: str
+    pictures: tuple[str, ...]
+
+
+def _sections(study: Study, table: Sequence[Row]) -> list[Section]:
+    found = [
+        _section(
+            "parameters",
+            "Accuracy against extra parameters",
+            "Average accuracy over tasks. Lines are the merge without repair and the experts; "
+            "whiskers are the standard deviation over seeds.",
+            partial(figures.accuracy_vs_parameters, study, table),
+            _in_words(table),
+        ),
+        _section(
+            "tasks",
+            "Task by task",
+            "Each bar reaches from the worst model to the best of a task; the numbers are in the "
+            "table above.",
+            partial(figures.accuracy_by_task, study, table),
+        ),
+        _section(
+            "training",
+            "Training",
+            "The distillation loss at each step, a running mean over a fortieth of the steps. "
+            "Methods with different losses cannot be compared by it.",
+            partial(figures.training_curves, study, table),
+        ),
+    ]
+    several = len(study.runs) > 1
+    for number, run in enumerate(study.runs):
+        of = f" ({run.folder.resolve().name})" if several else ""
+        features, analysis = run.features, run.analysis
+        found.append(
+            _section(
+                f"features-{number}",
+                f"Distance to the experts{of}",
+                "On training images: the mean absolute difference of image features to the "
+                "expert's, and how often the predicted class is the expert's.",
+                partial(figures.features, features),
+            )
+        )
+        for key, title, text in _ANALYSES:
+            if analysis.get(key):
+                found.append(
+                    _section(
+                        f"{key}-{number}",
+                        title + of,
+                        text,
+                        partial(getattr(figures, key), analysis[key]),
+                    )
+                )
+    return found
+
+
+_ANALYSES = (
+    (
+        "bias_by_block",
+        "Bias along the blocks",
+        "How far the representation is from the expert's after each block.",
+    ),
+    (
+        "stitching",
+        "Stitching",
+        "Accuracy of a network whose first blocks are the model's and whose others are the "
+        "expert's, by the block of the cut.",
+    ),
+    (
+        "embeddings",
+        "Image features in the plane",
+        f"Two dimensions of each model's image features, at most {figures.POINTS_SHOWN} images.",
+    ),
+)
+
+
+def _section(name: str, title: str, text: str, draw: Draw, words: str = "") -> Section:
+    pictures = []
+    for width, size in ((figures.WIDE, "wide"), (figures.NARROW, "narrow")):
+        figure = draw(width)
+        if figure is not None:
+            pictures.append(to_inline_svg(figure, f"{name}-{size}", words or f"{title}. {text}"))
+    return Section(name, title, text, tuple(pictures))
+
+
+def _columns(study: Study) -> list[dict[str, str]]:
+    columns = [{"title": "Method", "kind": "text"}]
+    if len(study.bases) > 1:
+        columns.append({"title": "Merge", "kind": "text"})
+    titles = ["Average", "Gap closed", "Extra parameters", "Seconds", *map(readable, study.tasks)]
+    return columns + [{"title": title, "kind": "number"} for title in titles]
+
+
+def _lines(study: Study, table: Sequence[Row]) -> list[dict[str, Any]]:
+    """The table's rows: cells of (text, deviation, value to sort by, whether it is the best)."""
+    best, lines = tables.best_repairs(table), []
+    for i, row in enumerate(table):
+        cells: list[tuple[str, str, Any, bool]] = []
+        if len(study.bases) > 1:
+            base = readable(row.base) if row.base else NONE
+            cells.append((base, "", base, False))
+        gap, extra, seconds = row.gap_closed, row.extra_parameters, row.seconds
+        average, *tasks = (
+            (
+                percent(stat.mean),
+                "" if stat.std is None else f"± {percent(stat.std)}",
+                stat.mean,
+                (row.base, name, row.method) in best,
+            )
+            for name, stat in [("average", row.average), *row.accuracy.items()]
+        )
+        took = seconds.mean if seconds else None
+        cells += [
+            average,
+            (
+                f"{percent(gap.mean, digits=0)}%" if gap else NONE,
+                "",
+                gap.mean if gap else "",
+                False,
+            ),
+            (NONE if extra is None else count(extra), "", "" if extra is None else extra, False),
+            (duration(took), "", "" if took is None else took, False),
+            *tasks,
+        ]
+        lines.append(
+            {
+                "label": row.label.removeprefix("+ "),
+                "name": "/".join(filter(None, (row.base, row.method))) or row.kind,
+                "kind": row.kind,
+                "first": i > 0 and row.base != table[i - 1].base,
+                "cells": cells,
+            }
+        )
+    return lines
+
+
+def _subtitle(study: Study, table: Sequence[Row]) -> str:
+    methods = len({row.method for row in table if row.method})
+    seeds = max((len(row.seeds) for row in table), default=0)
+    merges = [readable(base) for base in study.bases]
+    text = f"{listed(merges)}, {len(study.tasks)} tasks"
+    text += f", {methods} repair{'s' * (methods != 1)}" if methods else ""
+    return text + (f", {seeds} seeds each" if seeds > 1 else "")
+
+
+def _headline(table: Sequence[Row]) -> str | None:
+    """The best repair in a sentence; None where there is no merge to compare with."""
+    merges = {row.base: row for row in table if row.kind == "merge"}
+    repairs = [row for row in table if row.kind == "repair" and row.base in merges]
+    if not repairs:
+        return None
+    best = max(repairs, key=lambda row: row.average.mean)
+    merge = merges[best.base]
+    if best.average.mean <= merge.average.mean:
+        return "No repair improves on the merge."
+    text = (
+        f"{readable(best.method or '')} takes {readable(best.base or '')} from "
+        f"{percent(merge.average.mean)}% to {percent(best.average.mean)}% average accuracy"
+    )
+    if best.extra_parameters:
+        text += f" with {count(best.extra_parameters)} extra parameters"
+    if best.gap_closed is not None:
+        text += f", {percent(best.gap_closed.mean, digits=0)}% of the way to the experts"
+    return text + "."
+
+
+def _in_words(table: Sequence[Row]) -> str:
+    parts = []
+    for row in table:
+        extra = f" with {count(row.extra_parameters)} parameters" if row.extra_parameters else ""
+        of = f" on {readable(row.base or '')}" if row.method else ""
+        label = row.label.removeprefix("+ ")
+        parts.append(f"{label}{of} {percent(row.average.mean, row.average.std)}%{extra}")
+    return "Average accuracy and extra parameters: " + "; ".join(parts) + "."
+
+
+def _seen(table: Sequence[Row]) -> list[dict[str, Any]]:
+    """Which images each method saw; methods that saw the same stand together."""
+    groups: dict[tuple[str, bool | None], dict[str, set[int]]] = {}
+    for row in table:
+        if row.images_used is not None:
+            methods = groups.setdefault((row.images_used, row.transductive), {})
+            methods.setdefault(readable(row.method or ""), set()).update(row.seeds)
+    found = []
+    for (images, transductive), methods in groups.items():
+        seeds = sorted(set().union(*methods.values()))
+        found.append(
+            {
+                "methods": listed(list(methods)),
+                "images": images,
+                "transductive": transductive,
+                "seeds": ("seed " if len(seeds) == 1 else "seeds ") + listed(list(map(str, seeds))),
+            }
+        )
+    return found
+
+
+def _versions() -> list[tuple[str, str]]:
+    found = [("Python", platform.python_version())]
+    for package in _PACKAGES:
+        try:
+            found.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

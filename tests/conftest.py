@@ -1,0 +1,108 @@
+"""Small real encoders, the published numbers, and a pool of experts that needs no training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from open_clip.transformer import VisionTransformer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from fusion_bench_intervmerge.encoders import VisionTower, as_tower
+from fusion_bench_intervmerge.encoders.convert import to_openclip
+
+TASKS = ["ants", "bees", "cats"]
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, Tensor]:
+    return load_file(Path(__file__).parent / "golden" / "reference.safetensors")
+
+
+@pytest.fixture
+def golden_tower(golden: dict[str, Tensor]) -> Callable[[str], VisionTower]:
+    """The published encoders: ``merged`` or ``expert``."""
+
+    def build(which: str) -> VisionTower:
+        sizes = {"image_size": 32, "patch_size": 8, "width": 48, "layers": 4, "heads": 4}
+        visual = VisionTransformer(**sizes, mlp_ratio=4, output_dim=24).eval()
+        prefix = f"encoder.{which}."
+        visual.load_state_dict(
+            {n.removeprefix(prefix): t for n, t in golden.items() if n.startswith(prefix)}
+        )
+        return as_tower(visual)
+
+    return build
+
+
+def hf_tower(seed: int = 0, noise: float = 0.0, dtype: torch.dtype = torch.float32) -> VisionTower:
+    """A small Hugging Face tower; with ``noise`` a fine-tuned copy of the one with seed 0."""
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+        projection_dim=16,
+    )
+    model, projection = CLIPVisionModel(config).eval(), nn.Linear(32, 16, bias=False)
+    if noise:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += noise * torch.randn(parameter.shape, generator=generator)
+    return as_tower(model.to(dtype), projection.to(dtype))
+
+
+def openclip_tower(seed: int = 0, noise: float = 0.0) -> VisionTower:
+    """The same weights as an OpenCLIP tower."""
+    return to_openclip(hf_tower(seed, noise), (0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.fixture(params=[hf_tower, openclip_tower], ids=["huggingface", "openclip"])
+def make_tower(request: pytest.FixtureRequest) -> Callable[..., VisionTower]:
+    return request.param
+
+
+def fine_tuned(make) -> dict[str, Callable[[], VisionTower]]:
+    return {t: lambda s=s: make(s, noise=0.05) for s, t in enumerate(TASKS, start=1)}
+
+
+@pytest.fixture
+def experts() -> dict[str, Callable[[], VisionTower]]:
+    return fine_tuned(hf_tower)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def datasets() -> dict[str, Tensor]:
+    return {
+        task: torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+        for seed, task in enumerate(TASKS)
+    }
+
+
+def relative(value: Tensor, reference: Tensor) -> float:
+    """Largest deviation, relative to the reference's largest entry."""
+    return float(((value - reference).abs().max() / reference.abs().max()).detach())
+
+
+def perturbed(model):
+    """The model with edits moved away from their starting values."""
+    moved = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in moved.edits.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return moved

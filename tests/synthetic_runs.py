@@ -1,0 +1,184 @@
+"""Run folders as ``fusion_bench`` leaves them, with invented numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+TASKS = ["digits", "letters", "shapes", "counting", "positions", "colours", "gratings", "textures"]
+# name -> (extra parameters, share of the gap that it closes)
+METHODS = {
+    "surgery_r16": (16384, 0.31),
+    "intervmerge_r1": (6240, 0.36),
+    "intervmerge_r4": (24768, 0.47),
+}
+MERGES = {
+    "task_arithmetic": 0.55,
+    "simple_average": 0.47,
+    "ties_merging": 0.57,
+    "adamerging": 0.66,
+    "regmean": 0.62,
+}
+
+
+def evaluated(tasks: Sequence[str], mean: float, spread: float, seed: str) -> dict[str, Any]:
+    """What a task pool reports of one model, the tasks' accuracies around ``mean``."""
+    draw = random.Random(seed)
+    offsets = [spread * draw.uniform(-1, 1) for _ in tasks]
+    found = {
+        task: {"accuracy": min(0.999, max(0.02, mean + o)), "loss": 1 - mean}
+        for task, o in zip(tasks, offsets, strict=True)
+    }
+    average = sum(v["accuracy"] for v in found.values()) / len(tasks)
+    info = {"trainable_params": 24768, "all_params": 342464, "trainable_percentage": 0.07}
+    return {"model_info": info, **found, "average": {"accuracy": average, "loss": 1 - mean}}
+
+
+def comparison(
+    folder: Path,
+    bases: Sequence[str] = ("task_arithmetic",),
+    methods: dict[str, tuple[int, float]] | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    tasks: Sequence[str] = TASKS,
+    losses: bool = False,
+    references: bool = True,
+) -> Path:
+    """A folder of ``method=intervmerge/compare``."""
+    methods = METHODS if methods is None else methods
+    report: dict[str, Any] = {}
+    about: dict[str, Any] = {}
+    experts, level = 0.93, {t: random.Random(t).uniform(-0.12, 0.06) for t in tasks}
+
+    def add(name: str, mean: float, **facts: Any) -> None:
+        found = evaluated(tasks, mean, 0.012, name)
+        for task, shift in level.items():
+            hard = shift * (1 if mean < 0.9 else 0.3)
+            found[task]["accuracy"] = min(0.999, max(0.02, found[task]["accuracy"] + hard))
+        found["average"]["accuracy"] = sum(found[t]["accuracy"] for t in tasks) / len(tasks)
+        report[name], about[name] = found, facts
+
+    if references:
+        add("pretrained", 0.16, kind="pretrained")
+        add("experts", experts, kind="experts")
+    for base in bases:
+        merged = MERGES[base]
+        add(base, merged, kind="merge", base=base, method="none", extra_parameters=0, seconds=0.41)
+        for method, (extra, share) in methods.items():
+            for seed in seeds:
+                noise = random.Random(f"{base}{method}{seed}").gauss(0, 0.012)
+                kept = {"losses": curves(tasks, 200, seed, 1 - share)} if losses else {}
+                add(
+                    f"{base}/{method}/seed{seed}",
+                    merged + share * (experts - merged) + noise,
+                    kind="repair",
+                    base=base,
+                    method=method,
+                    seed=seed,
+                    extra_parameters=extra,
+                    seconds=61.3 + seed,
+                    images_used="100% of the test split, unlabelled, 200 steps of 16 images a "
+                    f"task, seed {seed}",
+                    transductive=True,
+                    final_loss=0.5,
+                    **kept,
+                )
+    report["comparison"] = {"tasks": list(tasks), "models": about}
+    return write(folder, report, ["method=intervmerge/compare", "modelpool=clip-vit-tiny_TA8",
+                                  "taskpool=clip-vit-tiny_TA8"])  # fmt: skip
+
+
+def single(folder: Path, rank: int = 4, seed: int = 0, mean: float = 0.72) -> Path:
+    """A folder of ``method=intervmerge``."""
+    report = evaluated(TASKS, mean, 0.1, f"single{seed}")
+    draw = random.Random(seed)
+    details = {
+        "method": {
+            "interventions": {"attention": {"function": "noreft", "rank": rank}},
+            "base": {"_target_": "fusion_bench.method.TaskArithmeticAlgorithm"},
+            "coefficients": None,
+            "loss": "output",
+            "data": {"split": "validation", "fraction": 0.1, "batch_size": 16},
+            "seed": seed,
+        },
+        "images_used": "10% of the validation split, unlabelled, 200 steps of 16 images a task, "
+        f"seed {seed}",
+        "transductive": False,
+        "images_seen": {task: 480 for task in TASKS},
+        "extra_parameters": {"total": 6192 * rank, "per_task": {}, "folded": 6192 * rank},
+        "seconds": {"features": 30.1, "steps": 120.5},
+        "resumed_at": 0,
+        "features": {
+            task: {
+                "bias_before": 0.75 + 0.1 * draw.random(),
+                "bias_after": 0.3 + 0.25 * draw.random(),
+                "agreement_before": 0.4 + 0.2 * draw.random(),
+                "agreement_after": 0.65 + 0.3 * draw.random(),
+            }
+            for task in TASKS
+        },
+        "losses": curves(TASKS, 200, seed, 0.5),
+    }
+    overrides = [
+        "method=intervmerge",
+        f"method.interventions.attention.rank={rank}",
+        "method.data={split: validation, fraction: 0.1}",
+        "modelpool=clip-vit-tiny_TA8",
+    ]
+    write(folder, report, overrides)
+    (folder / "intervmerge.json").write_text(json.dumps(details))
+    return folder
+
+
+def curves(tasks: Sequence[str], steps: int, seed: int, floor: float) -> dict[str, list[float]]:
+    """A loss a task that falls towards ``floor``."""
+    draw = random.Random(seed)
+    ends = {task: floor * draw.uniform(0.75, 1.2) for task in tasks}
+    return {
+        task: [end + (0.9 - end) * math.exp(-i / 45) + draw.gauss(0, 0.03) for i in range(steps)]
+        for task, end in ends.items()
+    }
+
+
+def analysis(folder: Path, blocks: int = 4, points: int = 80) -> Path:
+    """Adds ``analysis.json`` to a run folder."""
+    draw = random.Random(3)
+    models = {"merged": 1.0, "surgery_r16": 0.9, "intervmerge_r4": 0.55}
+    found = {
+        "bias_by_block": {
+            model: {t: [size * (0.1 + 0.2 * b + 0.05 * draw.random()) for b in range(blocks)]
+                    for t in TASKS}
+            for model, size in models.items()
+        },
+        "stitching": {
+            model: [0.92 - size * 0.09 * b for b in range(blocks + 1)]
+            for model, size in models.items()
+        },
+        "embeddings": {
+            task: {
+                model: [[draw.gauss(3 * (i % 3), 0.5 + 0.3 * size), draw.gauss(2 * (i % 2), 0.6)]
+                        for i in range(points)]
+                for model, size in (("expert", 0.2), *models.items())
+            }
+            for task in TASKS[:4]
+        },
+    }  # fmt: skip
+    (folder / "analysis.json").write_text(json.dumps(found))
+    return folder
+
+
+def write(folder: Path, report: dict[str, Any], overrides: Sequence[str] = ()) -> Path:
+    """A run folder with this report, and the files that Hydra leaves beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "program_report.json").write_text(json.dumps(report))
+    lines = "".join(f"- '{override}'\n" for override in overrides)
+    (folder / "overrides.yaml").write_text(lines)
+    (folder / "config.yaml").write_text("method:\n  steps: 200 # <of each task>\nseed: null\n")
+    (folder / "hydra.yaml").write_text(
+        "hydra:\n  job: {config_name: fabric_model_fusion}\n  runtime:\n    choices:\n"
+        "      method: intervmerge\n      method@method.base: task_arithmetic\n"
+    )
+    return folder

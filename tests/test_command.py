@@ -1,0 +1,326 @@
+"""The installed command, composed by Hydra for real, on the embedded pool."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fusion_bench_intervmerge import InterventionModel
+from fusion_bench_intervmerge.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+COMMAND = str(Path(sys.executable).with_name("fusion_bench"))
+TINY = ["modelpool=clip-vit-tiny_TA8", "taskpool=clip-vit-tiny_TA8"]
+QUIET = ["print_config=false", "print_function_call=false"]
+
+
+def fusion_bench(*overrides, cwd, check=True, **environment):
+    done = subprocess.run(
+        [COMMAND, *overrides],
+        cwd=cwd,
+        env=os.environ | {"COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    if check:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The main job, short: base merge, repair, evaluation, a saved model."""
+    folder = tmp_path_factory.mktemp("run")
+    done = fusion_bench(
+        "method=intervmerge",
+        "method.interventions.attention.rank=4",
+        "method.steps=60",
+        "method.save_to='{log_dir}/intervmerge'",
+        f"path.log_dir={folder / 'log'}",
+        *TINY,
+        *QUIET,
+        cwd=folder,
+    )
+    return done, folder / "log"
+
+
+# -- discovery ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["elsewhere", "repository"])
+def test_the_plugin_is_found_from_any_directory(where, tmp_path):
+    cwd = ROOT if where == "repository" else tmp_path
+    shown = fusion_bench(
+        "method=intervmerge", "modelpool=clip-vit-b32_TA8", "taskpool=clip-vit-b32_TA8", "--cfg",
+        "job", cwd=cwd,
+    ).stdout  # fmt: skip
+    assert "fusion_bench_intervmerge.fusion.IntervMergeAlgorithm" in shown
+    assert "tanganke/clip-vit-base-patch32_dtd" in shown
+    searched = fusion_bench("--info", "searchpath", cwd=cwd).stdout
+    assert "pkg://fusion_bench_intervmerge_config" in searched
+
+
+def compose(*overrides, **options):
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+
+    with initialize_config_module("fusion_bench_config", version_base=None):
+        return hydra_compose("fabric_model_fusion", overrides=list(overrides), **options)
+
+
+def in_process(*overrides, folder):
+    """What the command does after composing; a process of its own costs ten seconds of imports."""
+    from fusion_bench.scripts.cli import main
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import open_dict
+
+    config = compose(
+        *overrides,
+        *QUIET,
+        f"path.log_dir={folder / 'log'}",
+        f"hydra.runtime.output_dir={folder}",
+        return_hydra_config=True,
+    )
+    HydraConfig.instance().set_config(config)
+    with open_dict(config):
+        del config["hydra"]
+    try:
+        return main(config)
+    finally:
+        HydraConfig.instance().cfg = None
+
+
+@pytest.mark.parametrize("size", ["b32", "b16", "l14"])
+@pytest.mark.parametrize("tasks", ["TA8", "TALL14", "TALL20"])
+def test_the_aliases_are_fusionbenchs_own_pools(size, tasks):
+    long = {"b32": "base-patch32", "b16": "base-patch16", "l14": "large-patch14"}[size]
+    ours = compose(f"modelpool=clip-vit-{size}_{tasks}", f"taskpool=clip-vit-{size}_{tasks}")
+    stock = compose(f"modelpool=CLIPVisionModelPool/clip-vit-{long}_{tasks}")
+    assert ours.modelpool.models == stock.modelpool.models
+    assert ours.modelpool.test_datasets == stock.modelpool.test_datasets
+    assert ours.taskpool._target_ == "fusion_bench.taskpool.CLIPVisionModelTaskPool"
+    assert ours.taskpool.test_datasets == ours.modelpool.test_datasets
+    assert ours.taskpool.base_model == f"openai/clip-vit-{long}"
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "surgery",
+        "surgery_v2",
+        *(
+            f"intervmerge/{p.stem}"
+            for p in (ROOT / "config" / "method" / "intervmerge").glob("*.yaml")
+            if p.stem != "load"
+        ),
+    ],
+)
+def test_every_preset_composes_and_is_accepted(method):
+    from fusion_bench.utils import instantiate
+
+    config = compose(f"method={method}").method
+    assert config._target_.startswith("fusion_bench_intervmerge.fusion.")
+    instantiate(config, _recursive_=False)
+
+
+def test_fusionbenchs_own_surgery_keeps_its_name():
+    assert compose("method=surgery/adamerging_surgery").method.name.endswith("adamerging_surgery")
+
+
+def test_another_base_is_one_override():
+    config = compose("method=intervmerge", "method@method.base=ties_merging").method
+    assert config.base._target_ == "fusion_bench.method.TiesMergingAlgorithm"
+
+
+def test_the_hook_is_light():
+    """It runs at every start of every Hydra application."""
+    code = (
+        "import sys, time, hydra.core.config_search_path, hydra.plugins.search_path_plugin\n"
+        "before = set(sys.modules); start = time.perf_counter()\n"
+        "import hydra_plugins.fusion_bench_plugins\n"
+        "print(sorted(set(sys.modules) - before), (time.perf_counter() - start) * 1000)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/"
+    ).stdout
+    # What it imports is its cost: itself and nothing else.
+    assert shown.startswith("['hydra_plugins', 'hydra_plugins.fusion_bench_plugins']"), shown
+
+
+def test_other_hydra_applications_are_left_alone(tmp_path):
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "main.yaml").write_text("a: 1\n")
+    (tmp_path / "app.py").write_text(
+        "import hydra\n"
+        "@hydra.main(config_path='conf', config_name='main', version_base=None)\n"
+        "def main(cfg): pass\n"
+        "main()\n"
+    )
+    shown = subprocess.run(
+        [sys.executable, "app.py", "--info", "searchpath"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "fusion_bench" not in shown
+
+
+# -- the main job ------------------------------------------------------------------------------------
+
+
+def test_the_main_job_reports_what_it_did(run):
+    done, log_dir = run
+    report = json.loads((log_dir / "program_report.json").read_text())
+    story = json.loads((log_dir / "intervmerge.json").read_text())
+    tasks = list(story["images_seen"])
+    assert len(tasks) == 8 and set(tasks) < set(report)
+    assert report["model_info"]["trainable_params"] == story["extra_parameters"]["total"]
+    assert story["extra_parameters"]["total"] == 8 * 6 * (2 * 64 * 4 + 4)
+    assert story["transductive"] and "100% of the test split" in story["images_used"]
+    for task in tasks:
+        assert story["features"][task]["bias_after"] < story["features"][task]["bias_before"]
+        assert len(story["losses"][task]) == 60
+    assert "extra parameters" in done.stdout
+
+
+def test_a_saved_model_is_evaluated_later_with_the_same_report(run, tmp_path):
+    _, log_dir = run
+    path = log_dir / "intervmerge"
+    in_process("method=intervmerge/load", f"method.path={path}", *TINY, folder=tmp_path)
+    before = json.loads((log_dir / "program_report.json").read_text())
+    after = json.loads((tmp_path / "log" / "program_report.json").read_text())
+    assert after == before
+
+
+def test_the_report_is_what_encode_gives(run):
+    """The stock task pool's accuracies, recomputed from the saved model by hand."""
+    from fusion_bench.models.hf_clip import HFCLIPClassifier
+    from fusion_bench.tasks.clip_classification import get_classnames_and_templates
+
+    from fusion_bench_intervmerge.fusion.embedded import load_clip, load_dataset, load_processor
+
+    _, log_dir = run
+    model = InterventionModel.from_pretrained(log_dir / "intervmerge")
+    report = json.loads((log_dir / "program_report.json").read_text())
+    classifier = HFCLIPClassifier(load_clip(), load_processor())
+    task = model.tasks[0]
+    classifier.set_classification_task(*get_classnames_and_templates(task))
+    items = list(load_dataset(task, "test"))
+    pixels = load_processor()(images=[i["image"] for i in items], return_tensors="pt")
+    labels = torch.tensor([item["label"] for item in items])
+    with torch.no_grad():
+        features = model.encode(pixels["pixel_values"], task)
+    right = (features @ classifier.zeroshot_weights.T).argmax(dim=1) == labels
+    assert float(right.float().mean()) == pytest.approx(report[task]["accuracy"], abs=1e-6)
+
+
+def test_the_same_seed_gives_the_same_model(run, tmp_path):
+    _, log_dir = run
+    in_process(
+        "method=intervmerge",
+        "method.interventions.attention.rank=4",
+        "method.steps=60",
+        f"method.save_to={tmp_path / 'again'}",
+        "modelpool=clip-vit-tiny_TA8",
+        folder=tmp_path,
+    )
+    for path in sorted((log_dir / "intervmerge" / "interventions").iterdir()):
+        again = load_file(tmp_path / "again" / "interventions" / path.name)
+        assert all(torch.equal(again[n], t) for n, t in load_file(path).items())
+
+
+def test_without_a_task_pool_it_tells_how_far_it_got(tmp_path, capsys):
+    overrides = ["method=intervmerge", "modelpool=clip-vit-tiny_TA8", "fast_dev_run=true"]
+    in_process(*overrides, folder=tmp_path)
+    shown = capsys.readouterr().out
+    assert "agreement, repaired" in " ".join(shown.split())
+    assert "add a task pool: taskpool=clip-vit-tiny_TA8" in " ".join(shown.split())
+
+
+def test_a_saved_merge_in_the_pool_wins_over_the_base(run, tmp_path):
+    _, log_dir = run
+    merged = log_dir / "intervmerge" / "merged"
+    in_process(
+        "method=surgery",
+        f"+modelpool.models._merged_={merged}",
+        f"method.save_to={tmp_path / 'again'}",
+        "modelpool=clip-vit-tiny_TA8",
+        "fast_dev_run=true",
+        folder=tmp_path,
+    )
+    digests = [
+        json.loads((folder / "config.json").read_text())["merged_digest"]
+        for folder in (log_dir / "intervmerge", tmp_path / "again")
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_an_old_style_base_runs_nested(tmp_path):
+    result = in_process(
+        "method=intervmerge",
+        "method@method.base=adamerging/clip",
+        "method.base.num_workers=0",
+        "fast_dev_run=true",
+        *TINY,
+        folder=tmp_path,
+    )
+    assert (tmp_path / "log" / "merging_weights.pt").exists()
+    assert result["report"]["average"]["accuracy"] > 0
+
+
+# -- errors ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method.interventions.attention.function=reft"], "interventions.attention.function: there is no function 'reft'"),
+        (["method.interventions.attention.rank=65"], "interventions.attention.rank: 65 does not fit vectors of width 64"),
+        (["method.interventions.attention.part=[32,80]"], "interventions.attention.part: [32, 80] lies outside the width 64"),
+        (["method.interventions.attention.blocks=[6]"], "interventions.attention.blocks: there is no block 6"),
+        (["modelpool=clip-vit-b32_TA8"], "modelpool.models._pretrained_: cannot be had"),
+        (["+method.data.cache=1"], "data.cache: no such setting"),
+        (["method.save_to=/proc/self/model"], "/proc/self/model"),
+    ],
+)  # fmt: skip
+def test_an_error_is_one_line_that_says_where(overrides, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    chosen = ["modelpool=clip-vit-tiny_TA8"] * (not overrides[0].startswith("modelpool"))
+    with pytest.raises(ConfigError) as error:
+        in_process("method=intervmerge", "fast_dev_run=true", *chosen, *overrides, folder=tmp_path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    if "cannot be had" in message:
+        assert "modelpool=clip-vit-tiny_TA8" in str(error.value)
+        assert "openai/clip-vit-base-patch32" in str(error.value)
+
+
+def test_a_pool_without_experts():
+    from fusion_bench import BaseModelPool
+
+    from fusion_bench_intervmerge.fusion.experts import ExpertPool
+
+    with pytest.raises(ConfigError, match="there are no experts"):
+        ExpertPool(BaseModelPool({"_pretrained_": "somewhere"}))
+
+
+def test_the_command_ends_with_that_line(tmp_path):
+    done = fusion_bench(
+        "method=intervmerge",
+        "method.interventions.attention.function=reft",
+        *TINY,
+        *QUIET,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode != 0
+    last = [line for line in done.stderr.splitlines() if line.strip()][-2]
+    assert "interventions.attention.function: there is no function 'reft'; allowed:" in last

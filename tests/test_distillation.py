@@ -1,0 +1,496 @@
+"""The trainer: published loss curves, invariants, shortcuts, resuming, more processes than one."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from conftest import TASKS, fine_tuned, hf_tower, openclip_tower, relative
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_model import surgery_v2
+
+from fusion_bench_intervmerge import InterventionModel, distill
+from fusion_bench_intervmerge.coefficients import Mixture, task_vector
+from fusion_bench_intervmerge.distillation import DistillationError, Interrupted, Schedule, loop
+from fusion_bench_intervmerge.errors import ConfigError
+
+WORKER = Path(__file__).parent / "distill_worker.py"
+
+
+# -- which images, and when ------------------------------------------------------------------------
+
+
+@given(
+    num_images=st.integers(1, 60),
+    steps=st.integers(1, 20),
+    batch_size=st.integers(1, 8),
+    fraction=st.floats(0.01, 1.0),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_schedule_is_shuffled_epochs_of_one_subset(num_images, steps, batch_size, fraction, seed):
+    schedule = Schedule(
+        "ants", num_images, steps=steps, batch_size=batch_size, fraction=fraction, seed=seed
+    )
+    seen = torch.tensor(schedule.unique)[schedule.rows].flatten().tolist()
+    assert len(seen) == steps * batch_size
+    size = schedule.subset_size
+    assert max(1, fraction * num_images) <= size + 1e-9 and size < fraction * num_images + 1
+    for start in range(0, len(seen) - size + 1, size):
+        assert set(seen[start : start + size]) == set(seen[:size])
+    again = Schedule(
+        "ants", num_images, steps=2 * steps, batch_size=batch_size, fraction=fraction, seed=seed
+    )
+    longer = torch.tensor(again.unique)[again.rows].flatten().tolist()
+    assert longer[: len(seen)] == seen
+
+
+def test_tasks_and_seeds_have_schedules_of_their_own():
+    schedules = [
+        Schedule(task, 100, steps=3, batch_size=8, seed=seed).unique
+        for task in ("ants", "bees")
+        for seed in (0, 1)
+    ]
+    assert len({tuple(s) for s in schedules}) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "steps: 0"),
+        ({"batch_size": 0}, "data.batch_size: 0"),
+        ({"fraction": 0}, "data.fraction: 0; allowed: a number in (0, 1]"),
+        ({"fraction": 1.5}, "data.fraction: 1.5"),
+        ({"num_images": 0}, "task 'ants' has no images"),
+    ],
+)
+def test_schedules_that_cannot_be(arguments, message):
+    with pytest.raises(ConfigError) as error:
+        Schedule(**({"task": "ants", "num_images": 9, "steps": 1, "batch_size": 1} | arguments))
+    assert message in str(error.value)
+
+
+# -- the published curves --------------------------------------------------------------------------
+
+
+class PublishedOrder:
+    """Batch s % 6 of eight images at step s, as the published curves were made."""
+
+    def __init__(self, task, num_images, *, steps, batch_size, fraction, seed):
+        self.unique = list(range(num_images))
+        self.rows = torch.stack([torch.arange(8) + 8 * (step % 6) for step in range(steps)])
+
+
+def published(model, golden, golden_tower, loss="output"):
+    # The published runs went through their batches in order; ours are shuffled by design.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Schedule", PublishedOrder)
+        return distill(
+            model,
+            {"a": lambda: golden_tower("expert")},
+            {"a": golden["encoder.images"].flatten(0, 1)},
+            steps=24,
+            batch_size=8,
+            loss=loss,
+            optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
+        ).losses[:, 0]
+
+
+def test_intervmerge_follows_the_published_curve(golden, golden_tower):
+    model = InterventionModel(golden_tower("merged"), ["a"], {"attention": {"rank": 3}})
+    with torch.no_grad():
+        for block in range(4):
+            function = model.edits["a"]["attention"][str(block)]
+            init = {n: golden[f"encoder.init.block{block}.{n}"] for n in ("W1", "W2", "b", "b2")}
+            function.W1.copy_(init["W1"])
+            function.W2.copy_(init["W2"])
+            function.b.copy_(init["b"] - init["b2"])
+    losses = published(model, golden, golden_tower)
+    assert relative(losses, golden["encoder.losses"]) < 1e-4
+    with torch.no_grad():
+        trained = model.encode(golden["encoder.images"][0], "a")
+    assert relative(trained, golden["encoder.features.trained"]) < 1e-4
+
+
+def test_surgery_follows_the_published_curve(golden, golden_tower):
+    model = InterventionModel(
+        golden_tower("merged"), ["a"], {"output": {"function": "surgery", "rank": 3}}
+    )
+    with torch.no_grad():
+        for name in ("down", "up"):
+            tensor = getattr(model.edits["a"]["output"]["0"], name)
+            tensor.copy_(golden[f"surgery.init.{name}"])
+        before = model.encode(golden["encoder.images"][0], "a")
+    assert relative(before, golden["surgery.features"]) < 1e-5
+    losses = published(model, golden, golden_tower)
+    assert relative(losses, golden["surgery.losses"]) < 1e-4
+    with torch.no_grad():
+        trained = model.encode(golden["encoder.images"][0], "a")
+    assert relative(trained, golden["surgery.features.trained"]) < 1e-4
+
+
+def test_surgery_v2_follows_the_published_curve(golden, golden_tower):
+    sites = {
+        "output": {"function": "surgery", "rank": 3},
+        "block": {"function": "surgery", "rank": 3, "tokens": "all"},
+    }
+    model = surgery_v2(golden, InterventionModel(golden_tower("merged"), ["a"], sites))
+    losses = published(model, golden, golden_tower, loss="blocks")
+    assert relative(losses, golden["surgery_v2.losses"]) < 1e-4
+    with torch.no_grad():
+        trained = model.encode(golden["encoder.images"][0], "a")
+    assert relative(trained, golden["surgery_v2.features.trained"]) < 1e-4
+
+
+# -- invariants ------------------------------------------------------------------------------------
+
+SITES = [
+    ({"attention": {"rank": 2}}, "output"),
+    ({"attention": {"function": "loreft", "blocks": "last_1"}}, "output"),
+    ({"output": {"function": "surgery", "rank": 3}}, "output"),
+    (
+        {
+            "block": {"function": "surgery", "rank": 2, "tokens": "all"},
+            "output": {"function": "surgery", "rank": 2},
+        },
+        "blocks",
+    ),
+]
+
+
+@pytest.mark.parametrize(("sites", "loss"), SITES)
+def test_together_equals_one_by_one(make_tower, datasets, images, sites, loss):
+    experts = fine_tuned(make_tower)
+    together = InterventionModel(make_tower(), TASKS, sites)
+    alone = copy.deepcopy(together)
+    run = {"steps": 12, "batch_size": 4, "loss": loss}
+    done = distill(together, experts, datasets, **run)
+    assert done.losses[-4:].mean() < done.losses[:4].mean()
+    for column, task in enumerate(TASKS):
+        single = distill(alone, {task: experts[task]}, datasets, **run)
+        assert relative(done.losses[:, column], single.losses[:, 0]) < 1e-5
+    with torch.no_grad():
+        for task in TASKS:
+            assert relative(together.encode(images, task), alone.encode(images, task)) < 1e-5
+
+
+def test_both_families_train_the_same_edits(datasets, images):
+    models = []
+    for make in (hf_tower, openclip_tower):
+        model = InterventionModel(make(), TASKS, {"attention": {"rank": 2}})
+        distill(model, fine_tuned(make), datasets, steps=12, batch_size=4)
+        models.append(model)
+    for ours, theirs in zip(
+        models[0].edits.parameters(), models[1].edits.parameters(), strict=True
+    ):
+        assert relative(theirs, ours) < 1e-4
+    with torch.no_grad():
+        features = [model.encode(images, TASKS * 4) for model in models]
+    assert relative(features[1], features[0]) < 1e-4
+
+
+@pytest.mark.parametrize("blocks", ["all", "last_1"])
+def test_images_kept_in_memory_or_read_again_give_the_same_numbers(experts, datasets, blocks):
+    results = []
+    for cache_gb in (1.0, 30e-6, 0.0):
+        model = InterventionModel(hf_tower(), TASKS, {"attention": {"blocks": blocks}})
+        done = distill(
+            model, experts, datasets, steps=8, batch_size=4, cache_gb=cache_gb, num_workers=0
+        )
+        results.append(done.losses)
+    assert relative(results[1], results[0]) < 1e-5 and relative(results[2], results[0]) < 1e-5
+
+
+def test_images_that_are_kept_are_read_once(experts):
+    class Counting(torch.utils.data.Dataset):
+        reads = 0
+
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, index):
+            Counting.reads += 1
+            return torch.full((3, 32, 32), index / 10), 0
+
+    model = InterventionModel(hf_tower(), ["ants"], {"attention": {}})
+    distill(model, {"ants": experts["ants"]}, {"ants": Counting()}, steps=10, batch_size=4)
+    assert Counting.reads == 10
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(experts, datasets):
+    def trained(seed):
+        model = InterventionModel(hf_tower(), TASKS, {"attention": {}}, seed=seed)
+        return distill(model, experts, datasets, steps=5, batch_size=4, seed=seed).losses
+
+    assert torch.equal(trained(0), trained(0))
+    assert not torch.equal(trained(0), trained(1))
+
+
+def test_a_task_is_added_without_touching_the_others(experts, datasets, images):
+    model = InterventionModel(hf_tower(), TASKS[:2], {"attention": {}})
+    distill(model, {t: experts[t] for t in TASKS[:2]}, datasets, steps=5, batch_size=4)
+    with torch.no_grad():
+        before = [model.encode(images, task) for task in TASKS[:2]]
+    model.add_task("cats")
+    distill(model, {"cats": experts["cats"]}, datasets, steps=5, batch_size=4)
+    whole = InterventionModel(hf_tower(), TASKS, {"attention": {}})
+    distill(whole, experts, datasets, steps=5, batch_size=4)
+    with torch.no_grad():
+        for task, features in zip(TASKS[:2], before, strict=True):
+            assert torch.equal(model.encode(images, task), features)
+        assert relative(model.encode(images, "cats"), whole.encode(images, "cats")) < 1e-5
+
+
+@pytest.mark.parametrize("granularity", ["task", "layer"])
+def test_trained_coefficients_follow_autograd(experts, datasets, granularity):
+    """Against the mixture written as one differentiable expression, in float64."""
+    tower = hf_tower(dtype=torch.float64)
+    theta0 = [p.detach().clone() for p in tower.mergeable().values()]
+    vectors = [
+        task_vector(hf_tower(s, 0.05, torch.float64), theta0) for s in range(1, len(TASKS) + 1)
+    ]
+    shape = (3,) if granularity == "task" else (3, len(theta0))
+    generator = torch.Generator().manual_seed(0)
+    start = torch.rand(shape, generator=generator) * 1.4 - 0.2  # some outside [0, 1]
+    mixture = Mixture(theta0, vectors, start, torch.float64)
+    pixels = datasets["ants"][:4].double()
+
+    mixture.write(tower)
+    for parameter in tower.mergeable().values():
+        parameter.requires_grad_(True)
+    tower.features(pixels).abs().mean().backward()
+    mixture.collect_gradient(tower)
+
+    coefficients = start.double().requires_grad_(True)
+    used = coefficients.clamp(0, 1)
+    used = used if used.dim() == 2 else used[:, None].expand(-1, len(theta0))
+    weights = {
+        f"model.{name}": theta0[i] + sum(used[t, i] * vectors[t][i] for t in range(3))
+        for i, name in enumerate(tower.mergeable())
+    }
+
+    class Features(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tower = tower
+
+        def forward(self, x):
+            return self.tower.features(x)
+
+    weights = {f"tower.{name}": value for name, value in weights.items()}
+    expected = torch.func.functional_call(Features(), weights, (pixels,)).abs().mean()
+    expected.backward()
+    torch.testing.assert_close(
+        mixture.coefficients.grad, coefficients.grad.float(), rtol=1e-5, atol=1e-8
+    )
+
+
+def test_coefficients_train_along_with_the_edits(experts, datasets, images):
+    tower = hf_tower()
+    theta0 = [p.detach().clone() for p in tower.mergeable().values()]
+    vectors = [task_vector(experts[task](), theta0) for task in TASKS]
+    mixture = Mixture(theta0, vectors, torch.full((3, len(theta0)), 0.3))
+    mixture.write(tower)
+    model = InterventionModel(tower, TASKS, {"attention": {}})
+    done = distill(model, experts, datasets, steps=12, batch_size=4, mixture=mixture)
+    assert done.losses[-4:].mean() < done.losses[:4].mean()
+    assert (mixture.coefficients - 0.3).abs().max() > 1e-3
+    again = hf_tower()
+    mixture.write(again)
+    with torch.no_grad():
+        assert torch.equal(model.encode(images), again.features(images))
+    assert not any(p.requires_grad for p in model.tower.parameters())
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed"])
+def test_lower_precision_comes_close_and_leaves_the_merged_weights_alone(
+    experts, datasets, precision
+):
+    full = InterventionModel(hf_tower(), TASKS, {"attention": {"rank": 2}})
+    low = copy.deepcopy(full)
+    digest = low.tower.digest()
+    run = {"steps": 10, "batch_size": 4}
+    reference = distill(full, experts, datasets, **run).losses
+    fabric = L.Fabric(accelerator="cpu", devices=1, precision="bf16-true")
+    if precision == "16-mixed":  # Fabric has no fp16 on the CPU; the loop's own part is what counts
+        fabric._precision.precision = precision
+    found = distill(low, experts, datasets, fabric=fabric, **run).losses
+    assert relative(found, reference) < 0.05
+    assert low.tower.digest() == digest
+    assert all(p.dtype == torch.float32 for p in low.edits.parameters())
+
+
+# -- what can go wrong -----------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(experts, datasets, tmp_path):
+    poisoned = datasets["bees"].clone()
+    schedule = Schedule("bees", len(poisoned), steps=6, batch_size=4)
+    poisoned[schedule.unique[9]] = float("nan")  # first shown at step 2
+    model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
+    with pytest.raises(DistillationError, match="'bees' is not finite at step 2") as error:
+        distill(
+            model,
+            experts,
+            datasets | {"bees": poisoned},
+            steps=6,
+            batch_size=4,
+            state_folder=tmp_path,
+            run="r",
+            save_every=100,
+        )
+    assert str(tmp_path) in str(error.value)
+    (state,) = tmp_path.glob("*.safetensors")
+    assert all(torch.isfinite(t).all() for t in load_file(state).values())
+    assert all(torch.isfinite(p).all() for p in model.edits.parameters())
+
+
+def test_experts_of_another_shape(experts, datasets):
+    model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
+    wrong = experts | {"bees": openclip_tower}
+    with pytest.raises(ConfigError, match=r"modelpool.models.bees: .* has shape"):
+        distill(model, wrong, datasets, steps=1, batch_size=2)
+
+
+def test_unknown_loss_and_missing_images(experts, datasets):
+    model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
+    with pytest.raises(ConfigError, match="there is no loss 'l2'; allowed: output, blocks"):
+        distill(model, experts, datasets, steps=1, loss="l2")
+    with pytest.raises(ConfigError, match="no images for task 'cats'"):
+        distill(model, experts, {t: datasets[t] for t in TASKS[:2]}, steps=1)
+
+
+# -- stopping and going on -------------------------------------------------------------------------
+
+
+def run_worker(tmp_path, name, *more, steps=30, states=None, wait=True):
+    command = [sys.executable, str(WORKER), str(tmp_path / name), str(states or tmp_path / "s")]
+    process = subprocess.Popen(
+        [*command, str(steps), *map(str, more)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if wait:
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+        return load_file(tmp_path / name)
+    return process
+
+
+def wait_for_state(states, process, step):
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        found = [int(p.stem.removeprefix("step-")) for p in states.glob("step-*.safetensors")]
+        if found and max(found) >= step:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"no state of step {step}: {process.communicate()[0]}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return run_worker(tmp_path_factory.mktemp("undisturbed"), "whole")
+
+
+def test_killed_ten_times_and_resumed_it_gives_the_same_bits(tmp_path, undisturbed):
+    moments = sorted(random.Random(0).sample(range(1, 29), 10))
+    resumed = run_worker(tmp_path, "killed", 0.01, 1, ",".join(map(str, moments)))
+    assert resumed["resumed_at"] >= moments[-1]
+    assert resumed.keys() == undisturbed.keys()
+    assert all(torch.equal(resumed[n], undisturbed[n]) for n in resumed if n != "resumed_at")
+    assert not list((tmp_path / "s").glob("*")), "a finished run leaves no state behind"
+
+
+def test_ctrl_c_keeps_the_state_and_says_how_to_go_on(tmp_path, undisturbed):
+    process = run_worker(tmp_path, "out", 0.05, wait=False)
+    wait_for_state(tmp_path / "s", process, 3)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "the same command goes on from there" in output
+    resumed = run_worker(tmp_path, "out")
+    assert resumed["resumed_at"] >= 3
+    assert all(torch.equal(resumed[n], undisturbed[n]) for n in resumed if n != "resumed_at")
+
+
+def interrupted(tmp_path, experts, datasets, run="r", steps=10):
+    """A run of ten steps that was stopped after six."""
+    model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
+    step, calls = loop._Trainer._step, []
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match="after step 6"):
+        patch.setattr(loop._Trainer, "_step", stopping)
+        distill(
+            model,
+            experts,
+            datasets,
+            steps=steps,
+            batch_size=4,
+            state_folder=tmp_path,
+            run=run,
+            save_every=2,
+        )
+
+
+def finish(tmp_path, experts, datasets, run="r"):
+    model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
+    return distill(model, experts, datasets, steps=10, batch_size=4, state_folder=tmp_path, run=run)
+
+
+def test_a_torn_state_is_reported_and_the_older_one_used(experts, datasets, tmp_path, caplog):
+    undisturbed = finish(tmp_path / "other", experts, datasets)
+    interrupted(tmp_path, experts, datasets)
+    newest, older = sorted(tmp_path.glob("step-*"), reverse=True)
+    newest.write_bytes(newest.read_bytes()[:100])
+    with caplog.at_level(logging.WARNING):
+        done = finish(tmp_path, experts, datasets)
+    assert "is unusable" in caplog.text and done.resumed_at == int(older.stem[5:])
+    assert torch.equal(done.losses, undisturbed.losses)
+
+
+def test_the_state_of_another_run_is_not_taken(experts, datasets, tmp_path):
+    interrupted(tmp_path, experts, datasets)
+    assert finish(tmp_path, experts, datasets, run="other").resumed_at == 0
+
+
+def test_a_full_disk_is_reported_and_training_goes_on(
+    experts, datasets, tmp_path, caplog, monkeypatch
+):
+    from fusion_bench_intervmerge.distillation import state
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state, "save_file", full)  # a full disk cannot be had in a test
+    with caplog.at_level(logging.WARNING):
+        model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
+        done = distill(
+            model, experts, datasets, steps=4, batch_size=4, state_folder=tmp_path, save_every=2
+        )
+    assert len(done.losses) == 4 and "No space left on device" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_give_what_one_gives(tmp_path, undisturbed):
+    two = run_worker(tmp_path, "two", 0.0, 2)
+    assert two.keys() == undisturbed.keys()
+    for name, value in undisturbed.items():
+        if name != "resumed_at":
+            assert relative(two[name], value) < 1e-4, name

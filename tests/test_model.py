@@ -1,0 +1,311 @@
+"""The merged encoder with per-task edits."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import TASKS, hf_tower, openclip_tower, perturbed, relative
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip.transformer import VisionTransformer
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from fusion_bench_intervmerge import InterventionConfig, InterventionModel
+from fusion_bench_intervmerge.deferred import DeferredTensor
+from fusion_bench_intervmerge.encoders import as_tower
+from fusion_bench_intervmerge.errors import ConfigError
+
+EVERYWHERE = {
+    "attention": {"rank": 2},
+    "mlp": {"function": "loreft", "tokens": "patch", "share_tokens": False},
+    "block": {"function": "direft", "tokens": [0, 3], "part": {"size": 12, "shift": True}},
+    "output": {"function": "surgery", "rank": 3},
+}
+SETTINGS = [
+    {"attention": {"rank": 2}},
+    {"output": {"function": "surgery", "rank": 3}},
+    {"block": {"function": "surgery", "tokens": "all"}, "output": {"function": "surgery"}},
+    {"attention": {"function": "lobireft", "part": {"size": 8, "shift": True}, "blocks": [2]}},
+    EVERYWHERE,
+]
+
+
+def surgery_v2(golden, model):
+    with torch.no_grad():
+        edits = model.edits["a"]
+        for name in ("down", "up"):
+            getattr(edits["output"]["0"], name).copy_(golden[f"surgery_v2.init.output.{name}"])
+            for block in range(4):
+                tensor = getattr(edits["block"][str(block)], name)
+                tensor.copy_(golden[f"surgery_v2.init.block{block}.{name}"])
+    return model
+
+
+def test_intervmerge_gives_the_published_features(golden, golden_tower):
+    model = InterventionModel(golden_tower("merged"), ["a"], {"attention": {"rank": 3}})
+    with torch.no_grad():
+        for block in range(4):
+            function = model.edits["a"]["attention"][str(block)]
+            init = {n: golden[f"encoder.init.block{block}.{n}"] for n in ("W1", "W2", "b", "b2")}
+            function.W1.copy_(init["W1"])
+            function.W2.copy_(init["W2"])
+            function.b.copy_(init["b"] - init["b2"])
+        images = golden["encoder.images"][0]
+        assert relative(model.encode(images, "a"), golden["encoder.features.intervened"]) < 1e-5
+        assert relative(model.encode(images), golden["encoder.features.plain"]) < 1e-5
+
+
+def test_surgery_v2_gives_the_published_features_and_block_means(golden, golden_tower):
+    sites = {
+        "output": {"function": "surgery", "rank": 3},
+        "block": {"function": "surgery", "rank": 3, "tokens": "all"},
+    }
+    model = surgery_v2(golden, InterventionModel(golden_tower("merged"), ["a"], sites))
+    means = []
+    with torch.no_grad(), model.for_task("a"):
+        states = model.tower.embed(golden["encoder.images"][0])
+        features = model.features_from(states, 0, lambda _, s: means.append(s.mean(dim=1)))
+    assert relative(features, golden["surgery_v2.features"]) < 1e-5
+    assert relative(torch.stack(means), golden["surgery_v2.block_means"]) < 1e-5
+
+
+@pytest.mark.parametrize("sites", SETTINGS)
+def test_without_a_task_it_is_the_merged_encoder_bit_for_bit(make_tower, images, sites):
+    model = perturbed(InterventionModel(make_tower(), TASKS, sites))
+    with torch.no_grad():
+        assert torch.equal(model.encode(images), make_tower().features(images))
+        assert not torch.equal(model.encode(images, "bees"), model.encode(images))
+
+
+def test_identity_edits_change_no_bit(make_tower, images):
+    sites = {site: {"init": "identity", **config} for site, config in EVERYWHERE.items()}
+    model = InterventionModel(make_tower(), TASKS, sites)
+    with torch.no_grad():
+        assert torch.equal(model.encode(images, "ants"), make_tower().features(images))
+
+
+@pytest.mark.parametrize("sites", SETTINGS)
+def test_a_mixed_batch_equals_the_tasks_one_by_one(make_tower, images, sites):
+    model = perturbed(InterventionModel(make_tower(), TASKS, sites))
+    for names in (TASKS * 4, sorted(TASKS * 4), ["bees"] * 11 + ["ants"], ["cats"] * 12):
+        with torch.no_grad():
+            mixed = model.encode(images, names)
+            alone = torch.cat(
+                [model.encode(image[None], task) for image, task in zip(images, names, strict=True)]
+            )
+        assert relative(mixed, alone) < 1e-5
+
+
+@pytest.mark.parametrize("sites", SETTINGS)
+def test_the_shortcuts_change_nothing(make_tower, images, sites):
+    model = perturbed(InterventionModel(make_tower(), TASKS, sites))
+    with torch.no_grad():
+        states = model.tower.embed(images)
+        for block in range(model.first_block):
+            states = model.tower.run_block(block, states)
+        with model.for_task("bees"):
+            quick = model.features_from(states, model.first_block)
+        assert relative(quick, model.encode(images, "bees")) < 1e-5
+
+
+def test_one_tasks_edits_never_change_another_tasks_features(images):
+    model = InterventionModel(hf_tower(), TASKS, EVERYWHERE)
+    with torch.no_grad():
+        before = {task: model.encode(images, task) for task in TASKS}
+        for parameter in model.edits["bees"].parameters():
+            parameter += 1
+        assert torch.equal(model.encode(images, "ants"), before["ants"])
+        assert torch.equal(model.encode(images, "cats"), before["cats"])
+        assert not torch.equal(model.encode(images, "bees"), before["bees"])
+        model.drop_task("bees")
+        model.add_task("dogs")
+        assert model.tasks == ["ants", "cats", "dogs"]
+        assert torch.equal(model.encode(images, "cats"), before["cats"])
+        with pytest.raises(ValueError, match="no edits for task 'bees'; the model has: ants"):
+            model.encode(images, "bees")
+
+
+def test_a_tasks_start_depends_on_its_name_and_the_seed_alone(images):
+    one = InterventionModel(hf_tower(), ["bees"], EVERYWHERE)
+    many = InterventionModel(hf_tower(), TASKS, EVERYWHERE)
+    other = InterventionModel(hf_tower(), ["bees"], EVERYWHERE, seed=1)
+    with torch.no_grad():
+        assert torch.equal(one.encode(images, "bees"), many.encode(images, "bees"))
+        assert not torch.equal(one.encode(images, "bees"), other.encode(images, "bees"))
+
+
+@pytest.mark.parametrize("sites", SETTINGS)
+def test_folding_changes_no_bit(make_tower, images, sites):
+    model = perturbed(InterventionModel(make_tower(), TASKS, sites))
+    folded = model.fold()
+    with torch.no_grad():
+        assert torch.equal(folded.encode(images, "ants"), model.encode(images, "ants"))
+        assert relative(folded.encode(images, TASKS * 4), model.encode(images, TASKS * 4)) < 1e-6
+    extra = model.extra_parameters()
+    assert folded.extra_parameters()["total"] == extra["folded"] <= extra["total"]
+
+
+@given(names=st.lists(st.sampled_from(TASKS), min_size=1, max_size=12))
+@settings(max_examples=20, deadline=None)
+def test_any_mixture_of_tasks(names):
+    model = perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}}))
+    images = torch.randn(len(names), 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        mixed = model.encode(images, names)
+        for row, (image, task) in enumerate(zip(images, names, strict=True)):
+            assert relative(mixed[row], model.encode(image[None], task)[0]) < 1e-5
+
+
+# -- the parameter table of the paper --------------------------------------------------------------
+
+B32 = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "patch_size": 32}
+L14 = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "patch_size": 14}
+MINI = {"function": "lobireft", "part": {"size": 64, "shift": True}}
+
+
+@pytest.fixture(scope="module")
+def real_sizes():
+    """ViT-B/32 and ViT-L/14 as configured by OpenAI; no weights are allocated."""
+    with torch.device("meta"):
+        b32 = CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=12, **B32))
+        l14 = CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=24, **L14))
+        towers = {
+            "B/32": as_tower(b32, torch.nn.Linear(768, 512, bias=False)),
+            "L/14": as_tower(l14, torch.nn.Linear(1024, 768, bias=False)),
+            "B/32 OpenCLIP": as_tower(
+                VisionTransformer(224, 32, 768, 12, 12, mlp_ratio=4.0, output_dim=512)
+            ),
+        }
+    return towers
+
+
+@pytest.mark.parametrize(
+    ("size", "sites", "trained", "folded"),
+    [
+        ("B/32", {"output": {"function": "surgery", "rank": 16}}, 131_072, 131_072),
+        ("B/32", {"output": {"function": "surgery", "rank": 64}}, 524_288, 524_288),
+        ("B/32", {"attention": {"rank": 1}}, 147_552, 147_552),
+        ("B/32", {"attention": {"rank": 4}}, 590_208, 590_208),
+        ("B/32", {"attention": {"rank": 1, "blocks": "middle_1"}}, 12_296, 12_296),
+        ("B/32", {"attention": MINI}, 6_240, 6_144),
+        ("B/32", {"attention": MINI | {"part": {"size": 32, "shift": True}}}, 3_168, 3_072),
+        ("B/32 OpenCLIP", {"attention": {"rank": 1}}, 147_552, 147_552),
+        ("L/14", {"attention": {"rank": 1}}, 8 * 24 * (2 * 1024 + 1), 8 * 24 * (2 * 1024 + 1)),
+        ("L/14", {"output": {"function": "surgery", "rank": 16}}, 8 * 2 * 768 * 16, 196_608),
+    ],
+)
+def test_parameter_counts_are_the_papers(real_sizes, size, sites, trained, folded):
+    model = InterventionModel(
+        copy.deepcopy(real_sizes[size]), [f"task{i}" for i in range(8)], sites
+    )
+    extra = model.extra_parameters()
+    assert (extra["total"], extra["folded"]) == (trained, folded)
+    assert sum(extra["per_task"].values()) == trained
+
+
+# -- among FusionBench's vision models -------------------------------------------------------------
+
+
+class CountPasses:
+    """Counts forward passes through the tower's embedding, an image each."""
+
+    def __init__(self, tower):
+        self.images = 0
+        tower._root.embeddings.register_forward_hook(self._count)
+
+    def _count(self, module, args, output):
+        self.images += len(output)
+
+
+def test_an_unnamed_output_is_put_off_and_costs_one_pass(images):
+    model = perturbed(InterventionModel(hf_tower(), TASKS, EVERYWHERE))
+    projection = model.tower.projection
+    count = CountPasses(model.tower)
+    with torch.no_grad():
+        embeds = projection(model(images)[1])
+        embeds = embeds / embeds.norm(p=2, dim=-1, keepdim=True)
+        assert isinstance(embeds, DeferredTensor) and count.images == 0
+        edited, _, _ = model.compute_surgery_features(embeds, dataset_name="bees")
+        assert count.images == len(images)
+        expected = torch.nn.functional.normalize(model.encode(images, "bees"), dim=-1)
+    torch.testing.assert_close(edited, expected)
+
+
+def test_an_output_whose_task_never_comes_is_the_merged_encoders(images):
+    model = perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}}))
+    plain = hf_tower()
+    count = CountPasses(model.tower)
+    with torch.no_grad():
+        output = model(pixel_values=images)
+        expected = plain.model(images)
+        assert torch.equal(output.pooler_output + 0, expected.pooler_output)
+        assert torch.equal(output[0].clone(), expected.last_hidden_state)
+        assert output[1].shape == expected[1].shape and output[1].dtype == torch.float32
+        logits = plain.projection(output[1]) @ torch.eye(16)
+        assert type(logits) is torch.Tensor
+        torch.testing.assert_close(logits, plain.features(images))
+    assert count.images == len(images)
+
+
+def test_the_difference_and_the_merged_features_are_there_for_who_asks(images):
+    model = perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}}))
+    with torch.no_grad():
+        embeds = model.tower.projection(model(images)[1])
+        edited, merged, difference = model.compute_surgery_features(embeds, "ants")
+        torch.testing.assert_close(merged + 0, model.encode(images))
+        torch.testing.assert_close(difference + 0, model.encode(images) - edited)
+        by_function = model.compute_surgery_features(lambda m: m(images)[1], "ants")
+    with torch.no_grad(), model.for_task("ants"):
+        torch.testing.assert_close(by_function[0], model(images)[1])
+
+
+def test_with_gradients_the_output_is_computed_at_once(images):
+    model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
+    output = model(images.requires_grad_(True))
+    assert type(output[1]) is torch.Tensor
+    with pytest.raises(ValueError, match="before the task was known"):
+        model.compute_surgery_features(output[1], "ants")
+    with pytest.raises(ValueError, match="no edits for task 'dogs'"):
+        model.compute_surgery_features(output[1], "dogs")
+
+
+def test_a_named_task_is_applied_in_the_towers_own_forward_pass(images):
+    model = perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}}))
+    with torch.no_grad():
+        pooled = model(images, task="cats").pooler_output
+        torch.testing.assert_close(model.tower.projection(pooled), model.encode(images, "cats"))
+    behind = InterventionModel(hf_tower(), TASKS, EVERYWHERE)
+    with pytest.raises(ValueError, match="after the visual projection"):
+        behind(images, task="cats")
+
+
+def test_where_no_task_is_ever_named_the_model_refuses(images):
+    model = InterventionModel(openclip_tower(), TASKS, {"attention": {}})
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="this task pool never names one"):
+            model(images)
+        assert torch.equal(model(images, task="ants"), model.encode(images, "ants"))
+
+
+def test_a_copy_has_hooks_of_its_own(images):
+    model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
+    with torch.no_grad():
+        before = model.encode(images, "ants")
+        assert torch.equal(copy.deepcopy(model).encode(images, "ants"), before)
+        other = perturbed(model)
+        assert not torch.equal(other.encode(images, "ants"), before)
+        assert torch.equal(model.encode(images, "ants"), before)
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "items", 3])
+def test_bad_task_names(name):
+    with pytest.raises(ConfigError, match="tasks"):
+        InterventionModel(hf_tower(), [name], {"attention": InterventionConfig()})
+
+
+def test_too_few_tasks_for_the_images(images):
+    model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
+    with pytest.raises(ValueError, match="2 tasks are named for 12 images"):
+        model.encode(images, ["ants", "bees"])

@@ -1,0 +1,104 @@
+"""Both families of towers behind one interface."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import hf_tower, openclip_tower, relative
+from torch import nn
+from transformers import CLIPConfig, CLIPModel
+
+from fusion_bench_intervmerge.encoders import as_tower, tower_from_spec
+
+
+def test_published_encoders(golden, golden_tower):
+    with torch.no_grad():
+        plain = golden_tower("merged").features(golden["encoder.images"][0])
+        expert = golden_tower("expert").features(golden["encoder.images"].flatten(0, 1))
+    assert relative(plain, golden["encoder.features.plain"]) < 1e-5
+    assert relative(expert, golden["encoder.features.expert"].flatten(0, 1)) < 1e-5
+
+
+def test_the_stages_are_hugging_faces_own_forward_pass(images):
+    tower = hf_tower()
+    with torch.no_grad():
+        own = tower.projection(tower.model(images).pooler_output)
+        assert torch.equal(tower.features(images), own)
+
+
+def test_the_stages_are_openclips_own_forward_pass(images):
+    tower = openclip_tower()
+    with torch.no_grad():
+        assert torch.equal(tower.features(images), tower.visual(images))
+
+
+def test_the_same_weights_give_the_same_features_in_both_families(images):
+    with torch.no_grad():
+        ours, theirs = hf_tower().features(images), openclip_tower().features(images)
+    assert relative(theirs, ours) < 1e-5
+
+
+def test_the_class_token_alone_goes_through_the_last_block_as_among_all(make_tower, images):
+    tower = make_tower()
+    last = tower.num_blocks - 1
+    with torch.no_grad():
+        states = tower.embed(images)
+        for block in range(last):
+            states = tower.run_block(block, states)
+        alone = tower.run_block_for_class_token(last, states, lambda site, block, z: z)
+        among = tower.run_block(last, states)[:, :1]
+    assert alone.shape == (12, 1, tower.width)
+    torch.testing.assert_close(alone, among, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tower_is_rebuilt_from_its_spec_and_weights(make_tower, images):
+    tower = make_tower(seed=1, noise=0.1)
+    again = tower_from_spec(tower.spec())
+    assert again.digest() != tower.digest()
+    again.load_weights(tower.weights())
+    assert again.digest() == tower.digest()
+    with torch.no_grad():
+        assert torch.equal(again.features(images), tower.features(images))
+
+
+def test_weights_that_do_not_fit_are_named(make_tower):
+    tower = make_tower()
+    weights = tower.weights()
+    name = next(n for n in weights if "ln_pre.weight" in n or "pre_layrnorm.weight" in n)
+    without = {n: t for n, t in weights.items() if n != name}
+    with pytest.raises(ValueError, match="lacks"):
+        tower.load_weights(without)
+    with pytest.raises(ValueError, match="misshapen"):
+        tower.load_weights(weights | {name: torch.zeros(3)})
+
+
+def test_weights_held_in_another_type_come_back_bit_for_bit(make_tower):
+    tower = make_tower()
+    digest = tower.digest()
+    with tower.in_dtype(torch.bfloat16):
+        assert tower.dtype == torch.bfloat16
+    assert tower.digest() == digest
+
+
+def test_a_whole_clip_model_is_taken_apart(images):
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2} | {
+        "image_size": 32,
+        "patch_size": 8,
+        "num_attention_heads": 4,
+    }
+    heads = {"num_attention_heads": 2, "vocab_size": 20}
+    clip = CLIPModel(CLIPConfig(text_config=text | heads, vision_config=vision, projection_dim=8))
+    clip = clip.eval()
+    with torch.no_grad():
+        expected = clip.get_image_features(images)
+        assert torch.equal(as_tower(copy.deepcopy(clip)).features(images), expected)
+
+
+def test_what_is_no_tower_is_refused():
+    with pytest.raises(TypeError, match="no vision tower is known"):
+        as_tower(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="visual projection"):
+        as_tower(hf_tower().model)
