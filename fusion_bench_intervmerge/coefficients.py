@@ -179,7 +179,7 @@ def read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: an unknown key or value.
     """
-    defaults = {
+    defaults: dict[str, Any] = {
         "granularity": "task",
         "init": 0.3,
         "train": True,

@@ -49,12 +49,12 @@ class DeferredTensor(Tensor):
     def __torch_function__(
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        named = kwargs or {}
         if func in _PUT_OFF:
             source = next(a for a in args if isinstance(a, DeferredTensor))
-            return cls.of(source.images, lambda: func(*map(_plain, args), **kwargs))
-        kwargs = {name: _plain(value) for name, value in kwargs.items()}
-        return func(*(_plain(a) for a in args), **kwargs)
+            return cls.of(source.images, lambda: func(*map(_plain, args), **named))
+        plain = {name: _plain(value) for name, value in named.items()}
+        return func(*(_plain(a) for a in args), **plain)
 
 
 def _plain(value: Any) -> Any:

@@ -79,7 +79,7 @@ class InterventionModel(TaskAwareModel):
             )
             for site, config in self.interventions.items()
         }
-        self.edits = nn.ModuleDict()
+        self.edits: Any = nn.ModuleDict()
         self.metadata: dict[str, Any] = {}
         self._route: _Route | None = None
         self._hook_sites()
@@ -264,7 +264,7 @@ class InterventionModel(TaskAwareModel):
         return placement.apply(z, block, edit)
 
     def _function(self, task: str, site: str, block: int) -> Function:
-        return self.edits[task][site][str(block)]  # type: ignore[index,return-value]
+        return self.edits[task][site][str(block)]
 
     def _functions(self) -> Iterator[Function]:
         for edits in self.edits.values():

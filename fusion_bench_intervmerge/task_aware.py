@@ -90,10 +90,9 @@ class TaskAwareModel(nn.Module, ABC):
             with self.for_task(None), torch.no_grad():
                 return self.native(images)
 
-        return BaseModelOutputWithPooling(
-            last_hidden_state=DeferredTensor.of(images, lambda: merged().last_hidden_state),
-            pooler_output=DeferredTensor.of(images, lambda: merged().pooler_output),
-        )
+        states: Any = DeferredTensor.of(images, lambda: merged().last_hidden_state)
+        pooled: Any = DeferredTensor.of(images, lambda: merged().pooler_output)
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
 
     def compute_surgery_features(
         self, features: Tensor | Callable[[nn.Module], Tensor], dataset_name: str

@@ -277,21 +277,62 @@ def test_an_old_style_base_runs_nested(tmp_path):
     assert result["report"]["average"]["accuracy"] > 0
 
 
+@pytest.fixture(scope="module", params=["clip-vit-tiny_TA8", "openclip-vit-tiny_TA8"])
+def comparison(request, tmp_path_factory):
+    """The demonstration, short, in both families."""
+    folder = tmp_path_factory.mktemp("comparison")
+    pools = [f"modelpool={request.param}", f"taskpool={request.param}"]
+    overrides = ["method=intervmerge/compare", "method.seeds=[0,1]", "method.steps=25"]
+    in_process(*overrides, *pools, folder=folder)
+    return folder / "log"
+
+
+def test_a_comparison_evaluates_every_model_alike(comparison):
+    report = json.loads((comparison / "program_report.json").read_text())
+    about = report["comparison"]["models"]
+    assert set(about) == set(report) - {"comparison"}
+    average = {name: report[name]["average"]["accuracy"] for name in about}
+    assert average["experts"] > average["task_arithmetic"] + 0.2
+    for seed in (0, 1):
+        name = f"task_arithmetic/intervmerge_r4/seed{seed}"
+        assert average[name] > average["task_arithmetic"]
+        assert about[name]["extra_parameters"] == 8 * 6 * (2 * 64 * 4 + 4)
+        assert about[name]["extra_parameters"] == report[name]["model_info"]["trainable_params"]
+
+
+def test_the_report_shows_what_the_task_pool_said(comparison, tmp_path):
+    from fusion_bench_intervmerge.report.cli import main
+
+    assert main(["report", str(comparison), "--to", str(tmp_path / "report")]) == 0
+    names = {path.name for path in (tmp_path / "report").iterdir()}
+    assert {"report.html", "table.md", "table.json", "accuracy_vs_parameters.png"} <= names
+    report = json.loads((comparison / "program_report.json").read_text())
+    shown = (tmp_path / "report" / "table.md").read_text()
+    assert f"{100 * report['experts']['average']['accuracy']:.1f}" in shown
+
+
 # -- errors ------------------------------------------------------------------------------------------
+
+
+EDIT = "interventions.attention"
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["method.interventions.attention.function=reft"], "interventions.attention.function: there is no function 'reft'"),
-        (["method.interventions.attention.rank=65"], "interventions.attention.rank: 65 does not fit vectors of width 64"),
-        (["method.interventions.attention.part=[32,80]"], "interventions.attention.part: [32, 80] lies outside the width 64"),
-        (["method.interventions.attention.blocks=[6]"], "interventions.attention.blocks: there is no block 6"),
+        ([f"method.{EDIT}.function=reft"], f"{EDIT}.function: there is no function 'reft'"),
+        ([f"method.{EDIT}.rank=65"], f"{EDIT}.rank: 65 does not fit vectors of width 64"),
+        ([f"method.{EDIT}.part=[32,80]"], f"{EDIT}.part: [32, 80] lies outside the width 64"),
+        ([f"method.{EDIT}.blocks=[6]"], f"{EDIT}.blocks: there is no block 6"),
         (["modelpool=clip-vit-b32_TA8"], "modelpool.models._pretrained_: cannot be had"),
         (["+method.data.cache=1"], "data.cache: no such setting"),
+        (["method.data.split=all"], "data.split: there is no split 'all'; allowed: test"),
+        (["method.resume=maybe"], "resume: 'maybe'; allowed: auto, never"),
+        (["method.optimizer.lr=-1"], "optimizer: Invalid learning rate"),
+        (["+method.coefficients.init=base"], "coefficients.init: `base` is no AdaMerging"),
         (["method.save_to=/proc/self/model"], "/proc/self/model"),
     ],
-)  # fmt: skip
+)
 def test_an_error_is_one_line_that_says_where(overrides, message, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     chosen = ["modelpool=clip-vit-tiny_TA8"] * (not overrides[0].startswith("modelpool"))

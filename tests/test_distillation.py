@@ -482,15 +482,25 @@ def test_a_full_disk_is_reported_and_training_goes_on(
     with caplog.at_level(logging.WARNING):
         model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
         done = distill(
-            model, experts, datasets, steps=4, batch_size=4, state_folder=tmp_path, save_every=2
+            model,
+            experts,
+            datasets,
+            steps=4,
+            batch_size=4,
+            state_folder=tmp_path / "s",
+            save_every=2,
         )
     assert len(done.losses) == 4 and "No space left on device" in caplog.text
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.rglob("*"))
 
 
 def test_two_processes_give_what_one_gives(tmp_path, undisturbed):
     two = run_worker(tmp_path, "two", 0.0, 2)
     assert two.keys() == undisturbed.keys()
+    # Softmax does not feel a bias of the keys: that gradient is rounding noise, which Adam scales up.
+    felt = torch.tensor(["k_proj.bias" not in name for name in hf_tower().mergeable()])
     for name, value in undisturbed.items():
-        if name != "resumed_at":
+        if name == "coefficients":
+            assert relative(two[name][:, felt], value[:, felt]) < 1e-4
+        elif name != "resumed_at":
             assert relative(two[name], value) < 1e-4, name

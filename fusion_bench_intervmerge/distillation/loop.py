@@ -422,8 +422,8 @@ class _Trainer:
     def _average(self, gradients: list[Tensor], losses: Tensor) -> Tensor:
         """Means over the processes: each saw an equal share of every task's batch."""
         flat = torch.cat([losses, *(g.flatten() for g in gradients)])
-        flat = self.fabric.all_reduce(flat, reduce_op="mean")
-        parts = flat.split([losses.numel(), *(g.numel() for g in gradients)])
+        reduced: Any = self.fabric.all_reduce(flat, reduce_op="mean")
+        parts = reduced.split([losses.numel(), *(g.numel() for g in gradients)])
         for gradient, part in zip(gradients, parts[1:], strict=True):
             gradient.copy_(part.view_as(gradient))
         return parts[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -55,13 +55,15 @@ def as_tower(model: nn.Module, projection: nn.Linear | None = None) -> VisionTow
         from .huggingface import HuggingFaceTower
 
         if hasattr(model, "visual_projection"):
-            inner = model.vision_model
+            inner: Any = model.vision_model
             if hasattr(inner, "encoder") and not isinstance(inner, CLIPVisionModel):
                 wrapper = CLIPVisionModel(CLIPVisionConfig(**inner.config.to_dict()))
                 target = getattr(wrapper, "vision_model", wrapper)
                 target.load_state_dict(inner.state_dict())
                 inner = wrapper.eval()
-            return HuggingFaceTower(inner, copy.deepcopy(model.visual_projection))
+            return HuggingFaceTower(
+                inner, copy.deepcopy(cast("nn.Linear", model.visual_projection))
+            )
         if projection is not None:
             return HuggingFaceTower(model, copy.deepcopy(projection))
         raise TypeError(f"{type(model).__name__} needs CLIP's visual projection beside it")

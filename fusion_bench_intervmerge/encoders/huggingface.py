@@ -26,7 +26,7 @@ class HuggingFaceTower(VisionTower):
 
     def __init__(self, model: nn.Module, projection: nn.Linear):
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.projection = projection
         config = self.config
         self.width = config.hidden_size
@@ -39,7 +39,7 @@ class HuggingFaceTower(VisionTower):
         return self.model.config
 
     @property
-    def _root(self) -> nn.Module:
+    def _root(self) -> Any:
         return getattr(self.model, "vision_model", self.model)
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:

@@ -9,7 +9,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from fusion_bench.constants import RuntimeConstants
 from fusion_bench.mixins import LightningFabricMixin, SimpleProfilerMixin
 from omegaconf import OmegaConf
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from ..cache import cache_root
 from ..coefficients import (
@@ -36,7 +37,7 @@ from ..errors import ConfigError
 from ..files import write_json
 from ..interventions import read_interventions
 from ..model import InterventionModel
-from .base_merge import run_base
+from .base_merge import run_adamerging, run_base
 from .diagnosis import diagnose, table
 from .experts import ExpertPool
 
@@ -54,8 +55,9 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         base: config of the FusionBench method that merges the experts; a ``_merged_`` model in the
             pool wins over it, and ``coefficients`` over both.
         coefficients: merge by task vectors with these coefficients: ``granularity`` (task, layer),
-            ``init`` (a number, or a file that AdaMerging saved), ``train``, ``task_vectors``
-            (plain, ties).
+            ``init`` (a number; a file that AdaMerging saved; ``base``: run ``base``, which then is
+            an AdaMerging method, and take its coefficients), ``train``, ``task_vectors`` (plain,
+            ties).
         loss: ``output`` or ``blocks``.
         data: ``split`` (test, validation, train), ``fraction`` of it, ``batch_size``,
             ``num_workers``, ``cache_gb`` (GiB of memory for images that are seen again).
@@ -65,6 +67,8 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         save_to: folder for the artifact; ``{log_dir}`` stands for the run's log folder.
         resume: ``auto`` continues a run of the same settings that was stopped; ``never`` does not.
         save_every: steps between two states of a run.
+        extend: folder of a saved model, to which the pool's new tasks are added; nothing is merged
+            and its own ``interventions`` hold.
     """
 
     def __init__(
@@ -80,15 +84,18 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         save_to: str | None = None,
         resume: str = "auto",
         save_every: int = 100,
+        extend: str | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.interventions = _plain(interventions)
-        self.base, self.coefficients = base, _plain(coefficients)
+        self.base: Any = base
+        self.coefficients: Any = _plain(coefficients)
         self.loss, self.steps, self.seed = loss, steps, seed
         self.data = DATA | (_plain(data) or {})
         self.optimizer = _plain(optimizer) or {"_target_": "torch.optim.Adam", "lr": 3e-3}
         self.save_to, self.resume, self.save_every = save_to, resume, save_every
+        self.extend = extend
         for key in self.data:
             if key not in DATA:
                 raise ConfigError(f"data.{key}", "no such setting", ", ".join(DATA))
@@ -111,10 +118,13 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         pool = ExpertPool(modelpool)
         if self.save_to is not None:
             self._check_writable(self._artifact_folder())
-        with self.profile("merging"):
-            merged, mixture = self.merge(pool)
-        with self.profile("distillation"):
-            model, done = self.repair(pool, merged, mixture)
+        if self.extend is not None:
+            model, done = self._extend(pool, Path(self.extend))
+        else:
+            with self.profile("merging"):
+                merged, mixture = self.merge(pool)
+            with self.profile("distillation"):
+                model, done = self.repair(pool, merged, mixture)
         report = self._report(pool, model, done)
         model.metadata |= {"images": report["images_used"], "method": report["method"]}
         if self.save_to is not None and self.fabric.is_global_zero:
@@ -144,11 +154,34 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
     ) -> tuple[InterventionModel, Distillation]:
         """Train edits for a merged encoder, which the model takes over."""
         model = InterventionModel(merged, pool.tasks, self.interventions, self.seed)
-        run = self._identity(pool, model)
-        done = distill(
+        trained = mixture if mixture is not None and self.coefficients["train"] else None
+        done = self._train(pool, model, pool.tasks, trained)
+        if mixture is not None:
+            model.metadata["coefficients"] = {"coefficients": mixture.coefficients.detach().cpu()}
+        return model, done
+
+    def _extend(self, pool: ExpertPool, folder: Path) -> tuple[InterventionModel, Distillation]:
+        """Add the pool's new tasks to a saved model; its merged encoder and tasks stay."""
+        model = InterventionModel.from_pretrained(folder)
+        new = [task for task in pool.tasks if task not in model.tasks]
+        if not new:
+            raise ConfigError("extend", f"{folder} has every task of the pool already", "new tasks")
+        for task in new:
+            model.add_task(task)
+        return model, self._train(pool, model, new, None)
+
+    def _train(
+        self,
+        pool: ExpertPool,
+        model: InterventionModel,
+        tasks: Sequence[str],
+        mixture: Mixture | None,
+    ) -> Distillation:
+        run = self._identity(pool, model, tasks)
+        return distill(
             model,
-            {task: lambda task=task: pool.tower(task) for task in pool.tasks},
-            self.images(pool),
+            {task: partial(pool.tower, task) for task in tasks},
+            {task: pool.images(task, self.data["split"]) for task in tasks},
             steps=self._steps,
             batch_size=self.data["batch_size"],
             fraction=self.data["fraction"],
@@ -156,20 +189,13 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             cache_gb=self.data["cache_gb"],
             loss=self.loss,
             optimizer=self._make_optimizer,
-            mixture=mixture if mixture is not None and self.coefficients["train"] else None,
+            mixture=mixture,
             seed=self.seed,
             fabric=self.fabric,
             state_folder=cache_root() / "states" / run if self.resume == "auto" else None,
             run=run,
             save_every=self.save_every,
         )
-        if mixture is not None:
-            model.metadata["coefficients"] = {"coefficients": mixture.coefficients.detach().cpu()}
-        return model, done
-
-    def images(self, pool: ExpertPool) -> dict[str, Any]:
-        """Task -> the images that may be seen."""
-        return {task: pool.images(task, self.data["split"]) for task in pool.tasks}
 
     @property
     def images_used(self) -> str:
@@ -189,19 +215,23 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         settings = self.coefficients
         tower = pool.tower("_pretrained_")
         theta0 = [p.detach().clone() for p in tower.mergeable().values()]
-        init = initial_coefficients(
-            settings["init"], len(pool.tasks), len(theta0), settings["granularity"]
+        if settings["init"] == "base":
+            start = run_adamerging(self.base, pool.pool, self.fabric, self._program)
+        else:
+            start = settings["init"]
+        init = initial_coefficients(start, len(pool.tasks), len(theta0), settings["granularity"])
+        vectors: Iterable[Sequence[Tensor]] = (
+            task_vector(pool.tower(task), theta0) for task in pool.tasks
         )
-        vectors = (task_vector(pool.tower(task), theta0) for task in pool.tasks)
         if settings["task_vectors"] == "ties":
-            vectors = iter(elect_signs([trim(vector, settings["keep"]) for vector in vectors]))
+            vectors = elect_signs([trim(vector, settings["keep"]) for vector in vectors])
         mixture = Mixture(theta0, vectors, init, getattr(torch, settings["dtype"]))
         mixture.write(tower)
         return tower, mixture
 
     # -- around the trainer ------------------------------------------------------------------------
 
-    def _make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    def _make_optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         from hydra.utils import get_class
 
         settings = {k: v for k, v in self.optimizer.items() if k not in ("_target_", "_recursive_")}
@@ -217,13 +247,13 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
                 "optimizer", reason, "{_target_: torch.optim.Adam, lr: 0.003}"
             ) from None
 
-    def _identity(self, pool: ExpertPool, model: InterventionModel) -> str:
+    def _identity(self, pool: ExpertPool, model: InterventionModel, tasks: Sequence[str]) -> str:
         """A digest of everything the trained numbers depend on."""
         facts = {
             "settings": self._settings(),
             "steps": self._steps,
             "merged": model.tower.digest(),
-            "experts": {task: pool.identity(task) for task in pool.tasks},
+            "experts": {task: pool.identity(task) for task in tasks},
             "precision": str(getattr(self.fabric._precision, "precision", "")),
             "processes": self.fabric.world_size,
         }
@@ -248,12 +278,13 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
     ) -> dict[str, Any]:
         """Print how far the model got; keep the whole story beside FusionBench's report."""
         dummy = self._without_task_pool()
-        rows, images = {}, self.images(pool)
+        rows = {}
         for task, seen in done.images.items():
             count = min(DIAGNOSED_IMAGES, len(seen))
             head = pool.head(task) if dummy else None
             expert = done.expert_features[task][:count]
-            rows[task] = diagnose(model, task, images[task], seen[:count], expert, head)
+            images = pool.images(task, self.data["split"])
+            rows[task] = diagnose(model, task, images, seen[:count], expert, head)
         extra = model.extra_parameters()
         report = {
             "method": self._settings(),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from fusion_bench import BaseModelPool
 from fusion_bench.utils import instantiate
 from lightning import Fabric
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 
@@ -57,3 +60,31 @@ def run_base(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -> 
             "a method that gives one merged model",
         )
     return merged
+
+
+def run_adamerging(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -> Tensor:
+    """Run one of FusionBench's AdaMerging methods for its coefficients.
+
+    Args:
+        config: the method's config; the others are as in ``run_base``.
+
+    Returns:
+        (tasks,) or (tasks, parameter tensors).
+
+    Raises:
+        ConfigError: the method does not save coefficients.
+    """
+    if not OmegaConf.is_config(config):
+        config = OmegaConf.create(dict(config or {}))
+    if "save_merging_weights" not in config:
+        raise ConfigError(
+            "coefficients.init",
+            "`base` is no AdaMerging method, so it gives no coefficients",
+            "method@method.base=adamerging/clip, a number, or a file",
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "merging_weights.pt"
+        run_base(
+            OmegaConf.merge(config, {"save_merging_weights": str(path)}), pool, fabric, program
+        )
+        return torch.load(path, weights_only=True, map_location="cpu").detach()

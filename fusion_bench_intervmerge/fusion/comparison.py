@@ -117,7 +117,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         }
 
     def _algorithm(self, config: Any, seed: int) -> IntervMergeAlgorithm:
-        settings = (
+        settings: Any = (
             OmegaConf.to_container(config) if isinstance(config, DictConfig) else dict(config)
         )
         settings = {k: v for k, v in settings.items() if not k.startswith("_")} | {"seed": seed}

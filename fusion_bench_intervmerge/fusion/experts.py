@@ -39,7 +39,7 @@ class ExpertPool:
     """
 
     def __init__(self, pool: BaseModelPool):
-        self.pool = pool
+        self.pool: Any = pool
         self.tasks: list[str] = list(pool.model_names)
         if not self.tasks:
             raise ConfigError("modelpool.models", "there are no experts", "one model a task")
@@ -100,7 +100,7 @@ class ExpertPool:
         # Not through CLIPClassificationMixin: it caches heads on disk by the model's name alone.
         if not hasattr(self, "_classifier"):
             clip = copy.deepcopy(self.pool.load_clip_model("_pretrained_"))
-            self._classifier = HFCLIPClassifier(clip, self._processor())
+            self._classifier: Any = HFCLIPClassifier(clip, self._processor())
         classnames, templates = get_classnames_and_templates(task)
         self._classifier.set_classification_task(classnames, templates)
         weights = self._classifier.zeroshot_weights.detach().clone()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,8 @@ def resolve_part(part: object, width: int, block: int, where: str) -> Index:
         for key in part:
             if key not in ("size", "start", "shift"):
                 raise ConfigError(f"{where}.{key}", "no such setting", "size, start, shift")
-        size, start = part.get("size"), part.get("start", 0)
+        size: Any = part.get("size")
+        start: Any = part.get("start", 0)
         if not _is_int(size) or not 1 <= size <= width:
             raise ConfigError(f"{where}.size", f"{size!r} does not fit", f"1 to {width}")
         if not _is_int(start) or not 0 <= start < width:

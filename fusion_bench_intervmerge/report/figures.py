@@ -323,7 +323,11 @@ def _scatter(panel: Axes, base: str, table: Sequence[Row], colours: Colours, roo
                 ms=7.5, mec=SURFACE, mew=1, elinewidth=1.4, capsize=3, capthick=1.4, zorder=4,
             )  # fmt: skip
             (px, low), (_, high) = transform((x, y - std)), transform((x, y + std))
-            obstacles.append(Bbox.from_extents(px - 2 * pixel, low, px + 2 * pixel, high))
+            half = max((high - low) / 2, pixel)
+            middle = (high + low) / 2
+            obstacles.append(
+                Bbox.from_extents(px - 2 * pixel, middle - half, px + 2 * pixel, middle + half)
+            )
             text = f"{readable(method)}\n{percent(row.average.mean, row.average.std)}"
             # beside other panels there is room for the essential
             placed.append((x, y, f"{text}, {count(x)}" if roomy else text))

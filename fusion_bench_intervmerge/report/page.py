@@ -133,6 +133,7 @@ class Section:
 
 
 def _sections(study: Study, table: Sequence[Row]) -> list[Section]:
+    several = len({row.method for row in table if row.method}) > 1
     found = [
         _section(
             "parameters",
@@ -145,28 +146,29 @@ def _sections(study: Study, table: Sequence[Row]) -> list[Section]:
         _section(
             "tasks",
             "Task by task",
-            "Each bar reaches from the worst model to the best of a task; the numbers are in the "
+            "A bar reaches from a task's lowest accuracy to its highest; the numbers are in the "
             "table above.",
             partial(figures.accuracy_by_task, study, table),
         ),
         _section(
             "training",
             "Training",
-            "The distillation loss at each step, a running mean over a fortieth of the steps. "
-            "Methods with different losses cannot be compared by it.",
+            "The distillation loss at each step, a running mean over a fortieth of the steps"
+            + ("; methods with different losses cannot be compared by it." if several else "."),
             partial(figures.training_curves, study, table),
         ),
     ]
-    several = len(study.runs) > 1
     for number, run in enumerate(study.runs):
-        of = f" ({run.folder.resolve().name})" if several else ""
+        of = f" ({run.folder.resolve().name})" if len(study.runs) > 1 else ""
         features, analysis = run.features, run.analysis
+        agreement = any("agreement_after" in row for row in features.values())
         found.append(
             _section(
                 f"features-{number}",
                 f"Distance to the experts{of}",
                 "On training images: the mean absolute difference of image features to the "
-                "expert's, and how often the predicted class is the expert's.",
+                "expert's, before the repair and after it"
+                + (", and how often the predicted class is the expert's." if agreement else "."),
                 partial(figures.features, features),
             )
         )
@@ -228,7 +230,9 @@ def _lines(study: Study, table: Sequence[Row]) -> list[dict[str, Any]]:
         if len(study.bases) > 1:
             base = readable(row.base) if row.base else NONE
             cells.append((base, "", base, False))
-        gap, extra, seconds = row.gap_closed, row.extra_parameters, row.seconds
+        gap = row.gap_closed.mean if row.gap_closed else None
+        took = row.seconds.mean if row.seconds else None
+        extra = row.extra_parameters
         average, *tasks = (
             (
                 percent(stat.mean),
@@ -238,17 +242,11 @@ def _lines(study: Study, table: Sequence[Row]) -> list[dict[str, Any]]:
             )
             for name, stat in [("average", row.average), *row.accuracy.items()]
         )
-        took = seconds.mean if seconds else None
         cells += [
             average,
-            (
-                f"{percent(gap.mean, digits=0)}%" if gap else NONE,
-                "",
-                gap.mean if gap else "",
-                False,
-            ),
-            (NONE if extra is None else count(extra), "", "" if extra is None else extra, False),
-            (duration(took), "", "" if took is None else took, False),
+            (NONE if gap is None else f"{percent(gap, digits=0)}%", "", gap, False),
+            (NONE if extra is None else count(extra), "", extra, False),
+            (duration(took), "", took, False),
             *tasks,
         ]
         lines.append(

@@ -109,7 +109,7 @@ def _build(recipe: Recipe, folder: Path) -> None:
 
 
 def _draw(recipe: Recipe, name: str, folder: Path) -> None:
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for split, count in recipe.sizes().items():
         images, labels = TASKS[name].images(recipe.seed, split, count)
         arrays |= {f"{split}_images": images, f"{split}_labels": labels}

@@ -11,7 +11,7 @@ from .tasks import TASKS
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run: AdamW, a short warm-up, then a cosine down to zero."""
+    """One training run: AdamW, a warm-up, then a cosine down to zero."""
 
     steps: int
     batch_size: int
@@ -34,7 +34,7 @@ class Recipe:
     seed: int = 0
     revision: int = 1
 
-    train: int = 2000
+    train: int = 2400
     validation: int = 300
     test: int = 480
 
@@ -46,8 +46,8 @@ class Recipe:
     features: int = 64
     context: int = 16
 
-    pretraining: Stage = Stage(steps=250, batch_size=256, lr=1e-3)
-    finetuning: Stage = Stage(steps=400, batch_size=64, lr=1.5e-3)
+    pretraining: Stage = Stage(steps=450, batch_size=128, lr=2e-3)
+    finetuning: Stage = Stage(steps=300, batch_size=64, lr=1e-3)
 
     def sizes(self) -> dict[str, int]:
         """Images per task in each split."""

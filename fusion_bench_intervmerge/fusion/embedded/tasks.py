@@ -135,7 +135,7 @@ def letters(rng, label, split):
 def shapes(rng, label, split):
     """One filled outline."""
     ground, ink = _ground_and_ink(rng)
-    distance = OUTLINES[label](*_placed(rng, radius=(0.5, 0.75), turn=0.25))
+    distance = OUTLINES[label](*_placed(rng, (0.5, 0.75), turn=0.25))
     return _photograph(rng, _paint(ground, _coverage(distance), ink))
 
 
@@ -185,19 +185,17 @@ def positions(rng, label, split):
 @task(
     "red, orange, yellow, green, cyan, blue, purple, pink, brown, gray",
     "a photo of a {} thing",
-    "the colour {}",
+    "the larger thing is {}",
 )
 def colours(rng, label, split):
-    """The colour of an outline, on a ground of any other colour."""
-    hue, saturation, value = HUES[label]
-    ink = colorsys.hsv_to_rgb(
-        (hue + rng.normal(0, 9)) % 360 / 360,
-        np.clip(saturation + rng.normal(0, 0.1), 0, 1),
-        np.clip(value + rng.normal(0, 0.1), 0, 1),
-    )
-    outline = OUTLINES[rng.integers(len(OUTLINES))]
-    distance = outline(*_placed(rng, radius=(0.5, 0.75), turn=0.25))
-    return _photograph(rng, _paint(_shaded(rng), _coverage(distance), np.array(ink)))
+    """The colour of the larger of two figures."""
+    scene = _shaded(rng)
+    other = (label + rng.integers(1, len(HUES))) % len(HUES)
+    for hue, radius in ((label, (0.5, 0.65)), (other, (0.25, 0.32))):
+        outline = OUTLINES[rng.integers(len(OUTLINES))]
+        distance = outline(*_placed(rng, radius, turn=0.25))
+        scene = _paint(scene, _coverage(distance), _dye(rng, hue))
+    return _photograph(rng, scene)
 
 
 @task(
@@ -206,26 +204,25 @@ def colours(rng, label, split):
     "stripes turned by {} degrees",
 )
 def gratings(rng, label, split):
-    """Stripes at one of twelve angles, of any width and any two colours."""
-    angle = np.pi * (label / 12 + rng.normal(0, 0.01))
-    along = X * np.cos(angle) + Y * np.sin(angle)
-    wave = np.sin(rng.uniform(6, 18) * along + rng.uniform(0, 2 * np.pi))
+    """The angle of the stronger of two crossing gratings."""
+    turn = label + rng.integers(2, 11)
+    waves = _wave(rng, label) + rng.uniform(0.3, 0.6) * _wave(rng, turn)
     ground, ink = _ground_and_ink(rng)
-    return _photograph(rng, _paint(ground, 0.5 + 0.5 * rng.uniform(0.1, 0.5) * wave, ink))
+    return _photograph(rng, _paint(ground, 0.5 + rng.uniform(0.1, 0.3) * waves, ink))
 
 
 @task(
-    "white, pink, brown, blue, fine, medium, coarse",
+    "white, pink, brown, blue, coarse, medium, fine, finest",
     "a texture of {} noise",
     "a surface with a {} grain",
 )
 def textures(rng, label, split):
-    """Noise with a given spectrum: four power laws, three bands."""
+    """Noise with a given spectrum: four power laws, four bands."""
     spectrum = np.fft.rfft2(rng.normal(size=(SIZE, SIZE))) * SPECTRA[label](_frequency(), rng)
     grain = np.fft.irfft2(spectrum, (SIZE, SIZE))
-    grain = 0.5 + rng.uniform(0.15, 0.3) * (grain - grain.mean()) / grain.std()
+    grain = 0.5 + rng.uniform(0.1, 0.25) * (grain - grain.mean()) / grain.std()
     ground, ink = _ground_and_ink(rng)
-    return _photograph(rng, _paint(ground, np.clip(grain, 0, 1), ink), noise=0.02)
+    return _photograph(rng, _paint(ground, np.clip(grain, 0, 1), ink), noise=0.05)
 
 
 # --- ink, ground and light -----------------------------------------------------------------------
@@ -311,6 +308,14 @@ def _crescent(x, y, r):
 
 OUTLINES = (_circle, _square, _triangle, _diamond, _ring, _cross, _star, _crescent)
 
+
+def _dye(rng, label: int) -> Array:
+    """A shade of one of the ten named colours, (3,)."""
+    hue, saturation, value = HUES[label] + rng.normal(size=3) * (7, 0.07, 0.07)
+    shade = colorsys.hsv_to_rgb(hue % 360 / 360, *np.clip((saturation, value), 0, 1))
+    return np.array(shade)
+
+
 # Hue in degrees, saturation, value.
 HUES = (
     (0, 0.9, 0.9),
@@ -326,7 +331,14 @@ HUES = (
 )
 
 
-# --- spectra, faces, scans -----------------------------------------------------------------------
+# --- stripes, spectra, faces, scans -----------------------------------------------------------------------
+
+
+def _wave(rng, twelfths: int) -> Array:
+    """A plane wave of any width at about this many twelfths of a half turn, from -1 to 1."""
+    angle = np.pi * (twelfths / 12 + rng.normal(0, 0.01))
+    along = X * np.cos(angle) + Y * np.sin(angle)
+    return np.sin(rng.uniform(6, 16) * along + rng.uniform(0, 2 * np.pi))
 
 
 @cache
@@ -337,18 +349,18 @@ def _frequency() -> Array:
 
 
 def _power(exponent: float):
-    return lambda frequency, rng: frequency ** (exponent + rng.normal(0, 0.08))
+    return lambda frequency, rng: frequency ** (exponent + rng.normal(0, 0.1))
 
 
 def _band(centre: float):
     def spectrum(frequency, rng):
-        middle = centre * rng.uniform(0.88, 1.12)
+        middle = centre * rng.uniform(0.85, 1.15)
         return np.exp(-(((frequency - middle) / (0.25 * middle)) ** 2))
 
     return spectrum
 
 
-SPECTRA = (*map(_power, (0, -0.8, -1.8, 0.9)), *map(_band, (10, 6, 3)))
+SPECTRA = (*map(_power, (0, -0.7, -1.5, 0.7)), *map(_band, (3, 5, 8, 12)))
 
 FACES = ("Sans", "Sans-Bold", "Sans-Oblique", "SansMono", "Serif", "Serif-Bold", "Serif-Italic")
 

@@ -59,6 +59,8 @@ class Function(nn.Module):
     """
 
     name: str
+    # The formula: vectors z (..., n, width) and its tensors by name -> (..., n, width).
+    edit: Callable[..., Tensor]
     takes_activation = False
     identity_start = True
 
@@ -84,10 +86,6 @@ class Function(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None, identity: bool) -> None:
         """Create the tensors of the formula at their initial values."""
         raise NotImplementedError  # pragma: no cover - every form has its own tensors
-
-    def edit(self, z: Tensor, **tensors: Tensor) -> Tensor:
-        """The formula: vectors z (..., n, width) and its tensors -> (..., n, width)."""
-        raise NotImplementedError  # pragma: no cover - every form has its own formula
 
     def folded(self) -> Function:
         """An equal function that needs least at inference: the same outputs, bit for bit."""

@@ -1,0 +1,419 @@
+"""A report says what the runs say: the numbers, the files, and one line where a run is no run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import synthetic_runs as synthetic
+from rich.console import Console
+
+from fusion_bench_intervmerge.report import cli, drawing, figures, gather, read_run, rows, words
+from fusion_bench_intervmerge.report.page import write_report
+from fusion_bench_intervmerge.report.tables import to_terminal
+
+
+def small(folder: Path, **changed: Any) -> Path:
+    """Two tasks, one merge, one repair at three seeds; the numbers are easy to do by hand."""
+
+    def accuracy(a: float, b: float) -> dict[str, Any]:
+        return {"model_info": {}, "x": {"accuracy": a}, "y": {"accuracy": b}}
+
+    report = {
+        "experts": accuracy(0.95, 0.85),
+        "base": accuracy(0.4, 0.6),
+        "base/edit_r2/seed0": accuracy(0.5, 0.7),
+        "base/edit_r2/seed1": accuracy(0.6, 0.8),
+        "base/edit_r2/seed2": accuracy(0.7, 0.9),
+        "comparison": {
+            "tasks": ["x", "y"],
+            "models": {
+                "experts": {"kind": "experts"},
+                "base": {
+                    "kind": "merge",
+                    "base": "base",
+                    "method": "none",
+                    "extra_parameters": 0,
+                    "seconds": 0.5,
+                },
+                **{
+                    f"base/edit_r2/seed{seed}": {
+                        "kind": "repair",
+                        "base": "base",
+                        "method": "edit_r2",
+                        "seed": seed,
+                        "extra_parameters": 24768,
+                        "seconds": 10.0 + seed,
+                        "images_used": f"100% of the test split, seed {seed}",
+                        "transductive": True,
+                        "final_loss": 0.1,
+                    }
+                    for seed in (0, 1, 2)
+                },
+            },
+        },
+    }
+    return synthetic.write(folder, report | changed)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report with everything in it."""
+    run = synthetic.analysis(synthetic.comparison(tmp_path_factory.mktemp("run") / "compared"))
+    return write_report([run])
+
+
+@pytest.fixture(scope="module")
+def small_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of the small run, in a folder where another file was before."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "out").mkdir()
+    (folder / "out" / "notes.txt").write_text("mine")
+    return write_report([small(folder / "run")], folder / "out")
+
+
+# -- the numbers -----------------------------------------------------------------------------------
+
+
+def test_the_table_holds_what_one_computes_by_hand(tmp_path: Path) -> None:
+    table = rows(gather([read_run(small(tmp_path))]))
+    assert [row.label for row in table] == ["base", "+ edit r=2", "Experts"]
+    repair = table[1]
+    assert repair.seeds == (0, 1, 2)
+    assert repair.average.mean == pytest.approx(0.7)
+    # sample deviation of 0.6, 0.7, 0.8: sqrt((0.01 + 0 + 0.01) / 2)
+    assert repair.average.std == pytest.approx(0.1)
+    assert repair.accuracy["x"].mean == pytest.approx(0.6)
+    # merge 0.5, experts 0.9: 0.1 / 0.4, 0.2 / 0.4, 0.3 / 0.4
+    assert repair.gap_closed is not None
+    assert repair.gap_closed.values == pytest.approx((0.25, 0.5, 0.75))
+    assert repair.seconds is not None and repair.seconds.mean == pytest.approx(11)
+    assert table[0].gap_closed is None and table[0].average.std is None
+
+
+def test_without_experts_no_gap_is_claimed(tmp_path: Path) -> None:
+    run = synthetic.comparison(tmp_path, references=False)
+    assert all(row.gap_closed is None for row in rows(gather([read_run(run)])))
+
+
+def test_a_single_run_is_one_row_with_its_curves(tmp_path: Path) -> None:
+    run = read_run(synthetic.single(tmp_path / "run"))
+    study = gather([run])
+    (row,) = rows(study)
+    assert (row.base, row.method, row.seeds) == ("task_arithmetic", "intervmerge_r4", (0,))
+    assert row.extra_parameters == 24768
+    assert row.seconds is not None and row.seconds.mean == pytest.approx(150.6)
+    assert row.transductive is False
+    assert row.images_used is not None and row.images_used.endswith("16 images a task")
+    assert len(study.results[0].losses["digits"]) == 200
+    assert run.command == (
+        "fusion_bench method=intervmerge method.interventions.attention.rank=4 "
+        "'method.data={split: validation, fraction: 0.1}' modelpool=clip-vit-tiny_TA8"
+    )
+    page = (write_report([tmp_path / "run"]) / "report.html").read_text()
+    assert "Training" in page and "Distance to the experts" in page and "held out" in page
+
+
+def test_seeds_of_several_runs_meet_and_a_run_given_twice_counts_once(tmp_path: Path) -> None:
+    runs = [synthetic.single(tmp_path / f"{seed}", seed=seed) for seed in (0, 1)]
+    (row,) = rows(gather([read_run(run) for run in [*runs, runs[0]]]))
+    assert row.seeds == (0, 1)
+
+
+def test_one_name_for_different_things_is_told_apart(tmp_path: Path) -> None:
+    first = synthetic.single(tmp_path / "first", mean=0.7)
+    second = synthetic.single(tmp_path / "second", mean=0.8)
+    found = rows(gather([read_run(first), read_run(second)]))
+    assert [row.method for row in found] == ["intervmerge_r4", "intervmerge_r4@second"]
+    assert found[1].label == "+ IntervMerge r=4 (second)"
+
+
+def test_bases_can_be_chosen(tmp_path: Path) -> None:
+    run = read_run(synthetic.comparison(tmp_path, bases=["task_arithmetic", "ties_merging"]))
+    assert gather([run]).bases == ["task_arithmetic", "ties_merging"]
+    assert gather([run], ["ties_merging"]).bases == ["ties_merging"]
+
+
+def test_names_and_numbers_are_written_for_people() -> None:
+    assert words.readable("intervmerge_r4") == "IntervMerge r=4"
+    assert words.readable("surgery_v2") == "SurgeryV2"
+    assert words.readable("layer_wise_adamerging") == "layer-wise AdaMerging"
+    assert words.readable("stanford-cars") == "stanford-cars"
+    numbers = (768, 6144, 24_768, 147_552, 999_950, 1_234_567)
+    assert [words.count(n) for n in numbers] == ["768", "6.1k", "24.8k", "148k", "1.0M", "1.2M"]
+    assert words.percent(0.7234, 0.0041) == "72.3 ± 0.4"
+
+
+# -- the files -------------------------------------------------------------------------------------
+
+
+def test_json_keeps_every_seed_unrounded(small_report: Path) -> None:
+    found = json.loads((small_report / "table.json").read_text())
+    assert found["tasks"] == ["x", "y"]
+    repair = found["rows"][1]
+    assert repair["seeds"] == [0, 1, 2]
+    assert repair["accuracy"]["x"]["by_seed"] == [0.5, 0.6, 0.7]
+    assert repair["gap_closed"]["mean"] == pytest.approx(0.5)
+    assert repair["extra_parameters"] == 24768 and repair["transductive"] is True
+
+
+def test_csv_round_trips(written: Path) -> None:
+    with (written / "table.csv").open(newline="") as stream:
+        read = list(csv.DictReader(stream))
+    exact = json.loads((written / "table.json").read_text())["rows"]
+    assert len(read) == len(exact) == 6
+    for line, row in zip(read, exact, strict=True):
+        assert (line["base"] or None, line["method"] or None) == (row["base"], row["method"])
+        assert int(line["seeds"]) == len(row["seeds"])
+        for task in synthetic.TASKS:
+            assert float(line[task]) == pytest.approx(
+                100 * row["accuracy"][task]["mean"], abs=0.005
+            )
+        if row["average"]["std"] is not None:
+            assert float(line["average_std"]) == pytest.approx(
+                100 * row["average"]["std"], abs=0.005
+            )
+        if row["extra_parameters"] is not None:
+            assert int(line["extra_parameters"]) == row["extra_parameters"]
+
+
+def test_markdown_is_one_table_of_methods_and_tasks(small_report: Path) -> None:
+    lines = (small_report / "table.md").read_text().splitlines()
+    assert lines[0] == ("| method | x | y | average | extra parameters | gap closed | seconds |")
+    assert lines[3] == (
+        "| + edit r=2 | 60.0 ± 10.0 | 80.0 ± 10.0 | 70.0 ± 10.0 | 24.8k | 50% | 11 |"
+    )
+    assert {line.count("|") for line in lines[:5]} == {8}
+
+
+def test_the_terminal_shows_as_much_as_fits(tmp_path: Path) -> None:
+    study = gather([read_run(synthetic.comparison(tmp_path))])
+    shown = {}
+    for width in (80, 150, 200):
+        console = Console(width=width)
+        with console.capture() as captured:
+            console.print(to_terminal(study, rows(study), width))
+        shown[width] = captured.get()
+        assert "…" not in shown[width]
+    assert "digits" not in shown[80] and "table.md" in shown[80]
+    assert "digits" in shown[150] and shown[150].count("±") == 3
+    assert shown[200].count("±") == 27
+
+
+def test_figures_are_whole_files(written: Path) -> None:
+    for name in ("accuracy_vs_parameters", "accuracy_by_task"):
+        assert (written / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        ElementTree.parse(written / f"{name}.svg")
+    assert not [path for path in written.iterdir() if path.name.startswith(".")]
+
+
+def test_labels_of_a_figure_do_not_touch(tmp_path: Path) -> None:
+    methods = {
+        **synthetic.METHODS,
+        "intervmerge_r16": (98688, 0.52),
+        "surgery_r64": (65536, 0.34),
+        "surgery_v2_r16": (212992, 0.55),
+        "intervmerge_mini_r1": (2048, 0.22),
+    }
+    study = gather([read_run(synthetic.comparison(tmp_path, methods=methods))])
+    for width in (figures.WIDE, figures.NARROW):
+        figure = figures.accuracy_vs_parameters(study, rows(study), width)
+        assert figure is not None
+        texts = [t for t in figure.axes[0].texts if t.get_text()]
+        boxes = [t.get_window_extent() for t in texts]
+        labels = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+        # lines of one label may share a pixel of their boxes
+        shared = [min(a.y1, b.y1) - max(a.y0, b.y0) for a, b in labels]
+        assert max(shared, default=0) < 2
+        frame = figure.bbox
+        assert all(frame.x0 <= b.x0 and b.x1 <= frame.x1 for b in boxes)
+
+
+def test_labels_at_line_ends_keep_their_order_and_distance() -> None:
+    places = drawing._spread([1, 2, 2.5, 30, 30.1, 60], step=5, low=0, high=62)
+    assert np.diff(places).min() >= 5 - 1e-9
+    assert places[-1] <= 62 and places[0] >= 0
+
+
+@pytest.mark.parametrize("tasks", [["only"], [f"task {i}" for i in range(20)]])
+def test_one_task_or_twenty(tmp_path: Path, tasks: list[str]) -> None:
+    run = synthetic.comparison(
+        tmp_path / "run", tasks=tasks, methods={"edit": (10, 0.3)}, seeds=(0,), losses=True
+    )
+    assert (write_report([run]) / "report.html").exists()
+
+
+def test_other_files_of_the_folder_stay(small_report: Path) -> None:
+    assert (small_report / "notes.txt").read_text() == "mine"
+    assert not (small_report.parent / "run" / "report").exists()
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Collects what a page would load, its ids, and whether its elements are closed."""
+
+    VOID = {"meta", "link", "br", "img", "input", "hr", "col"}  # noqa: RUF012
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.loads: list[str] = []
+        self.ids: list[str] = []
+        self.open: list[str] = []
+        self.sections: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        for name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+            if given.get(name):
+                self.loads.append(given[name] or "")
+        if given.get("id"):
+            self.ids.append(given["id"] or "")
+        if tag == "section":
+            self.sections.append(given["id"] or "")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_well_formed_and_loads_nothing(written: Path) -> None:
+    text = (written / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    assert all(load.startswith("#") or load == "data:," for load in page.loads)
+    assert not re.search(r"url\((?!['\"]?#)", text)
+    assert "@import" not in text and "fetch(" not in text
+    assert page.sections == [
+        "results", "parameters", "tasks", "bias_by_block-0", "stitching-0", "embeddings-0",
+        "images", "reproduce",
+    ]  # fmt: skip
+
+
+def test_the_page_tells_what_was_run(written: Path) -> None:
+    text = (written / "report.html").read_text()
+    assert "fusion_bench method=intervmerge/compare modelpool=clip-vit-tiny_TA8" in text
+    assert "&lt;of each task&gt;" in text  # the configuration, escaped
+    assert "transductive" in text and "seeds 0, 1 and 2" in text
+    assert re.search(r"fusion-bench-intervmerge</td><td>\d", text)
+    best = re.search(r'<p class="headline">(.*?)</p>', text, re.DOTALL)
+    assert best is not None and best[1].startswith("IntervMerge r=4 takes Task Arithmetic from")
+
+
+def test_inline_figures_take_the_pages_colours(written: Path) -> None:
+    text = (written / "report.html").read_text()
+    svg = text[text.index("<svg") : text.rindex("</svg>")]
+    assert "var(--ink)" in svg and "var(--hue-0)" in svg
+    inks = set(re.findall(r"(?:fill|stroke): ?(#[0-9a-f]{6})", svg))
+    assert inks == set()
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    run = synthetic.comparison(tmp_path / "run", methods={'<b>$x_1$"': (10, 0.3)})
+    text = (write_report([run], title="<i>") / "report.html").read_text()
+    assert "<b>" not in text and "<i>" not in text
+    assert Page(text).open == []
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+
+def broken(tmp_path: Path, name: str) -> list[str]:
+    """Arguments of ``intervmerge report`` that cannot work."""
+    run = tmp_path / "run"
+    if name == "no such folder":
+        return [str(tmp_path / "nowhere")]
+    small(run)
+    report = run / "program_report.json"
+    if name == f"has no {report.name}":
+        report.unlink()
+    elif name == "broken JSON":
+        report.write_text('{"a": ')
+    elif name == "holds no comparison":
+        report.write_text('{"x": {"accuracy": 0.5}}')
+    elif name == "no 'base/edit_r2/seed1'":
+        found = json.loads(report.read_text())
+        del found["base/edit_r2/seed1"]
+        report.write_text(json.dumps(found))
+    elif name == "which is no share":
+        small(run, base={"x": {"accuracy": float("nan")}, "y": {"accuracy": 0.5}})
+    elif name == "its tasks are not those":
+        return [str(run), str(synthetic.comparison(tmp_path / "other"))]
+    elif name == "average accuracy of":
+        other = {"x": {"accuracy": 0.5}, "y": {"accuracy": 0.5}}
+        return [str(run), str(small(tmp_path / "other", experts=other))]
+    elif name == "no run has 'ties'":
+        return [str(run), "--base", "ties"]
+    elif name == "cannot be written":
+        (tmp_path / "file").write_text("")
+        return [str(run), "--to", str(tmp_path / "file")]
+    elif name == "analysis.json: is not laid out":
+        (run / "analysis.json").write_text('{"stitching": [1, 2]}')
+    return [str(run)]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "no such folder",
+        "has no program_report.json",
+        "broken JSON",
+        "holds no comparison",
+        "no 'base/edit_r2/seed1'",
+        "which is no share",
+        "its tasks are not those",
+        "average accuracy of",
+        "no run has 'ties'",
+        "cannot be written",
+        "analysis.json: is not laid out",
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = broken(tmp_path, said)
+    assert cli.main(["report", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err and err.startswith("intervmerge: ") and err.count("\n") == 1
+    assert not (tmp_path / "run" / "report").exists()
+
+
+def test_the_command_writes_beside_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small(tmp_path / "run")
+    assert cli.main(["report", str(run)]) == 0
+    assert str(run / "report" / "report.html") in capsys.readouterr().out
+    assert sorted(path.name for path in (run / "report").iterdir()) == [
+        "accuracy_by_task.png", "accuracy_by_task.svg", "accuracy_vs_parameters.png",
+        "accuracy_vs_parameters.svg", "report.html", "table.csv", "table.json", "table.md",
+    ]  # fmt: skip
+
+
+def test_a_report_needs_neither_toolkit_nor_torch() -> None:
+    code = (
+        "import sys, fusion_bench_intervmerge.report.cli\n"
+        "print([m for m in ('torch', 'fusion_bench', 'transformers', 'matplotlib.pyplot')"
+        " if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
