@@ -91,7 +91,7 @@ def test_torn_and_missing_files(folder):
     with pytest.raises(ArtifactError, match="torn"):
         InterventionModel.from_pretrained(folder)
     path.unlink()
-    with pytest.raises(ArtifactError, match="bees.safetensors: missing"):
+    with pytest.raises(ArtifactError, match=r"bees\.safetensors: missing"):
         InterventionModel.from_pretrained(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ArtifactError, match="not readable as JSON"):
@@ -102,7 +102,7 @@ def test_torn_and_missing_files(folder):
 
 def test_edits_of_another_shape(folder):
     change(folder, interventions={"attention": {"rank": 2}})
-    with pytest.raises(ArtifactError, match="does not fit config.json's interventions"):
+    with pytest.raises(ArtifactError, match=r"does not fit config\.json.s interventions"):
         InterventionModel.from_pretrained(folder)
 
 

@@ -52,7 +52,7 @@ def run(tmp_path_factory):
     return done, folder / "log"
 
 
-# -- discovery ---------------------------------------------------------------------------------------
+# -- discovery ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["elsewhere", "repository"])
@@ -174,7 +174,7 @@ def test_other_hydra_applications_are_left_alone(tmp_path):
     assert "fusion_bench" not in shown
 
 
-# -- the main job ------------------------------------------------------------------------------------
+# -- the main job ------------------------------------------------------------
 
 
 def test_the_main_job_reports_what_it_did(run):
@@ -311,7 +311,7 @@ def test_the_report_shows_what_the_task_pool_said(comparison, tmp_path):
     assert f"{100 * report['experts']['average']['accuracy']:.1f}" in shown
 
 
-# -- errors ------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------
 
 
 EDIT = "interventions.attention"

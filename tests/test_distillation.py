@@ -28,7 +28,7 @@ from fusion_bench_intervmerge.errors import ConfigError
 WORKER = Path(__file__).parent / "distill_worker.py"
 
 
-# -- which images, and when ------------------------------------------------------------------------
+# -- which images, and when ------------------------------------------------------------
 
 
 @given(
@@ -81,7 +81,7 @@ def test_schedules_that_cannot_be(arguments, message):
     assert message in str(error.value)
 
 
-# -- the published curves --------------------------------------------------------------------------
+# -- the published curves ------------------------------------------------------------
 
 
 class PublishedOrder:
@@ -153,7 +153,7 @@ def test_surgery_v2_follows_the_published_curve(golden, golden_tower):
     assert relative(trained, golden["surgery_v2.features.trained"]) < 1e-4
 
 
-# -- invariants ------------------------------------------------------------------------------------
+# -- invariants ------------------------------------------------------------
 
 SITES = [
     ({"attention": {"rank": 2}}, "output"),
@@ -331,7 +331,7 @@ def test_lower_precision_comes_close_and_leaves_the_merged_weights_alone(
     assert all(p.dtype == torch.float32 for p in low.edits.parameters())
 
 
-# -- what can go wrong -----------------------------------------------------------------------------
+# -- what can go wrong ------------------------------------------------------------
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(experts, datasets, tmp_path):
@@ -371,7 +371,7 @@ def test_unknown_loss_and_missing_images(experts, datasets):
         distill(model, experts, {t: datasets[t] for t in TASKS[:2]}, steps=1)
 
 
-# -- stopping and going on -------------------------------------------------------------------------
+# -- stopping and going on ------------------------------------------------------------
 
 
 def run_worker(tmp_path, name, *more, steps=30, states=None, wait=True):
@@ -497,7 +497,7 @@ def test_a_full_disk_is_reported_and_training_goes_on(
 def test_two_processes_give_what_one_gives(tmp_path, undisturbed):
     two = run_worker(tmp_path, "two", 0.0, 2)
     assert two.keys() == undisturbed.keys()
-    # Softmax does not feel a bias of the keys: that gradient is rounding noise, which Adam scales up.
+    # Softmax does not feel a bias of the keys: that gradient is noise, which Adam scales up.
     felt = torch.tensor(["k_proj.bias" not in name for name in hf_tower().mergeable()])
     for name, value in undisturbed.items():
         if name == "coefficients":

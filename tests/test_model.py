@@ -158,7 +158,7 @@ def test_any_mixture_of_tasks(names):
             assert relative(mixed[row], model.encode(image[None], task)[0]) < 1e-5
 
 
-# -- the parameter table of the paper --------------------------------------------------------------
+# -- the parameter table of the paper ------------------------------------------------------------
 
 B32 = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "patch_size": 32}
 L14 = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "patch_size": 14}
@@ -205,7 +205,7 @@ def test_parameter_counts_are_the_papers(real_sizes, size, sites, trained, folde
     assert sum(extra["per_task"].values()) == trained
 
 
-# -- among FusionBench's vision models -------------------------------------------------------------
+# -- among FusionBench's vision models ------------------------------------------------------------
 
 
 class CountPasses:

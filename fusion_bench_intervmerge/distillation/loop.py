@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,13 @@ class Distillation:
     seconds: dict[str, float]
     expert_features: dict[str, Tensor]
     resumed_at: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
+
+    def by_task(self) -> dict[str, list[float]]:
+        """Task -> its loss at each step, for a report."""
+        return {
+            task: [round(float(loss), 6) for loss in self.losses[:, column]]
+            for column, task in enumerate(self.images)
+        }
 
 
 def distill(

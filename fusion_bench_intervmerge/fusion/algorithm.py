@@ -296,10 +296,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             "seconds": done.seconds,
             "resumed_at": done.resumed_at,
             "features": rows,
-            "losses": {
-                task: [round(float(v), 6) for v in done.losses[:, i]]
-                for i, task in enumerate(done.images)
-            },
+            "losses": done.by_task(),
         }
         if self.fabric.is_global_zero:
             console = Console()

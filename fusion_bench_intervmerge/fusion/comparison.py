@@ -114,6 +114,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
             "images_used": algorithm.images_used,
             "transductive": algorithm.data["split"] == "test",
             "final_loss": float(done.losses[-1].mean()),
+            "losses": done.by_task(),
         }
 
     def _algorithm(self, config: Any, seed: int) -> IntervMergeAlgorithm:
