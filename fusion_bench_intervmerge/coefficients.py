@@ -141,12 +141,13 @@ def elect_signs(vectors: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
 
 
 def initial_coefficients(
-    init: float | str | Path | Tensor, tasks: int, tensors: int, granularity: str
+    init: float | str | Path | list | Tensor, tasks: int, tensors: int, granularity: str
 ) -> Tensor:
     """Coefficients from a number, a tensor, or a file that FusionBench's AdaMerging saved.
 
     Args:
-        init: a number for all, a tensor, or a path: ``.pt`` (shape (tasks,) or (tasks, tensors),
+        init: a number for all, ``mean`` (one over the number of tasks: Weight Averaging), a tensor
+            or nested list, or a path: ``.pt`` (shape (tasks,) or (tasks, tensors),
             read with torch's tensors-only loader) or ``.safetensors`` (an artifact's).
         tasks, tensors: the expected sizes.
         granularity: ``task`` or ``layer``.
@@ -156,8 +157,12 @@ def initial_coefficients(
     """
     where = "coefficients.init"
     shape = (tasks,) if granularity == "task" else (tasks, tensors)
+    if isinstance(init, str) and init == "mean":
+        init = 1 / tasks
     if isinstance(init, (int, float)):
         return torch.full(shape, float(init))
+    if isinstance(init, list):
+        init = torch.tensor(init)
     if not isinstance(init, Tensor):
         init = _read_coefficients(Path(init), where)
     if init.shape == (tasks, 1):

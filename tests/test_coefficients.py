@@ -112,7 +112,9 @@ def test_trimming_keeps_the_largest(keep, seed):
 def test_coefficients_from_a_number_and_from_adamergings_file(granularity, tmp_path):
     shape = (3,) if granularity == "task" else (3, 7)
     assert torch.equal(initial_coefficients(0.3, 3, 7, granularity), torch.full(shape, 0.3))
+    assert torch.equal(initial_coefficients("mean", 3, 7, granularity), torch.full(shape, 1 / 3))
     saved = torch.rand(shape)
+    assert torch.equal(initial_coefficients(saved.tolist(), 3, 7, granularity), saved)
     torch.save(saved, tmp_path / "merging_weights.pt")
     found = initial_coefficients(str(tmp_path / "merging_weights.pt"), 3, 7, granularity)
     assert torch.equal(found, saved)

@@ -264,6 +264,26 @@ def test_a_saved_merge_in_the_pool_wins_over_the_base(run, tmp_path):
     assert digests[0] == digests[1]
 
 
+def test_a_new_task_joins_a_saved_model(run, tmp_path):
+    _, log_dir = run
+    model = InterventionModel.from_pretrained(log_dir / "intervmerge")
+    left, before = model.tasks[-1], dict(model.edits[model.tasks[0]].state_dict())
+    model.drop_task(left)
+    model.save_pretrained(tmp_path / "seven")
+    in_process(
+        "method=intervmerge",
+        f"method.extend={tmp_path / 'seven'}",
+        f"method.save_to={tmp_path / 'eight'}",
+        "modelpool=clip-vit-tiny_TA8",
+        "fast_dev_run=true",
+        folder=tmp_path,
+    )
+    again = InterventionModel.from_pretrained(tmp_path / "eight")
+    assert again.tasks == [*model.tasks, left]
+    after = again.edits[model.tasks[0]].state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 def test_an_old_style_base_runs_nested(tmp_path):
     result = in_process(
         "method=intervmerge",

@@ -16,6 +16,7 @@ from torch import nn
 from ..encoders import VisionTower
 from ..errors import ConfigError
 from .algorithm import IntervMergeAlgorithm
+from .base_merge import run_adamerging
 from .experts import ExpertPool
 from .individual import IndividualExperts
 
@@ -31,8 +32,11 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
 
     Args:
         bases: name -> config of a FusionBench method.
-        methods: name -> config of an ``IntervMergeAlgorithm`` (its own ``base`` is not used; with
-            ``coefficients`` it merges by itself, and is run under the bases that ``only`` names).
+        methods: name -> config of an ``IntervMergeAlgorithm``; its own ``base`` is not used. A
+            method with ``coefficients`` trains those of the merge that it repairs.
+        coefficients: name of a base -> the coefficients that stand for it: ``granularity``,
+            ``init``, ``task_vectors``; with ``init: base`` the base is an AdaMerging method, run
+            once. Bases without are left out for methods that train coefficients.
         seeds: seeds of the repairs.
         steps, data: override every method's, so that all have the same.
         references: whether the pretrained encoder and the experts themselves are evaluated too.
@@ -42,6 +46,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         self,
         bases: Mapping[str, Any],
         methods: Mapping[str, Any],
+        coefficients: Mapping[str, Any] | None = None,
         seeds: Sequence[int] = (0,),
         steps: int | None = None,
         data: Mapping[str, Any] | None = None,
@@ -54,6 +59,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
                 "bases", "there is no merge to repair", "a FusionBench method or more"
             )
         self.bases, self.methods, self.seeds = bases, methods, list(seeds)
+        self.coefficients: Any = _plain(coefficients) or {}
         self.steps, self.data, self.references = steps, data, references
 
     def run(self, modelpool: BaseModelPool) -> dict[str, Any]:
@@ -67,10 +73,9 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
             about["pretrained"] = {"kind": "pretrained"}
             about["experts"] = {"kind": "experts"}
         for base_name, base in self.bases.items():
-            merger = self._algorithm({"interventions": {"attention": {}}, "base": base}, seed=0)
             started = time.perf_counter()
-            merged, _ = merger.merge(pool)
-            models[base_name] = _stock(merged)
+            merged, start = self._merge(pool, base_name, base)
+            models[base_name] = copy.deepcopy(merged.stock())
             about[base_name] = {
                 "kind": "merge",
                 "base": base_name,
@@ -79,25 +84,35 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
                 "seconds": time.perf_counter() - started,
             }
             for method_name, config in self.methods.items():
+                settings = {k: v for k, v in _plain(config).items() if not k.startswith("_")}
+                if settings.get("coefficients"):
+                    if start is None:
+                        continue
+                    settings["coefficients"] = {**start, "train": True}
                 for seed in self.seeds:
                     name = f"{base_name}/{method_name}/seed{seed}"
                     log.info("repairing: %s", name)
-                    models[name], about[name] = self._repair(
-                        pool, merged, config, seed, base_name, method_name
-                    )
+                    models[name], about[name] = self._repair(pool, merged, settings, seed)
+                    about[name] |= {"base": base_name, "method": method_name}
         models["comparison"] = {"tasks": pool.tasks, "models": about}
         return models
 
+    def _merge(
+        self, pool: ExpertPool, name: str, base: Any
+    ) -> tuple[VisionTower, dict[str, Any] | None]:
+        """The merged encoder, and the coefficients that stand for it, if any do."""
+        start = self.coefficients.get(name)
+        settings: dict[str, Any] = {"interventions": {"attention": {}}, "base": base}
+        if start is not None and start["init"] == "base":
+            found = run_adamerging(base, pool.pool, self.fabric, self._program)
+            start = {**start, "init": found.tolist()}
+            settings["coefficients"] = {**start, "train": False}
+        return self._algorithm(settings, seed=0).merge(pool)[0], start
+
     def _repair(
-        self,
-        pool: ExpertPool,
-        merged: VisionTower,
-        config: Any,
-        seed: int,
-        base_name: str,
-        method_name: str,
+        self, pool: ExpertPool, merged: VisionTower, settings: Mapping[str, Any], seed: int
     ) -> tuple[nn.Module, dict[str, Any]]:
-        algorithm = self._algorithm(config, seed)
+        algorithm = self._algorithm(settings, seed)
         started = time.perf_counter()
         if algorithm.coefficients is not None:
             tower, mixture = algorithm.merge(pool)
@@ -106,8 +121,6 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         model, done = algorithm.repair(pool, tower, mixture)
         return model, {
             "kind": "repair",
-            "base": base_name,
-            "method": method_name,
             "seed": seed,
             "extra_parameters": model.extra_parameters()["total"],
             "seconds": time.perf_counter() - started,
@@ -117,11 +130,8 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
             "losses": done.by_task(),
         }
 
-    def _algorithm(self, config: Any, seed: int) -> IntervMergeAlgorithm:
-        settings: Any = (
-            OmegaConf.to_container(config) if isinstance(config, DictConfig) else dict(config)
-        )
-        settings = {k: v for k, v in settings.items() if not k.startswith("_")} | {"seed": seed}
+    def _algorithm(self, settings: Mapping[str, Any], seed: int) -> IntervMergeAlgorithm:
+        settings = {**settings, "seed": seed}
         if self.steps is not None:
             settings["steps"] = self.steps
         if self.data is not None:
@@ -131,6 +141,5 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         return algorithm
 
 
-def _stock(tower: VisionTower) -> nn.Module:
-    """The vision model as FusionBench's task pools know it, without our wrapper or hooks."""
-    return copy.deepcopy(tower.stock())
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if isinstance(value, DictConfig) else value
