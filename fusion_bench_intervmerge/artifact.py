@@ -12,18 +12,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .encoders import tower_from_spec
+from .encoders import VisionTower, tower_from_spec
 from .files import whole_folder
-
-if TYPE_CHECKING:
-    from .model import InterventionModel
+from .interventions import InterventionConfig, read_interventions
 
 FORMAT = 1
 
@@ -32,8 +32,33 @@ class ArtifactError(ValueError):
     """A folder that is no artifact, or one whose files do not belong together."""
 
 
-def save(model: InterventionModel, folder: Path) -> None:
-    """Write a model to a folder; a finished folder of that name is replaced as a whole.
+@dataclass
+class Artifact:
+    """What a saved model consists of.
+
+    Attributes:
+        tower: the merged encoder.
+        interventions: site -> settings.
+        seed: where the edits' starting values came from.
+        edits: task -> its edits' tensors, named ``<site>.<block>.<tensor>``.
+        extra_parameters: how many numbers the edits are, as trained and ``folded``.
+        metadata: JSON values; tensors under ``coefficients``.
+    """
+
+    tower: VisionTower
+    interventions: Mapping[str, InterventionConfig]
+    seed: int
+    edits: Mapping[str, Mapping[str, Tensor]]
+    extra_parameters: Mapping[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.edits)
+
+
+def write(artifact: Artifact, folder: Path) -> None:
+    """Write an artifact to a folder; a finished folder of that name is replaced as a whole.
 
     Raises:
         ConfigError: the folder cannot be written to.
@@ -41,66 +66,56 @@ def save(model: InterventionModel, folder: Path) -> None:
     with whole_folder(folder) as temporary:
         (temporary / "merged").mkdir()
         (temporary / "interventions").mkdir()
-        weights = _for_file(model.tower.weights())
+        weights = _for_file(artifact.tower.weights())
         save_file(weights, temporary / "merged" / "model.safetensors", metadata={"format": "pt"})
-        _write_stock_config(model, temporary / "merged")
-        for task in model.tasks:
-            save_file(
-                _for_file(model.edits[task].state_dict()),
-                temporary / "interventions" / f"{task}.safetensors",
-            )
-        coefficients = model.metadata.get("coefficients")
+        _write_stock_config(artifact.tower, temporary / "merged")
+        for task, edits in artifact.edits.items():
+            save_file(_for_file(edits), temporary / "interventions" / f"{task}.safetensors")
+        metadata = dict(artifact.metadata)
+        coefficients = metadata.pop("coefficients", None)
         if coefficients is not None:
             save_file(_for_file(coefficients), temporary / "coefficients.safetensors")
         config = {
             "format": FORMAT,
-            "tower": model.tower.spec(),
-            "tasks": model.tasks,
-            "interventions": {s: c.to_dict() for s, c in model.interventions.items()},
-            "seed": model.seed,
-            "merged_digest": model.tower.digest(),
-            "metadata": {k: v for k, v in model.metadata.items() if k != "coefficients"},
+            "tower": artifact.tower.spec(),
+            "tasks": artifact.tasks,
+            "interventions": {s: c.to_dict() for s, c in artifact.interventions.items()},
+            "seed": artifact.seed,
+            "merged_digest": artifact.tower.digest(),
+            "metadata": metadata,
         }
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (temporary / "README.md").write_text(_card(model, folder.name))
+        (temporary / "README.md").write_text(_card(artifact, folder.name))
 
 
-def load(folder: Path) -> InterventionModel:
-    """Read a model.
+def read(folder: Path) -> Artifact:
+    """Read an artifact.
 
     Raises:
         ArtifactError: a file is missing, torn, of another format, or does not fit the others.
     """
-    from .model import InterventionModel
-
     config = read_config(folder)
     try:
         tower = tower_from_spec(config["tower"])
         tower.load_weights(_read(folder / "merged" / "model.safetensors"))
-        if tower.digest() != config["merged_digest"]:
-            raise ArtifactError(
-                f"{folder / 'merged'}: these are not the weights that the edits were trained on "
-                "(their digest differs from config.json's)"
-            )
-        model = InterventionModel(tower, config["tasks"], config["interventions"], config["seed"])
+        interventions = read_interventions(config["interventions"])
+        tasks, seed, digest = config["tasks"], config["seed"], config["merged_digest"]
     except KeyError as error:
         raise ArtifactError(f"{folder / 'config.json'}: {error} is missing") from None
     except ArtifactError:
         raise
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"{folder}: {error}") from None
-    for task in model.tasks:
-        path = folder / "interventions" / f"{task}.safetensors"
-        tensors, own = _read(path), model.edits[task].state_dict()
-        wrong = sorted(tensors.keys() ^ own.keys())
-        wrong += [n for n in own if n in tensors and own[n].shape != tensors[n].shape]
-        if wrong:
-            raise ArtifactError(f"{path}: {wrong[0]} does not fit config.json's interventions")
-        model.edits[task].load_state_dict(tensors)
-    model.metadata = dict(config.get("metadata", {}))
+    if tower.digest() != digest:
+        raise ArtifactError(
+            f"{folder / 'merged'}: these are not the weights that the edits were trained on "
+            "(their digest differs from config.json's)"
+        )
+    edits = {task: _read(folder / "interventions" / f"{task}.safetensors") for task in tasks}
+    metadata = dict(config.get("metadata", {}))
     if (folder / "coefficients.safetensors").exists():
-        model.metadata["coefficients"] = _read(folder / "coefficients.safetensors")
-    return model
+        metadata["coefficients"] = _read(folder / "coefficients.safetensors")
+    return Artifact(tower, interventions, seed, edits, metadata=metadata)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -131,37 +146,37 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ArtifactError(f"{path}: torn or no safetensors file ({error})") from None
 
 
-def _for_file(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _for_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # safetensors refuses tensors that share memory
     return {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
 
 
-def _write_stock_config(model: InterventionModel, folder: Path) -> None:
+def _write_stock_config(tower: VisionTower, folder: Path) -> None:
     """Beside a Hugging Face tower: what ``CLIPVisionModelWithProjection.from_pretrained`` reads."""
-    if model.tower.family == "huggingface":
+    if tower.family == "huggingface":
         config = {
-            **model.tower.spec()["vision_config"],
-            "projection_dim": model.tower.projection_dim,
+            **tower.spec()["vision_config"],
+            "projection_dim": tower.projection_dim,
             "architectures": ["CLIPVisionModelWithProjection"],
             "model_type": "clip_vision_model",
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _card(model: InterventionModel, name: str) -> str:
-    extra = model.extra_parameters()
+def _card(artifact: Artifact, name: str) -> str:
     settings = "\n".join(
         f"| {site} | {config.function} | {config.rank} | {config.blocks} | {config.tokens} "
         f"| {config.part} |"
-        for site, config in model.interventions.items()
+        for site, config in artifact.interventions.items()
     )
-    images = model.metadata.get("images")
+    images, extra = artifact.metadata.get("images"), artifact.extra_parameters
     trained = f"\nTrained on {images}.\n" if images else ""
+    example = artifact.tasks[0] if artifact.tasks else "..."
     return f"""# {name}
 
 A merged CLIP vision encoder with task-specific interventions
-([IntervMerge](https://arxiv.org/abs/2412.17023)) for {len(model.tasks)} tasks:
-{", ".join(model.tasks)}.
+([IntervMerge](https://arxiv.org/abs/2412.17023)) for {len(artifact.tasks)} tasks:
+{", ".join(artifact.tasks)}.
 {trained}
 {extra["total"]:,} extra parameters over all tasks ({extra["folded"]:,} when folded).
 
@@ -173,6 +188,6 @@ A merged CLIP vision encoder with task-specific interventions
 from fusion_bench_intervmerge import InterventionModel
 
 model = InterventionModel.from_pretrained("{name}")
-features = model.encode(images, task="{model.tasks[0] if model.tasks else "..."}")
+features = model.encode(images, task="{example}")
 ```
 """

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import artifact
 from .encoders import VisionTower
+from .encoders.base import fill
 from .errors import ConfigError
 from .interventions import (
     Function,
@@ -170,10 +172,23 @@ class InterventionModel(TaskAwareModel):
         return {"total": sum(per_task.values()), "per_task": per_task, "folded": folded}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the artifact: plain files, safetensors and JSON, whole or not at all."""
-        from .artifact import save
+        """Write the artifact: plain files, safetensors and JSON, whole or not at all.
 
-        save(self, Path(folder))
+        Raises:
+            ConfigError: the folder cannot be written to.
+        """
+        edits = {task: module.state_dict() for task, module in self.edits.items()}
+        artifact.write(
+            artifact.Artifact(
+                self.tower,
+                self.interventions,
+                self.seed,
+                edits,
+                self.extra_parameters(),
+                self.metadata,
+            ),
+            Path(folder),
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> InterventionModel:
@@ -182,9 +197,15 @@ class InterventionModel(TaskAwareModel):
         Raises:
             ArtifactError: what does not fit, in one line.
         """
-        from .artifact import load
-
-        return load(Path(folder))
+        saved = artifact.read(Path(folder))
+        try:
+            model = cls(saved.tower, saved.tasks, saved.interventions, saved.seed)
+            for task, edits in saved.edits.items():
+                fill(model.edits[task], edits, f"interventions/{task}.safetensors")
+        except ValueError as error:
+            raise artifact.ArtifactError(f"{folder}: {error}") from None
+        model.metadata = saved.metadata
+        return model
 
     # -- the task of a forward pass ----------------------------------------------------------------
 

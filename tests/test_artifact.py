@@ -102,7 +102,7 @@ def test_torn_and_missing_files(folder):
 
 def test_edits_of_another_shape(folder):
     change(folder, interventions={"attention": {"rank": 2}})
-    with pytest.raises(ArtifactError, match=r"does not fit config\.json.s interventions"):
+    with pytest.raises(ArtifactError, match=r"ants\.safetensors has misshapen"):
         InterventionModel.from_pretrained(folder)
 
 
