@@ -28,9 +28,6 @@ from .tokenizer import write_tokenizer
 
 POOL = "clip-vit-tiny_TA8"
 
-# Pre-training rounds differently with another number of threads, so that number is fixed.
-PRETRAINING_THREADS = 2
-
 
 def ensure_pool(seed: int = 0, root: Path | None = None, recipe: Recipe | None = None) -> Path:
     """The folder of the embedded pool, built on first use.
@@ -94,7 +91,7 @@ def _build(recipe: Recipe, folder: Path) -> None:
     title = f"building the embedded pool, once, in {folder.parent}"
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with (
-        tqdm(total=work, desc=title, bar_format=bar_format) as bar,
+        tqdm(total=work, desc=title, bar_format=bar_format, mininterval=1) as bar,
         # Workers are started first: they import torch while the images are drawn.
         _Workers(min(_cpus(), len(TASKS))) as workers,
     ):
@@ -132,8 +129,9 @@ def _pretrain(recipe: Recipe, folder: Path) -> Iterator[int]:
         with np.load(folder / "data" / f"{name}.npz") as data:
             images.append(torch.from_numpy(data["train_images"]))
             labels.append(torch.from_numpy(data["train_labels"]))
+    # One thread: matrices this small gain little from more, and another number rounds differently.
     threads = torch.get_num_threads()
-    torch.set_num_threads(PRETRAINING_THREADS)
+    torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
