@@ -61,6 +61,7 @@ def comparison(
         found["average"]["accuracy"] = sum(found[t]["accuracy"] for t in tasks) / len(tasks)
         report[name], about[name] = found, facts
 
+    kept: dict[str, Any] = {}
     if references:
         add("pretrained", 0.16, kind="pretrained")
         add("experts", experts, kind="experts")
@@ -70,7 +71,7 @@ def comparison(
         for method, (extra, share) in methods.items():
             for seed in seeds:
                 noise = random.Random(f"{base}{method}{seed}").gauss(0, 0.012)
-                kept = {"losses": curves(tasks, 200, seed, 1 - share)} if losses else {}
+                kept[f"{base}/{method}/seed{seed}"] = curves(tasks, 200, seed, 1 - share)
                 add(
                     f"{base}/{method}/seed{seed}",
                     merged + share * (experts - merged) + noise,
@@ -84,9 +85,11 @@ def comparison(
                     f"task, seed {seed}",
                     transductive=True,
                     final_loss=0.5,
-                    **kept,
                 )
     report["comparison"] = {"tasks": list(tasks), "models": about}
+    if losses:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "losses.json").write_text(json.dumps(kept))
     return write(folder, report, ["method=intervmerge/compare", "modelpool=clip-vit-tiny_TA8",
                                   "taskpool=clip-vit-tiny_TA8"])  # fmt: skip
 

@@ -6,6 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fusion_bench import BaseAlgorithm, BaseModelPool
@@ -15,6 +16,7 @@ from torch import nn
 
 from ..encoders import VisionTower
 from ..errors import ConfigError
+from ..files import write_json
 from .algorithm import IntervMergeAlgorithm
 from .base_merge import run_adamerging
 from .experts import ExpertPool
@@ -61,6 +63,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         self.bases, self.methods, self.seeds = bases, methods, list(seeds)
         self.coefficients: Any = _plain(coefficients) or {}
         self.steps, self.data, self.references = steps, data, references
+        self._losses: dict[str, dict[str, list[float]]] = {}
 
     def run(self, modelpool: BaseModelPool) -> dict[str, Any]:
         """Returns every model by name, and ``comparison``: what each is."""
@@ -92,8 +95,11 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
                 for seed in self.seeds:
                     name = f"{base_name}/{method_name}/seed{seed}"
                     log.info("repairing: %s", name)
-                    models[name], about[name] = self._repair(pool, merged, settings, seed)
+                    models[name], about[name] = self._repair(name, pool, merged, settings, seed)
                     about[name] |= {"base": base_name, "method": method_name}
+        if self.log_dir is not None and self.fabric.is_global_zero:
+            # apart from the report, which FusionBench prints whole
+            write_json(Path(self.log_dir) / "losses.json", self._losses, indent=None)
         models["comparison"] = {"tasks": pool.tasks, "models": about}
         return models
 
@@ -110,7 +116,12 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         return self._algorithm(settings, seed=0).merge(pool)[0], start
 
     def _repair(
-        self, pool: ExpertPool, merged: VisionTower, settings: Mapping[str, Any], seed: int
+        self,
+        name: str,
+        pool: ExpertPool,
+        merged: VisionTower,
+        settings: Mapping[str, Any],
+        seed: int,
     ) -> tuple[nn.Module, dict[str, Any]]:
         algorithm = self._algorithm(settings, seed)
         started = time.perf_counter()
@@ -119,6 +130,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         else:
             tower, mixture = copy.deepcopy(merged), None
         model, done = algorithm.repair(pool, tower, mixture)
+        self._losses[name] = done.by_task()
         return model, {
             "kind": "repair",
             "seed": seed,
@@ -127,7 +139,6 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
             "images_used": algorithm.images_used,
             "transductive": algorithm.data["split"] == "test",
             "final_loss": float(done.losses[-1].mean()),
-            "losses": done.by_task(),
         }
 
     def _algorithm(self, settings: Mapping[str, Any], seed: int) -> IntervMergeAlgorithm:

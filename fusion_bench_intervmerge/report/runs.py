@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from ..errors import ConfigError
 
 REPORT, DETAILS, ANALYSIS = "program_report.json", "intervmerge.json", "analysis.json"
+LOSSES = "losses.json"  # of a comparison: name -> task -> the loss at each step
 _EXPECTED = "a run folder of `fusion_bench method=intervmerge/compare` or `method=intervmerge`"
 # Two runs on one pool may evaluate a reference on different hardware; more than this is another
 # pool, or another merge under the same name.
@@ -126,8 +127,9 @@ def read_run(folder: str | Path) -> Run:
     try:
         if "comparison" in report:
             tasks = [str(task) for task in report["comparison"]["tasks"]]
+            losses = _read_json(folder / LOSSES) or {}
             results = [
-                _result(tasks, report, name, about)
+                _result(tasks, report, name, {**about, "losses": losses.get(name)})
                 for name, about in report["comparison"]["models"].items()
             ]
         else:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -59,8 +59,11 @@ def ensure_pool(seed: int = 0, root: Path | None = None, recipe: Recipe | None =
             unfinished = root / f".{folder.name}.building"
             for remains in (folder, unfinished):
                 shutil.rmtree(remains, ignore_errors=True)
-            _build(recipe, unfinished)
-            unfinished.rename(folder)
+            try:
+                _build(recipe, unfinished)
+                unfinished.rename(folder)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
@@ -77,10 +80,11 @@ def _locked(root: Path, name: str) -> Iterator[None]:
         lock.acquire()
     except OSError as error:
         problem = f"the cache folder {root} cannot be written ({error.strerror})"
-        raise ConfigError(CACHE_VARIABLE, problem, "a folder of yours") from error
-    with lock:
-        lock.release()  # of the two holds, the context manager's remains
+        raise ConfigError(CACHE_VARIABLE, problem, "any folder you can write") from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _build(recipe: Recipe, folder: Path) -> None:
@@ -241,8 +245,9 @@ class _Workers(ExitStack):
                 "tasks": {name: _captions(name) for name in names[i :: self.count]},
             }
             assert process.stdin is not None
-            process.stdin.write(json.dumps(job))
-            process.stdin.close()
+            with suppress(BrokenPipeError):  # it died; what it said comes below
+                process.stdin.write(json.dumps(job))
+                process.stdin.close()
         said = ""
         for line in self.lines:
             if line.strip() in TASKS:

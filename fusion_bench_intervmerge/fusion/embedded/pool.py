@@ -14,6 +14,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import CLIPModel, CLIPProcessor
 
+from fusion_bench_intervmerge.errors import ConfigError
+
 from .build import ensure_pool
 from .tasks import SPLITS, TASKS
 
@@ -24,9 +26,13 @@ class EmbeddedCLIPVisionModelPool(CLIPVisionModelPool):
     Args:
         seed: which pool; another seed draws, pre-trains and fine-tunes anew.
         models: further models by name, such as ``_merged_``.
+        kwargs: anything else of :class:`CLIPVisionModelPool`, in place of the pool's own.
     """
 
+    _config_mapping = CLIPVisionModelPool._config_mapping | {"seed": "seed"}
+
     def __init__(self, seed: int = 0, models: Mapping[str, Any] | None = None, **kwargs: Any):
+        self.seed = seed
         folder = ensure_pool(seed)
         own = {"_pretrained_": str(folder / "pretrained")}
         own |= {name: str(folder / "experts" / name) for name in TASKS}
@@ -36,8 +42,8 @@ class EmbeddedCLIPVisionModelPool(CLIPVisionModelPool):
             )
             for key, split in zip(("train", "val", "test"), SPLITS, strict=True)
         }
-        processor = str(folder / "pretrained")
-        super().__init__({**own, **(models or {})}, processor=processor, **datasets, **kwargs)
+        given = {"processor": own["_pretrained_"], **datasets, **kwargs}
+        super().__init__({**own, **(models or {})}, **given)
 
 
 def _dataset_config(task: str, split: str, seed: int) -> dict[str, Any]:
@@ -64,7 +70,15 @@ class EmbeddedDataset(Dataset):
 
 
 def load_dataset(task: str, split: str, seed: int = 0) -> EmbeddedDataset:
-    """A split (``train``, ``validation`` or ``test``) of a task of the embedded pool."""
+    """A split of a task of the embedded pool.
+
+    Raises:
+        ConfigError: no such task or split.
+    """
+    if task not in TASKS:
+        raise ConfigError("task", f"the embedded pool has no {task!r}", ", ".join(TASKS))
+    if split not in SPLITS:
+        raise ConfigError("split", f"the embedded pool has no {split!r}", ", ".join(SPLITS))
     with np.load(ensure_pool(seed) / "data" / f"{task}.npz") as data:
         return EmbeddedDataset(data[f"{split}_images"], data[f"{split}_labels"])
 

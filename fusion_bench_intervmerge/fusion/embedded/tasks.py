@@ -331,7 +331,7 @@ HUES = (
 )
 
 
-# --- stripes, spectra, faces, scans -----------------------------------------------------------------------
+# --- stripes, spectra, faces, scans ---------------------------------------------------------------
 
 
 def _wave(rng, twelfths: int) -> Array:
