@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -70,9 +71,10 @@ def test_the_plugin_is_found_from_any_directory(where, tmp_path):
 
 def compose(*overrides, **options):
     from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
+    from hydra import initialize_config_dir
 
-    with initialize_config_module("fusion_bench_config", version_base=None):
+    (folder,) = find_spec("fusion_bench_config").submodule_search_locations
+    with initialize_config_dir(folder, version_base=None):
         return hydra_compose("fabric_model_fusion", overrides=list(overrides), **options)
 
 
@@ -189,7 +191,7 @@ def test_the_main_job_reports_what_it_did(run):
     for task in tasks:
         assert story["features"][task]["bias_after"] < story["features"][task]["bias_before"]
         assert len(story["losses"][task]) == 60
-    assert "extra parameters" in done.stdout
+    assert "24,768 extra parameters, trained on 100% of the test split" in done.stdout
 
 
 def test_a_saved_model_is_evaluated_later_with_the_same_report(run, tmp_path):
@@ -241,9 +243,9 @@ def test_the_same_seed_gives_the_same_model(run, tmp_path):
 def test_without_a_task_pool_it_tells_how_far_it_got(tmp_path, capsys):
     overrides = ["method=intervmerge", "modelpool=clip-vit-tiny_TA8", "fast_dev_run=true"]
     in_process(*overrides, folder=tmp_path)
-    shown = capsys.readouterr().out
-    assert "agreement, repaired" in " ".join(shown.split())
-    assert "add a task pool: taskpool=clip-vit-tiny_TA8" in " ".join(shown.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "agreement" in shown and "bias" in shown
+    assert "add a task pool: taskpool=clip-vit-tiny_TA8" in shown
 
 
 def test_a_saved_merge_in_the_pool_wins_over_the_base(run, tmp_path):
@@ -350,7 +352,7 @@ EDIT = "interventions.attention"
         (["method.resume=maybe"], "resume: 'maybe'; allowed: auto, never"),
         (["method.optimizer.lr=-1"], "optimizer: Invalid learning rate"),
         (["+method.coefficients.init=base"], "coefficients.init: `base` is no AdaMerging"),
-        (["method.save_to=/proc/self/model"], "/proc/self/model"),
+        (["method.save_to=/proc/self/model"], "save_to: /proc/self cannot be written to"),
     ],
 )
 def test_an_error_is_one_line_that_says_where(overrides, message, tmp_path, monkeypatch):

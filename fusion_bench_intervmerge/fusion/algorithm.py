@@ -300,8 +300,9 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         }
         if self.fabric.is_global_zero:
             console = Console()
-            console.print(table(rows, extra["total"]))
-            console.print(f"Trained on {self.images_used}.", style="dim")
+            console.print("Image features against the experts', merged and repaired", style="bold")
+            console.print(table(rows))
+            console.print(f"{extra['total']:,} extra parameters, trained on {self.images_used}.")
             if dummy:
                 console.print(f"For accuracies add a task pool: {_suggested_task_pool()}")
             if self.log_dir is not None:

@@ -51,13 +51,10 @@ def diagnose(
     return found
 
 
-def table(rows: Mapping[str, Mapping[str, float]], extra_parameters: int) -> Table:
+def table(rows: Mapping[str, Mapping[str, float]]) -> Table:
     """The tasks' diagnosis as a table for the terminal."""
     agreement = all("agreement_after" in row for row in rows.values())
-    shown = Table(
-        title=f"Features against the experts' ({extra_parameters:,} extra parameters)",
-        title_justify="left",
-    )
+    shown = Table()
     shown.add_column("task")
     headers = ["bias, merged", "bias, repaired"]
     headers += ["agreement, merged", "agreement, repaired"] if agreement else []

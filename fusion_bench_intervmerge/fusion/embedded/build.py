@@ -128,6 +128,7 @@ def _pretrain(recipe: Recipe, folder: Path) -> Iterator[int]:
     captions = [_captions(name) for name in TASKS]
     texts = [text for task in captions for texts in task for text in texts]
     tokenizer = write_tokenizer(target, texts, recipe.context)
+    CLIPProcessor(_image_processor(), tokenizer).save_pretrained(target)
     images, labels = [], []
     for name in TASKS:
         with np.load(folder / "data" / f"{name}.npz") as data:
@@ -152,7 +153,6 @@ def _pretrain(recipe: Recipe, folder: Path) -> Iterator[int]:
     finally:
         torch.set_num_threads(threads)
     model.save_pretrained(target)
-    CLIPProcessor(_image_processor(), tokenizer).save_pretrained(target)
 
 
 def _config(recipe: Recipe, vocabulary: int) -> CLIPConfig:

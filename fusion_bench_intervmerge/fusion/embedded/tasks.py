@@ -25,7 +25,8 @@ SIZE = 32
 SPLITS = ("train", "validation", "test")
 
 Array = np.ndarray
-Draw = Callable[[np.random.Generator, int, str], Array]
+Rng = np.random.Generator
+Draw = Callable[[Rng, int, str], Array]
 
 # Pixel centres, x to the right and y downwards, both from -1 to 1.
 Y, X = (2 * np.mgrid[:SIZE, :SIZE] + 1) / SIZE - 1
@@ -100,7 +101,7 @@ def task(classnames: str, *prompts: str) -> Callable[[Draw], Draw]:
     "a photo of the digit {}",
     "a handwritten {}",
 )
-def digits(rng, label, split):
+def digits(rng: Rng, label: int, split: str) -> Array:
     """Handwritten digits, scikit-learn's 8 x 8 scans: the one task with real images."""
     scans = _scans()[split][label]
     side = int(rng.integers(27, 32))
@@ -115,7 +116,7 @@ LETTERS = "A, B, C, E, H, K, M, R, S, T"
 
 
 @task(LETTERS, "a photo of the letter {}", "a printed {}")
-def letters(rng, label, split):
+def letters(rng: Rng, label: int, split: str) -> Array:
     """Capitals in matplotlib's DejaVu faces, turned, moved and scaled."""
     face = FACES[rng.integers(len(FACES))]
     page = Image.new("L", (SIZE, SIZE))
@@ -132,7 +133,7 @@ def letters(rng, label, split):
     "a photo of a {}",
     "a drawing of a {} shape",
 )
-def shapes(rng, label, split):
+def shapes(rng: Rng, label: int, split: str) -> Array:
     """One filled outline."""
     ground, ink = _ground_and_ink(rng)
     distance = OUTLINES[label](*_placed(rng, (0.5, 0.75), turn=0.25))
@@ -140,7 +141,7 @@ def shapes(rng, label, split):
 
 
 @task("one, two, three, four, five, six", "a photo of {} dots", "{} dots on a sheet")
-def counting(rng, label, split):
+def counting(rng: Rng, label: int, split: str) -> Array:
     """Dots that do not touch, of different sizes."""
     ground, ink = _ground_and_ink(rng)
     dots: list[tuple[float, float, float]] = []
@@ -157,7 +158,7 @@ def counting(rng, label, split):
     "a photo of a red disc {} a blue square",
     "the red disc is {} the blue square",
 )
-def positions(rng, label, split):
+def positions(rng: Rng, label: int, split: str) -> Array:
     """Where a disc lies, seen from a square."""
     size = rng.uniform(0.26, 0.34)
     step, disc, square = {
@@ -187,7 +188,7 @@ def positions(rng, label, split):
     "a photo of a {} thing",
     "the larger thing is {}",
 )
-def colours(rng, label, split):
+def colours(rng: Rng, label: int, split: str) -> Array:
     """The colour of the larger of two figures."""
     scene = _shaded(rng)
     other = (label + rng.integers(1, len(HUES))) % len(HUES)
@@ -203,7 +204,7 @@ def colours(rng, label, split):
     "a grating at {} degrees",
     "stripes turned by {} degrees",
 )
-def gratings(rng, label, split):
+def gratings(rng: Rng, label: int, split: str) -> Array:
     """The angle of the stronger of two crossing gratings."""
     turn = label + rng.integers(2, 11)
     waves = _wave(rng, label) + rng.uniform(0.3, 0.6) * _wave(rng, turn)
@@ -216,7 +217,7 @@ def gratings(rng, label, split):
     "a texture of {} noise",
     "a surface with a {} grain",
 )
-def textures(rng, label, split):
+def textures(rng: Rng, label: int, split: str) -> Array:
     """Noise with a given spectrum: four power laws, four bands."""
     spectrum = np.fft.rfft2(rng.normal(size=(SIZE, SIZE))) * SPECTRA[label](_frequency(), rng)
     grain = np.fft.irfft2(spectrum, (SIZE, SIZE))
@@ -228,7 +229,7 @@ def textures(rng, label, split):
 # --- ink, ground and light -----------------------------------------------------------------------
 
 
-def _shaded(rng) -> Array:
+def _shaded(rng: Rng) -> Array:
     """A dim ground whose colour changes slowly from one side to the other, (SIZE, SIZE, 3)."""
     one, change = rng.uniform(0.0, 0.35, 3), rng.uniform(-0.15, 0.15, 3)
     angle = rng.uniform(0, 2 * np.pi)
@@ -236,12 +237,12 @@ def _shaded(rng) -> Array:
     return np.clip(one + along[..., None] * change, 0, 1)
 
 
-def _bright(rng) -> Array:
+def _bright(rng: Rng) -> Array:
     """An ink that can be told from every ground, (3,)."""
     return rng.uniform(0.55, 1.0, 3)
 
 
-def _ground_and_ink(rng) -> tuple[Array, Array]:
+def _ground_and_ink(rng: Rng) -> tuple[Array, Array]:
     return _shaded(rng), _bright(rng)
 
 
@@ -250,7 +251,7 @@ def _paint(ground: Array, coverage: Array, ink: Array) -> Array:
     return ground + coverage[..., None] * (ink - ground)
 
 
-def _photograph(rng, scene: Array, noise: float = 0.08) -> Array:
+def _photograph(rng: Rng, scene: Array, noise: float = 0.08) -> Array:
     """The scene under a brighter or darker light, with up to ``noise`` of sensor noise."""
     light = rng.uniform(0.85, 1.1)
     return light * scene + rng.uniform(0.02, noise) * rng.normal(size=scene.shape)
@@ -264,7 +265,7 @@ def _coverage(distance: Array) -> Array:
     return np.clip(0.5 - distance * SIZE / 2, 0, 1)
 
 
-def _placed(rng, radius: tuple[float, float], turn: float) -> tuple[Array, Array, float]:
+def _placed(rng: Rng, radius: tuple[float, float], turn: float) -> tuple[Array, Array, float]:
     """A random frame to draw in: x and y about its centre, turned by up to ``turn`` radians."""
     size, angle = rng.uniform(*radius), rng.uniform(-turn, turn)
     dx, dy = rng.uniform(-1, 1, 2) * (0.95 - size)
@@ -273,43 +274,43 @@ def _placed(rng, radius: tuple[float, float], turn: float) -> tuple[Array, Array
     return x * cos + y * sin, y * cos - x * sin, size
 
 
-def _circle(x, y, r):
+def _circle(x: Array, y: Array, r: float) -> Array:
     return np.hypot(x, y) - r
 
 
-def _square(x, y, r):
+def _square(x: Array, y: Array, r: float) -> Array:
     return np.maximum(abs(x), abs(y)) - 0.85 * r
 
 
-def _triangle(x, y, r):
+def _triangle(x: Array, y: Array, r: float) -> Array:
     return np.maximum(0.866 * abs(x) - 0.5 * y, y) - 0.5 * r
 
 
-def _diamond(x, y, r):
+def _diamond(x: Array, y: Array, r: float) -> Array:
     return (abs(x) + 0.7 * abs(y)) * 0.82 - 0.7 * r
 
 
-def _ring(x, y, r):
+def _ring(x: Array, y: Array, r: float) -> Array:
     return abs(np.hypot(x, y) - 0.78 * r) - 0.22 * r
 
 
-def _cross(x, y, r):
+def _cross(x: Array, y: Array, r: float) -> Array:
     wide, narrow = np.maximum(abs(x), abs(y)) - r, np.minimum(abs(x), abs(y)) - 0.3 * r
     return np.maximum(wide, narrow)
 
 
-def _star(x, y, r):
+def _star(x: Array, y: Array, r: float) -> Array:
     return np.hypot(x, y) - r * (0.7 - 0.3 * np.cos(5 * np.arctan2(x, y)))
 
 
-def _crescent(x, y, r):
+def _crescent(x: Array, y: Array, r: float) -> Array:
     return np.maximum(np.hypot(x, y) - r, 0.75 * r - np.hypot(x - 0.55 * r, y))
 
 
 OUTLINES = (_circle, _square, _triangle, _diamond, _ring, _cross, _star, _crescent)
 
 
-def _dye(rng, label: int) -> Array:
+def _dye(rng: Rng, label: int) -> Array:
     """A shade of one of the ten named colours, (3,)."""
     hue, saturation, value = HUES[label] + rng.normal(size=3) * (7, 0.07, 0.07)
     shade = colorsys.hsv_to_rgb(hue % 360 / 360, *np.clip((saturation, value), 0, 1))
@@ -334,7 +335,7 @@ HUES = (
 # --- stripes, spectra, faces, scans ---------------------------------------------------------------
 
 
-def _wave(rng, twelfths: int) -> Array:
+def _wave(rng: Rng, twelfths: int) -> Array:
     """A plane wave of any width at about this many twelfths of a half turn, from -1 to 1."""
     angle = np.pi * (twelfths / 12 + rng.normal(0, 0.01))
     along = X * np.cos(angle) + Y * np.sin(angle)

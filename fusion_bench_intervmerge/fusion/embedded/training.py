@@ -188,7 +188,8 @@ def make_expert(
         labels = torch.from_numpy(data["train_labels"])
     own_seed = seed + zlib.crc32(task.encode())
     for _ in finetune(model, head, images, labels, seed=own_seed, **stage):
-        print(task, flush=True)
+        sys.stdout.write(f"{task}\n")  # in one write: the workers share a pipe
+        sys.stdout.flush()
     expert.save_pretrained(folder / "experts" / task)
 
 
