@@ -18,6 +18,9 @@ from fusion_bench_intervmerge.encoders.convert import to_openclip
 
 TASKS = ["ants", "bees", "cats"]
 
+# Small tensors, and a machine that may be busy: threads that wait for one another cost more.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def golden() -> dict[str, Tensor]:

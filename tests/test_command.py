@@ -240,10 +240,10 @@ def test_the_same_seed_gives_the_same_model(run, tmp_path):
         assert all(torch.equal(again[n], t) for n, t in load_file(path).items())
 
 
-def test_without_a_task_pool_it_tells_how_far_it_got(tmp_path, capsys):
+def test_without_a_task_pool_it_tells_how_far_it_got(tmp_path, capfd):
     overrides = ["method=intervmerge", "modelpool=clip-vit-tiny_TA8", "fast_dev_run=true"]
     in_process(*overrides, folder=tmp_path)
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capfd.readouterr().out.split())
     assert "agreement" in shown and "bias" in shown
     assert "add a task pool: taskpool=clip-vit-tiny_TA8" in shown
 
