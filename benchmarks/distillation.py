@@ -4,6 +4,7 @@
 
 * naive: the algorithm as published. One task a step; the student's weights are built anew from the
   pretrained weights and all task vectors, the expert's too; then expert, student, backward, Adam.
+  As published, gradients flow back to the coefficients whether these are trained or not.
 * ours: ``distill``, all of it: reading, the experts' features, the loop.
 * floor: what the arithmetic costs: one forward pass of the expert, one forward and backward pass of
   the frozen encoder with its edits, and nothing else.
@@ -92,8 +93,9 @@ def naive(setting: Setting) -> Callable[[], float]:
     """Seconds an image of the published loop; each call is a step of one task."""
     vectors = list(setting.vectors())
     model = setting.model()
-    coefficients = setting.coefficients().requires_grad_(setting.trained)
-    optimizer = torch.optim.Adam([*model.edits.parameters(), coefficients], lr=1e-3)
+    coefficients = setting.coefficients().requires_grad_(True)
+    moving = [coefficients] if setting.trained else []
+    optimizer = torch.optim.Adam([*model.edits.parameters(), *moving], lr=1e-3)
     names = list(model.tower.mergeable())
     one_hot = torch.eye(len(vectors))
     turn = 0
