@@ -59,6 +59,25 @@ class Mixture(nn.Module):
             )
         self.coefficients = nn.Parameter(coefficients.detach().clone().float())
 
+    @torch.no_grad()
+    def elect_signs(self) -> None:
+        """Drop entries whose sign is not that of the sum over tasks (Ties-Merging, section 4).
+
+        With trimmed vectors and one common coefficient the mixture then is Ties-Merging with the
+        disjoint sum, as the IntervMerge paper uses it. In place: there is no room for a second
+        set of task vectors.
+        """
+        signs = [tau.sum(dim=0).sign().to(torch.int8) for tau in self.tau]
+        majority = sum(int(sign.sum(dtype=torch.int64)) for sign in signs)
+        for tau, sign in zip(self.tau, signs, strict=True):
+            sign[sign == 0] = (majority > 0) - (majority < 0)
+            for row in tau:
+                row[row.sign() != sign] = 0
+
+    def release(self) -> None:
+        """Forget the weights once they are mixed; the coefficients stay for the record."""
+        self.theta0, self.tau = [], []
+
     def to_device(self, device: torch.device) -> Mixture:
         """Move everything; the mixing then happens there."""
         self.theta0 = [t.to(device) for t in self.theta0]
@@ -122,22 +141,6 @@ def trim(vector: Sequence[Tensor], keep: float) -> list[Tensor]:
     flat = torch.cat([tensor.flatten() for tensor in vector]).abs()
     threshold = flat.kthvalue(max(1, flat.numel() - int(keep * flat.numel()))).values
     return [torch.where(tensor.abs() >= threshold, tensor, 0.0) for tensor in vector]
-
-
-def elect_signs(vectors: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-    """Drop entries whose sign is not the one of the sum over tasks (Ties-Merging, section 4).
-
-    With trimmed vectors and one common coefficient, the mixture of the result is Ties-Merging with
-    the disjoint sum, as the IntervMerge paper uses it.
-    """
-    kept: list[list[Tensor]] = [[] for _ in vectors]
-    signs = [torch.stack(tensors).sum(0).sign() for tensors in zip(*vectors, strict=True)]
-    majority = torch.stack([sign.sum() for sign in signs]).sum().sign()
-    for position, sign in enumerate(signs):
-        sign = torch.where(sign == 0, majority.to(sign.dtype), sign)
-        for vector, out in zip(vectors, kept, strict=True):
-            out.append(torch.where(vector[position].sign() == sign, vector[position], 0.0))
-    return kept
 
 
 def initial_coefficients(

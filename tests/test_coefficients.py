@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 
 from fusion_bench_intervmerge.coefficients import (
     Mixture,
-    elect_signs,
     initial_coefficients,
     read_settings,
     task_vector,
@@ -86,8 +85,11 @@ def test_trimmed_and_elected_they_give_fusionbenchs_ties_merging(parts):
     from fusion_bench.method import TiesMergingAlgorithm
 
     theta0, vectors = parts
-    elected = elect_signs([trim(vector, 0.2) for vector in vectors])
-    ours = mixed(theta0, elected, torch.full((3,), 0.3))
+    mixture = Mixture(theta0, [trim(vector, 0.2) for vector in vectors], torch.full((3,), 0.3))
+    mixture.elect_signs()
+    tower = hf_tower()
+    mixture.write(tower)
+    ours = [p.detach() for p in tower.mergeable().values()]
     method = TiesMergingAlgorithm(
         scaling_factor=0.3, threshold=20, remove_keys=[], merge_func="sum"
     )

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,11 @@ from fusion_bench.constants import RuntimeConstants
 from fusion_bench.mixins import LightningFabricMixin, SimpleProfilerMixin
 from omegaconf import OmegaConf
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from ..cache import cache_root
 from ..coefficients import (
     Mixture,
-    elect_signs,
     initial_coefficients,
     read_settings,
     task_vector,
@@ -220,13 +219,15 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         else:
             start = settings["init"]
         init = initial_coefficients(start, len(pool.tasks), len(theta0), settings["granularity"])
-        vectors: Iterable[Sequence[Tensor]] = (
-            task_vector(pool.tower(task), theta0) for task in pool.tasks
-        )
-        if settings["task_vectors"] == "ties":
-            vectors = elect_signs([trim(vector, settings["keep"]) for vector in vectors])
-        mixture = Mixture(theta0, vectors, init, getattr(torch, settings["dtype"]))
+        ties = settings["task_vectors"] == "ties"
+        vectors = (task_vector(pool.tower(task), theta0) for task in pool.tasks)
+        trimmed = (trim(vector, settings["keep"]) if ties else vector for vector in vectors)
+        mixture = Mixture(theta0, trimmed, init, getattr(torch, settings["dtype"]))
+        if ties:
+            mixture.elect_signs()
         mixture.write(tower)
+        if not settings["train"]:
+            mixture.release()
         return tower, mixture
 
     # -- around the trainer ------------------------------------------------------------------------
