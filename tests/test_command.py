@@ -299,14 +299,35 @@ def test_an_old_style_base_runs_nested(tmp_path):
     assert result["report"]["average"]["accuracy"] > 0
 
 
-@pytest.fixture(scope="module", params=["clip-vit-tiny_TA8", "openclip-vit-tiny_TA8"])
-def comparison(request, tmp_path_factory):
+FAMILIES = ["clip-vit-tiny_TA8", "openclip-vit-tiny_TA8"]
+
+
+@pytest.fixture(scope="module")
+def comparisons(tmp_path_factory):
     """The demonstration, short, in both families."""
-    folder = tmp_path_factory.mktemp("comparison")
-    pools = [f"modelpool={request.param}", f"taskpool={request.param}"]
-    overrides = ["method=intervmerge/compare", "method.seeds=[0,1]", "method.steps=25"]
-    in_process(*overrides, *pools, folder=folder)
-    return folder / "log"
+    folders = {}
+    for family in FAMILIES:
+        folder = tmp_path_factory.mktemp("comparison")
+        overrides = ["method=intervmerge/compare", "method.seeds=[0,1]", "method.steps=25"]
+        pools = [f"modelpool={family}", f"taskpool={family}"]
+        in_process(*overrides, *pools, folder=folder)
+        folders[family] = folder / "log"
+    return folders
+
+
+@pytest.fixture(params=FAMILIES)
+def comparison(request, comparisons):
+    return comparisons[request.param]
+
+
+def test_both_families_reach_the_same_accuracies(comparisons):
+    reports = [json.loads((f / "program_report.json").read_text()) for f in comparisons.values()]
+    tasks = reports[0]["comparison"]["tasks"]
+    for name in reports[0]["comparison"]["models"]:
+        for task in tasks:
+            # 480 images: rounding may turn one or two of them
+            theirs = pytest.approx(reports[1][name][task]["accuracy"], abs=2.5 / 480)
+            assert reports[0][name][task]["accuracy"] == theirs, (name, task)
 
 
 def test_a_comparison_evaluates_every_model_alike(comparison):
@@ -373,6 +394,21 @@ def test_a_pool_without_experts():
 
     with pytest.raises(ConfigError, match="there are no experts"):
         ExpertPool(BaseModelPool({"_pretrained_": "somewhere"}))
+
+
+def test_experts_of_different_shape(tmp_path):
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
+    small |= {"num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+    CLIPVisionModel(CLIPVisionConfig(**small)).save_pretrained(tmp_path / "narrow")
+    with pytest.raises(ConfigError, match=r"modelpool\.models\.extra: .*fc1\S* has shape \(128"):
+        in_process(
+            "method=intervmerge",
+            f"+modelpool.models.extra={tmp_path / 'narrow'}",
+            "modelpool=clip-vit-tiny_TA8",
+            folder=tmp_path,
+        )
 
 
 def test_the_command_ends_with_that_line(tmp_path):

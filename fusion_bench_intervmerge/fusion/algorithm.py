@@ -145,7 +145,11 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             return tower, None
         if self.base is None:
             raise ConfigError("base", "nothing merges the experts", "a FusionBench method")
-        model = run_base(self.base, pool.pool, self.fabric, self._program)
+        try:
+            model = run_base(self.base, pool.pool, self.fabric, self._program)
+        except (RuntimeError, ValueError, KeyError):
+            pool.check_shapes()  # the likeliest reason, and the method's own words for it are many
+            raise
         return pool.wrap(model.to("cpu")), None
 
     def repair(

@@ -56,6 +56,24 @@ class ExpertPool:
             model = copy.deepcopy(model)  # a live module is the user's, and hooks would stay on it
         return self.wrap(model)
 
+    def check_shapes(self) -> None:
+        """Make sure that the models can be merged.
+
+        Raises:
+            ConfigError: two models differ in a tensor's shape.
+        """
+        first = self.pool.all_model_names[0]
+        shapes = {n: tuple(p.shape) for n, p in self.tower(first).mergeable().items()}
+        for name in self.pool.all_model_names[1:]:
+            for tensor, parameter in self.tower(name).mergeable().items():
+                if shapes.get(tensor) != tuple(parameter.shape):
+                    raise ConfigError(
+                        f"modelpool.models.{name}",
+                        f"{tensor} has shape {tuple(parameter.shape)}, in {first} "
+                        f"{shapes.get(tensor)}",
+                        "models of one architecture",
+                    )
+
     def raw(self, name: str) -> nn.Module:
         """The model of that name as the pool gives it.
 
