@@ -396,6 +396,35 @@ def test_a_pool_without_experts():
         ExpertPool(BaseModelPool({"_pretrained_": "somewhere"}))
 
 
+def test_live_models_stay_as_they_are():
+    """A pool may hold modules; merging, hooks and freezing happen to copies."""
+    from conftest import TASKS, fine_tuned, hf_tower
+    from fusion_bench import BaseModelPool
+    from fusion_bench.method import TaskArithmeticAlgorithm
+
+    from fusion_bench_intervmerge.fusion import IntervMergeAlgorithm
+    from fusion_bench_intervmerge.fusion.experts import ExpertPool
+
+    models = {"_pretrained_": hf_tower().model}
+    models |= {task: load().model for task, load in fine_tuned(hf_tower).items()}
+    before = {n: {k: t.clone() for k, t in m.state_dict().items()} for n, m in models.items()}
+    pool = ExpertPool(BaseModelPool(dict(models)))
+    pool._projection = hf_tower().projection
+    method = IntervMergeAlgorithm(
+        {"attention": {}}, base=TaskArithmeticAlgorithm(scaling_factor=0.3)
+    )
+    merged, _ = method.merge(pool)
+    InterventionModel(merged, TASKS, {"attention": {}})
+    assert not torch.equal(
+        merged.model.state_dict()["vision_model.post_layernorm.bias"],
+        before["_pretrained_"]["vision_model.post_layernorm.bias"],
+    )
+    for name, model in models.items():
+        assert all(torch.equal(before[name][k], t) for k, t in model.state_dict().items())
+        assert all(p.requires_grad for p in model.parameters())
+        assert not any(m._forward_hooks for m in model.modules())
+
+
 def test_experts_of_different_shape(tmp_path):
     from transformers import CLIPVisionConfig, CLIPVisionModel
 

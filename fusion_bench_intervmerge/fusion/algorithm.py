@@ -283,6 +283,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
     ) -> dict[str, Any]:
         """Print how far the model got; keep the whole story beside FusionBench's report."""
         dummy = self._without_task_pool()
+        model.to(self.fabric.device)
         rows = {}
         for task, seen in done.images.items():
             count = min(DIAGNOSED_IMAGES, len(seen))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import tempfile
 from collections.abc import Mapping
@@ -50,9 +51,13 @@ def run_base(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -> 
     for name, value in (("_program", program), ("_fabric_instance", fabric), ("_fabric", fabric)):
         if hasattr(method, name):
             setattr(method, name, value)
-    method.on_run_start() if hasattr(method, "on_run_start") else None
+    if pool.has_instance_models:
+        # Methods merge into the models they are given, and these are the user's.
+        pool = copy.copy(pool)
+        pool._models = {str(n): copy.deepcopy(model) for n, model in pool._models.items()}
+    getattr(method, "on_run_start", lambda: None)()  # older methods have neither
     merged = method.run(pool)
-    method.on_run_end() if hasattr(method, "on_run_end") else None
+    getattr(method, "on_run_end", lambda: None)()
     if not isinstance(merged, nn.Module):
         raise ConfigError(
             "base",

@@ -89,7 +89,7 @@ class ExpertPool:
             ConfigError: it is no CLIP vision encoder.
         """
         try:
-            return as_tower(model, self._projection_for(model))
+            return as_tower(model, self._visual_projection())
         except TypeError as error:
             raise ConfigError("modelpool", str(error)) from None
 
@@ -139,13 +139,9 @@ class ExpertPool:
             return self.pool.test_processor
         return _fetch(self.pool.load_processor, "modelpool.processor")
 
-    def _projection_for(self, model: nn.Module) -> nn.Linear | None:
+    def _visual_projection(self) -> nn.Linear | None:
         # Only Hugging Face's vision models come without their projection.
-        if not type(model).__module__.startswith("transformers.") or not hasattr(
-            self.pool, "load_clip_model"
-        ):
-            return None
-        if self._projection is None:
+        if self._projection is None and hasattr(self.pool, "load_clip_model"):
             name = "_pretrained_" if self.pool.has_pretrained else self.tasks[0]
             clip = _fetch(lambda: self.pool.load_clip_model(name), f"modelpool.models.{name}")
             self._projection = copy.deepcopy(clip.visual_projection)
