@@ -80,6 +80,7 @@ def compose(*overrides, **options):
 
 def in_process(*overrides, folder):
     """What the command does after composing; a process of its own costs ten seconds of imports."""
+    from fusion_bench.constants import RuntimeConstants
     from fusion_bench.scripts.cli import main
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import open_dict
@@ -98,6 +99,7 @@ def in_process(*overrides, folder):
         return main(config)
     finally:
         HydraConfig.instance().cfg = None
+        RuntimeConstants.debug = False  # what fast_dev_run=true leaves behind in the process
 
 
 @pytest.mark.parametrize("size", ["b32", "b16", "l14"])
