@@ -18,7 +18,7 @@ from conftest import TASKS, fine_tuned, hf_tower, openclip_tower, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_model import surgery_v2
+from test_model import intervmerge, surgery_v2
 
 from fusion_bench_intervmerge import InterventionModel, distill
 from fusion_bench_intervmerge.coefficients import Mixture, task_vector
@@ -108,14 +108,8 @@ def published(model, golden, golden_tower, loss="output"):
 
 
 def test_intervmerge_follows_the_published_curve(golden, golden_tower):
-    model = InterventionModel(golden_tower("merged"), ["a"], {"attention": {"rank": 3}})
-    with torch.no_grad():
-        for block in range(4):
-            function = model.edits["a"]["attention"][str(block)]
-            init = {n: golden[f"encoder.init.block{block}.{n}"] for n in ("W1", "W2", "b", "b2")}
-            function.W1.copy_(init["W1"])
-            function.W2.copy_(init["W2"])
-            function.b.copy_(init["b"] - init["b2"])
+    start = InterventionModel(golden_tower("merged"), ["a"], {"attention": {"rank": 3}})
+    model = intervmerge(golden, start)
     losses = published(model, golden, golden_tower)
     assert relative(losses, golden["encoder.losses"]) < 1e-4
     with torch.no_grad():

@@ -32,6 +32,17 @@ SETTINGS = [
 ]
 
 
+def intervmerge(golden, model):
+    with torch.no_grad():
+        for block in range(4):
+            function = model.edits["a"]["attention"][str(block)]
+            init = {n: golden[f"encoder.init.block{block}.{n}"] for n in ("W1", "W2", "b", "b2")}
+            function.W1.copy_(init["W1"])
+            function.W2.copy_(init["W2"])
+            function.b.copy_(init["b"] - init["b2"])
+    return model
+
+
 def surgery_v2(golden, model):
     with torch.no_grad():
         edits = model.edits["a"]
@@ -44,14 +55,9 @@ def surgery_v2(golden, model):
 
 
 def test_intervmerge_gives_the_published_features(golden, golden_tower):
-    model = InterventionModel(golden_tower("merged"), ["a"], {"attention": {"rank": 3}})
+    start = InterventionModel(golden_tower("merged"), ["a"], {"attention": {"rank": 3}})
+    model = intervmerge(golden, start)
     with torch.no_grad():
-        for block in range(4):
-            function = model.edits["a"]["attention"][str(block)]
-            init = {n: golden[f"encoder.init.block{block}.{n}"] for n in ("W1", "W2", "b", "b2")}
-            function.W1.copy_(init["W1"])
-            function.W2.copy_(init["W2"])
-            function.b.copy_(init["b"] - init["b2"])
         images = golden["encoder.images"][0]
         assert relative(model.encode(images, "a"), golden["encoder.features.intervened"]) < 1e-5
         assert relative(model.encode(images), golden["encoder.features.plain"]) < 1e-5
