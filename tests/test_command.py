@@ -26,7 +26,8 @@ def fusion_bench(*overrides, cwd, check=True, **environment):
     done = subprocess.run(
         [COMMAND, *overrides],
         cwd=cwd,
-        env=os.environ | {"COLUMNS": "200", **environment},
+        # the same bits need the same number of threads, and the tests run on one
+        env=os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         timeout=400,
