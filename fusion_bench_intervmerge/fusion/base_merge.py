@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-
-log = logging.getLogger(__name__)
 
 
 def run_base(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -> nn.Module:
