@@ -84,6 +84,7 @@ class InterventionModel(TaskAwareModel):
         self.edits: Any = nn.ModuleDict()
         self.metadata: dict[str, Any] = {}
         self._route: _Route | None = None
+        self._left_out: tuple[str, int] | None = None
         self._hook_sites()
         for task in tasks:
             self.add_task(task)
@@ -220,6 +221,20 @@ class InterventionModel(TaskAwareModel):
         finally:
             self._route = outer
 
+    @contextmanager
+    def without_edit(self, site: str, block: int) -> Iterator[None]:
+        """Leave one edit out in every forward pass inside, for all tasks; the others stay.
+
+        Args:
+            site: an edited site.
+            block: an edited block there; 0 at the site ``output``.
+        """
+        outer, self._left_out = self._left_out, (site, block)
+        try:
+            yield
+        finally:
+            self._left_out = outer
+
     def _make_route(self, task: str | Sequence[str] | None, batch: int | None) -> _Route:
         if task is None:
             return _Route([])
@@ -261,6 +276,8 @@ class InterventionModel(TaskAwareModel):
         """Edit a site's tensor in place, for the tasks of the running forward pass."""
         route, placement = self._route, self.placements.get(site)
         if route is None or not route.tasks or placement is None or block not in placement.parts:
+            return z
+        if (site, block) == self._left_out:
             return z
         functions = [self._function(task, site, block) for task in route.tasks]
         if len(functions) == 1:
