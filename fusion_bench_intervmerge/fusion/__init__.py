@@ -1,7 +1,13 @@
 """Everything that imports fusion_bench: the algorithm, the pools, the embedded pool."""
 
 from .algorithm import IntervMergeAlgorithm
+from .analyse import AnalyseInterventionModel
 from .comparison import ComparisonAlgorithm
 from .load import LoadInterventionModel
 
-__all__ = ["ComparisonAlgorithm", "IntervMergeAlgorithm", "LoadInterventionModel"]
+__all__ = [
+    "AnalyseInterventionModel",
+    "ComparisonAlgorithm",
+    "IntervMergeAlgorithm",
+    "LoadInterventionModel",
+]

@@ -18,6 +18,7 @@ from ..encoders import VisionTower
 from ..errors import ConfigError
 from ..files import write_json
 from .algorithm import IntervMergeAlgorithm
+from .analyse import Analyser
 from .base_merge import run_adamerging
 from .experts import ExpertPool
 from .individual import IndividualExperts
@@ -42,6 +43,9 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         seeds: seeds of the repairs.
         steps, data: override every method's, so that all have the same.
         references: whether the pretrained encoder and the experts themselves are evaluated too.
+        analyses: names of analyses of every merge and its repairs at the first seed, ``all``, or
+            null; ``analysis.json`` keeps what they find.
+        analysis_images: images a task for them, of the test split.
     """
 
     def __init__(
@@ -53,6 +57,8 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         steps: int | None = None,
         data: Mapping[str, Any] | None = None,
         references: bool = True,
+        analyses: Any = None,
+        analysis_images: int = 256,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -63,11 +69,13 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         self.bases, self.methods, self.seeds = bases, methods, list(seeds)
         self.coefficients: Any = _plain(coefficients) or {}
         self.steps, self.data, self.references = steps, data, references
+        self.analyses, self.analysis_images = analyses, analysis_images
         self._losses: dict[str, dict[str, list[float]]] = {}
 
     def run(self, modelpool: BaseModelPool) -> dict[str, Any]:
         """Returns every model by name, and ``comparison``: what each is."""
         pool = ExpertPool(modelpool)
+        analyser = Analyser(self.analyses, self.analysis_images, "test", self.fabric.device)
         models: dict[str, Any] = {}
         about: dict[str, dict[str, Any]] = {}
         if self.references:
@@ -97,11 +105,20 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
                     log.info("repairing: %s", name)
                     models[name], about[name] = self._repair(name, pool, merged, settings, seed)
                     about[name] |= {"base": base_name, "method": method_name}
+            if analyser.names and self.fabric.is_global_zero:
+                repaired = self._first_seed(models, base_name)
+                analyser.run(base_name, pool, merged, repaired, pool.tasks)
+                analyser.write(Path(self.log_dir or "."), pool.tasks)
         if self.log_dir is not None and self.fabric.is_global_zero:
             # apart from the report, which FusionBench prints whole
             write_json(Path(self.log_dir) / "losses.json", self._losses, indent=None)
         models["comparison"] = {"tasks": pool.tasks, "models": about}
         return models
+
+    def _first_seed(self, models: Mapping[str, Any], base: str) -> dict[str, Any]:
+        """Method -> its repair of a merge at the first seed."""
+        names = {m: f"{base}/{m}/seed{seed}" for m in self.methods for seed in self.seeds[:1]}
+        return {method: models[name] for method, name in names.items() if name in models}
 
     def _merge(
         self, pool: ExpertPool, name: str, base: Any

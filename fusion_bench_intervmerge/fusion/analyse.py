@@ -1,0 +1,197 @@
+"""Analyses against a pool's experts: a comparison's, and ``method=intervmerge/analyse``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from fusion_bench import BaseAlgorithm, BaseModelPool
+from fusion_bench.mixins import LightningFabricMixin
+from fusion_bench.taskpool import DummyTaskPool
+from omegaconf import OmegaConf
+from rich.console import Console
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from .. import artifact
+from ..analysis import MERGED, Subject, analyse, read_analyses
+from ..encoders import VisionTower
+from ..errors import ConfigError
+from ..files import write_json
+from ..model import InterventionModel
+from .diagnosis import table
+from .experts import ExpertPool
+
+log = logging.getLogger(__name__)
+
+
+class Analyser:
+    """Runs analyses and keeps what they find in ``analysis.json``.
+
+    The file holds ``images`` (a task), ``split``, ``tasks``, and ``merges``: merge -> analysis ->
+    task -> encoder -> value; the encoders are ``merged``, the repaired models by name, and for
+    embeddings ``expert``.
+
+    Args:
+        analyses: names, ``all``, or null for none.
+        images: images a task, the same for every encoder.
+        split: which split they are of.
+        device: where the encoders run.
+
+    Raises:
+        ConfigError: an analysis that does not exist, or no images.
+    """
+
+    def __init__(self, analyses: Any, images: int, split: str, device: torch.device):
+        names = OmegaConf.to_container(analyses) if OmegaConf.is_config(analyses) else analyses
+        self.names = read_analyses(names)  # type: ignore[arg-type]
+        if not isinstance(images, int) or isinstance(images, bool) or images < 1:
+            raise ConfigError("analysis_images", f"{images!r}", "1 or more")
+        self.images, self.split, self.device = images, split, device
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def run(
+        self,
+        name: str,
+        pool: ExpertPool,
+        merged: VisionTower,
+        models: Mapping[str, InterventionModel],
+        tasks: Sequence[str],
+    ) -> dict[str, Any]:
+        """Analyse one merge and its repairs, a task and so an expert at a time.
+
+        Args:
+            name: the merge's.
+            pool: the experts, their images and heads.
+            merged: the merged encoder.
+            models: name -> repaired model.
+            tasks: those to look at.
+
+        Returns:
+            Analysis -> task -> encoder -> value.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        encoders: list[VisionTower | InterventionModel] = [merged, *models.values()]
+        before = {encoder: encoder.device for encoder in encoders}
+        for encoder in before:
+            encoder.to(self.device)
+        for task in tasks:
+            images, labels = self._images(pool, task)
+            expert = pool.tower(task).requires_grad_(False).eval().to(self.device)
+            logits = _logits(pool, task)
+            subject = Subject(task, images, expert, merged, models, logits, labels)
+            for analysis, values in analyse(subject, self.names).items():
+                found.setdefault(analysis, {})[task] = values
+        for encoder, device in before.items():
+            encoder.to(device)
+        self.found[name] = found
+        return found
+
+    def write(self, folder: Path, tasks: Sequence[str]) -> None:
+        """Write ``analysis.json`` beside the report."""
+        about = {"images": self.images, "split": self.split, "tasks": list(tasks)}
+        write_json(folder / "analysis.json", {**about, "merges": self.found}, indent=None)
+
+    def _images(self, pool: ExpertPool, task: str) -> tuple[Tensor, Tensor | None]:
+        """Images drawn with a fixed seed, since some data sets are sorted by class."""
+        dataset: Any = pool.images(task, self.split)
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+        chosen = sorted(order[: self.images].tolist())
+        batches = list(DataLoader(Subset(dataset, chosen), batch_size=64))
+        labels = torch.cat([torch.as_tensor(batch[1]) for batch in batches])
+        # -1 stands for a label that is not given
+        return torch.cat([batch[0] for batch in batches]), labels if labels.min() >= 0 else None
+
+
+class AnalyseInterventionModel(LightningFabricMixin, BaseAlgorithm):
+    """Analyse a saved model against the pool's experts.
+
+    Args:
+        path: the artifact's folder.
+        analyses: names of analyses, or ``all``.
+        images: images a task.
+        split: the split they are of: test, validation, train.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        analyses: Any = "all",
+        images: int = 256,
+        split: str = "test",
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        if not isinstance(path, str):
+            raise ConfigError("path", f"{path!r}", "the folder of a saved model")
+        self.path, self.analyses, self.images, self.split = path, analyses, images, split
+
+    def run(self, modelpool: BaseModelPool) -> dict[str, Any] | None:
+        """Analyse, and hand the merged encoder and the repaired model to the task pool, if any.
+
+        Raises:
+            ArtifactError: what does not fit in the folder, in one line.
+            ConfigError: a setting or a pool that does not fit, in one line.
+        """
+        pool, folder = ExpertPool(modelpool), Path(self.path)
+        analyser = Analyser(self.analyses, self.images, self.split, self.fabric.device)
+        model = InterventionModel.from_pretrained(folder)
+        tasks = [task for task in pool.tasks if task in model.tasks]
+        if not tasks:
+            raise ConfigError(
+                "modelpool.models", "no expert of the model's", ", ".join(model.tasks)
+            )
+        name = folder.resolve().name
+        if self.fabric.is_global_zero:
+            # without a task the model is the merged encoder
+            found = analyser.run(MERGED, pool, model.tower, {name: model}, tasks)
+            analyser.write(Path(self.log_dir or "."), tasks)
+            if "bias" in found:
+                Console().print(table(_rows(found, name)))
+        task_pool = getattr(self._program, "taskpool", None)
+        if task_pool is None or isinstance(task_pool, DummyTaskPool):
+            return None
+        # a tower of its own: the model's carries the edits' hooks
+        merged = artifact.read(folder).tower.stock()
+        return {MERGED: merged, name: model, "comparison": _about(model, name, tasks)}
+
+
+def _rows(found: Mapping[str, Any], name: str) -> dict[str, dict[str, float]]:
+    """Task -> the numbers of a diagnosis, before and after the repair."""
+    rows: dict[str, dict[str, float]] = {}
+    for task, values in found["bias"].items():
+        rows[task] = {
+            f"bias_{when}": values[encoder]["features"]
+            for when, encoder in (("before", MERGED), ("after", name))
+        }
+        if "agreement" in found:
+            shares = found["agreement"][task]
+            rows[task] |= {"agreement_before": shares[MERGED], "agreement_after": shares[name]}
+    return rows
+
+
+def _about(model: InterventionModel, name: str, tasks: Sequence[str]) -> dict[str, Any]:
+    """What a comparison's report says of its models."""
+    settings = model.metadata.get("method")
+    repair = {
+        "kind": "repair",
+        "base": MERGED,
+        "method": name,
+        "seed": model.seed,
+        "extra_parameters": model.extra_parameters()["total"],
+        "images_used": model.metadata.get("images"),
+        "transductive": settings["data"]["split"] == "test" if settings else None,
+    }
+    merge = {"kind": "merge", "base": MERGED, "method": "none", "extra_parameters": 0}
+    return {"tasks": list(tasks), "models": {MERGED: merge, name: repair}}
+
+
+def _logits(pool: ExpertPool, task: str) -> Callable[[Tensor], Tensor] | None:
+    try:
+        return pool.head(task)
+    except (KeyError, ValueError) as error:
+        log.warning("%s: no zero-shot head (%s), so no predictions", task, str(error)[:120])
+        return None

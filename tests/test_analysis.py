@@ -1,0 +1,234 @@
+"""Analyses say what their formulas say: closed forms on small encoders in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import TASKS, hf_tower, openclip_tower, perturbed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fusion_bench_intervmerge import InterventionModel
+from fusion_bench_intervmerge.analysis import ANALYSES, Subject, analyse, read_analyses
+from fusion_bench_intervmerge.analysis.bias import bias
+from fusion_bench_intervmerge.analysis.contributions import without_each
+from fusion_bench_intervmerge.analysis.embeddings import pca
+from fusion_bench_intervmerge.analysis.stitching import stitch
+from fusion_bench_intervmerge.errors import ConfigError
+
+TASK = TASKS[0]
+EVERYWHERE = {
+    "attention": {"function": "nodireft", "rank": 2},
+    "mlp": {"function": "direft", "tokens": "patch", "blocks": [1]},
+    "block": {"function": "direft", "tokens": "all", "blocks": [0, 2]},
+    "output": {"function": "surgery", "rank": 3},
+}
+IDENTITY = {site: settings | {"init": "identity"} for site, settings in EVERYWHERE.items()}
+
+
+def double(make, **kwargs):
+    return make(**kwargs).double().eval()
+
+
+def repaired(interventions, make=hf_tower):
+    """A model in float64 whose edits change something."""
+    return perturbed(InterventionModel(double(make), TASKS, interventions).double())
+
+
+def subject(models, make=hf_tower, images=40, labels=True) -> Subject:
+    generator = torch.Generator().manual_seed(1)
+    head = torch.randn(5, 16, generator=generator, dtype=torch.float64)
+    pixels = torch.randn(images, 3, 32, 32, generator=generator, dtype=torch.float64)
+    given_labels = torch.randint(5, (images,), generator=generator) if labels else None
+    expert, merged = double(make, seed=1, noise=0.05), double(make)
+    return Subject(TASK, pixels, expert, merged, models, lambda f: f @ head.T, given_labels)
+
+
+@pytest.fixture(scope="module", params=[hf_tower, openclip_tower], ids=["huggingface", "openclip"])
+def seen(request) -> Subject:
+    """A task with a repaired model beside it."""
+    return subject({"model": repaired(EVERYWHERE, request.param)}, request.param)
+
+
+# -- bias ------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
+def test_bias_is_a_mean_absolute_difference(images: int, width: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a, b, c = torch.randn(3, images, width, generator=generator, dtype=torch.float64)
+    pairs = zip(a.flatten().tolist(), b.flatten().tolist(), strict=True)
+    by_hand = sum(abs(x - y) for x, y in pairs)
+    assert bias(a, b) == pytest.approx(by_hand / (images * width))
+    assert bias(a, a) == 0 and bias(a, b) == bias(b, a)
+    assert bias(a, c) <= bias(a, b) + bias(b, c) + 1e-12
+
+
+def test_identity_edits_have_the_merged_encoders_bias_at_every_block() -> None:
+    identity = InterventionModel(double(hf_tower), TASKS, IDENTITY).double()
+    found = analyse(subject({"identity": identity}), ["bias"])["bias"]
+    assert len(found["merged"]["blocks"]) == 3
+    assert found["identity"] == found["merged"]
+    assert min(found["merged"]["blocks"]) > 0
+
+
+def test_a_surgery_leaves_every_block_as_it_was() -> None:
+    surgery = repaired({"output": {"function": "surgery", "rank": 3}})
+    found = analyse(subject({"surgery": surgery}), ["bias"])["bias"]
+    assert found["surgery"]["blocks"] == found["merged"]["blocks"]
+    assert found["surgery"]["features"] != found["merged"]["features"]
+
+
+def test_bias_is_of_what_the_model_encodes(seen: Subject) -> None:
+    model = seen.models["model"]
+    with torch.no_grad():
+        own, expert = model.encode(seen.images, TASK), seen.expert.features(seen.images)
+        assert seen.trace("merged").features.allclose(model.encode(seen.images))
+    found = analyse(seen, ["bias"])["bias"]["model"]["features"]
+    assert found == pytest.approx(float((own - expert).abs().mean()))
+
+
+# -- agreement -------------------------------------------------------------------------------------
+
+
+def test_the_expert_agrees_with_itself(seen: Subject) -> None:
+    assert seen.scores(seen.trace("expert").features)["agreement"] == 1
+
+
+def test_agreement_is_what_one_counts(seen: Subject) -> None:
+    assert seen.logits is not None
+    own, expert = (seen.logits(seen.trace(n).features).argmax(1) for n in ("model", "expert"))
+    counted = sum(int(a == b) for a, b in zip(own, expert, strict=True)) / len(own)
+    assert analyse(seen, ["agreement"])["agreement"]["model"] == pytest.approx(counted)
+
+
+# -- stitching -------------------------------------------------------------------------------------
+
+
+def test_stitching_goes_from_the_expert_to_the_model(seen: Subject) -> None:
+    cuts = stitch(seen, "model")
+    assert len(cuts) == 4
+    assert torch.equal(cuts[0], seen.trace("expert").features)
+    assert torch.equal(cuts[-1], seen.trace("model").features)
+
+
+def test_the_expert_stitched_to_itself_is_the_expert(seen: Subject) -> None:
+    assert all(torch.equal(cut, seen.trace("expert").features) for cut in stitch(seen, "expert"))
+
+
+def test_a_cut_is_the_first_blocks_of_one_and_the_last_of_the_other(seen: Subject) -> None:
+    model, expert = seen.models["model"], seen.expert
+    with torch.no_grad(), model.for_task(TASK):
+        states = model.tower.run_block(0, model.tower.embed(seen.images))
+        for block in (1, 2):
+            states = expert.run_block(block, states)
+        by_hand = expert.readout(states)
+    assert stitch(seen, "model")[1].allclose(by_hand, atol=1e-12)
+
+
+def test_without_labels_there_is_agreement_and_no_accuracy() -> None:
+    blind = subject({"model": repaired(EVERYWHERE)}, labels=False)
+    found = analyse(blind, ["stitching", "contributions"])
+    assert set(found["stitching"]["model"]) == {"agreement"}
+    assert set(found["contributions"]["model"][0]) == {"site", "block", "bias", "agreement"}
+    blind.logits = None
+    assert set(analyse(blind, ["bias", "stitching", "agreement"])) == {"bias"}
+
+
+# -- contributions ---------------------------------------------------------------------------------
+
+
+def test_switching_an_identity_off_changes_nothing() -> None:
+    identity = InterventionModel(double(hf_tower), TASKS, IDENTITY).double()
+    found = analyse(subject({"identity": identity}), ["contributions"])["contributions"]["identity"]
+    assert [(edit["site"], edit["block"]) for edit in found] == [
+        ("attention", 0), ("block", 0), ("attention", 1), ("mlp", 1), ("attention", 2),
+        ("block", 2), ("output", None),
+    ]  # fmt: skip
+    assert all(edit[k] == 0 for edit in found for k in ("bias", "agreement", "accuracy"))
+
+
+def test_an_edit_switched_off_is_a_model_without_it(seen: Subject) -> None:
+    model = seen.models["model"]
+    for (site, block), features in without_each(seen, model).items():
+        with torch.no_grad():
+            with model.without_edit(site, block):
+                by_hand = model.encode(seen.images, TASK)
+            whole = model.encode(seen.images, TASK)
+        assert features.allclose(by_hand, atol=1e-12)
+        assert not features.allclose(whole, atol=1e-6), (site, block)
+
+
+def test_without_its_only_edit_a_model_is_the_merged_encoder() -> None:
+    one = repaired({"attention": {"rank": 1, "blocks": [1]}})
+    seen = subject({"one": one})
+    (features,) = without_each(seen, one).values()
+    assert torch.equal(features, seen.trace("merged").features)
+    values = analyse(seen, ["bias", "contributions"])
+    (edit,) = values["contributions"]["one"]
+    gained = values["bias"]["merged"]["features"] - values["bias"]["one"]["features"]
+    assert edit["bias"] == pytest.approx(gained)
+
+
+# -- embeddings ------------------------------------------------------------------------------------
+
+
+def test_the_plane_holds_every_encoders_images_and_is_the_same_twice(seen: Subject) -> None:
+    found, again = (analyse(seen, ["embeddings"])["embeddings"] for _ in range(2))
+    assert list(found) == ["expert", "merged", "model"]
+    assert all(len(cloud) == 40 for kinds in found.values() for cloud in kinds.values())
+    assert found == again
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(3, 20), st.integers(2, 8), st.integers(0, 99))
+def test_the_principal_plane_keeps_most_variance(points: int, width: int, seed: int) -> None:
+    drawn = torch.randn(points, width, generator=torch.Generator().manual_seed(seed)).double()
+    values = torch.linalg.svdvals(drawn - drawn.mean(0))
+    assert (pca(drawn.numpy()) ** 2).sum() == pytest.approx(float((values[:2] ** 2).sum()))
+
+
+def test_equal_encoders_fall_on_one_another() -> None:
+    identity = InterventionModel(double(hf_tower), TASKS, IDENTITY).double()
+    found = analyse(subject({"identity": identity}), ["embeddings"])["embeddings"]
+    assert found["identity"]["pca"] == found["merged"]["pca"]
+
+
+# -- what is asked for -----------------------------------------------------------------------------
+
+
+def test_each_image_is_encoded_once(seen: Subject) -> None:
+    calls = []
+    hook = seen.expert.output.register_forward_hook(lambda *_: calls.append(1))
+    fresh = Subject(TASK, seen.images, seen.expert, seen.merged, seen.models, seen.logits)
+    analyse(fresh, ["bias", "agreement", "embeddings"])
+    hook.remove()
+    assert len(calls) == 2  # 40 images, two batches
+
+
+def test_analyses_are_named() -> None:
+    assert read_analyses(None) == [] and read_analyses("all") == list(ANALYSES)
+    assert read_analyses(["bias"]) == ["bias"] == read_analyses("bias")
+    with pytest.raises(ConfigError, match="analyses: there is no analysis 'bais'; allowed: null"):
+        read_analyses(["bais"])
+
+
+def test_encoders_that_cannot_be_compared_are_one_line() -> None:
+    model = repaired({"attention": {}})
+    with pytest.raises(ConfigError, match="no repair can be called 'expert'"):
+        subject({"expert": model})
+    expert = double(hf_tower)
+    expert.projection_dim = 8
+    with pytest.raises(ConfigError, match=r"modelpool\.models\.ants: it has 3 blocks"):
+        Subject(TASK, torch.zeros(1, 3, 32, 32), expert, model.tower, {})
+
+
+def test_half_precision_encoders_are_analysed() -> None:
+    tower = hf_tower(dtype=torch.bfloat16)
+    images = torch.randn(6, 3, 32, 32)
+    head: Tensor = torch.randn(4, 16)
+    seen = Subject(TASK, images, tower, tower, {}, lambda f: f @ head.T)
+    found = analyse(seen, ["bias", "stitching", "embeddings"])
+    assert found["bias"]["merged"]["features"] == 0
+    assert found["stitching"]["merged"]["agreement"] == [1.0] * 4
