@@ -184,6 +184,17 @@ def initial_coefficients(
 def read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Check ``coefficients`` of a method config and fill in what it leaves out.
 
+    Settings:
+        granularity: ``task``, one coefficient a task, or ``layer``, one a task and parameter
+            tensor.
+        init: where the coefficients start: a number; ``mean``, one over the number of tasks; a
+            file that AdaMerging saved, or a saved model's ``coefficients.safetensors``; ``base``,
+            which runs ``base``, then an AdaMerging method, first.
+        train: train them along with the edits, clamped to [0, 1] where they act.
+        task_vectors: ``plain``, or ``ties``: trimmed, and of the elected sign (Ties-Merging).
+        keep: with ``ties``, the share of a task vector's entries that trimming keeps.
+        dtype: ``float32``, or ``bfloat16``, which halves the memory of the task vectors.
+
     Raises:
         ConfigError: an unknown key or value.
     """

@@ -51,21 +51,21 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
 
     Args:
         interventions: site -> edit settings (``InterventionConfig``).
-        base: config of the FusionBench method that merges the experts; a ``_merged_`` model in the
-            pool wins over it, and ``coefficients`` over both.
-        coefficients: merge by task vectors with these coefficients: ``granularity`` (task, layer),
-            ``init`` (a number; a file that AdaMerging saved; ``base``: run ``base``, which then is
-            an AdaMerging method, and take its coefficients), ``train``, ``task_vectors`` (plain,
-            ties).
-        loss: ``output`` or ``blocks``.
-        data: ``split`` (test, validation, train), ``fraction`` of it, ``batch_size``,
-            ``num_workers``, ``cache_gb`` (GiB of memory for images that are seen again).
-        steps: steps a task.
-        optimizer: config of a torch optimizer.
+        base: config of the FusionBench method that merges the experts, any of them:
+            ``method@method.base=ties_merging``; a ``_merged_`` model in the pool wins over it, and
+            ``coefficients`` over both.
+        coefficients: merge by task vectors with these coefficients instead (``read_settings``).
+        loss: ``output``, the mean L1 of the image features, or ``blocks``, which adds that of every
+            block's token mean (SurgeryV2).
+        data: the unlabelled images to learn from: ``split``, ``fraction``, ``batch_size``,
+            ``num_workers``, ``cache_gb``.
+        steps: steps a task; each shows every task one batch of its images.
+        optimizer: config of any torch optimizer. The published optimizer lists every parameter
+            three times, so that each of its steps at 1e-3 is three steps of Adam; hence 3e-3.
         seed: decides initial edits, images and their order.
         save_to: folder for the artifact; ``{log_dir}`` stands for the run's log folder.
         resume: ``auto`` continues a run of the same settings that was stopped; ``never`` does not.
-        save_every: steps between two states of a run.
+        save_every: steps between two states of a run that may be stopped.
         extend: folder of a saved model, to which the pool's new tasks are added; nothing is merged
             and its own ``interventions`` hold.
     """
