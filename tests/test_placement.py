@@ -49,6 +49,15 @@ def test_a_shifted_part_is_that_blocks_slice(block, golden):
     assert relative(edited.squeeze(1), golden[f"mini.lobireft.shift.block{block}.output"]) < 1e-5
 
 
+def test_parts_may_be_shares_of_the_width():
+    assert fit(part={"size": 0.25, "start": 0.5}).parts[3] == slice(384, 576)
+    assert fit(part={"size": 1.0}).width == 768
+    assert fit(part={"size": 0.0001}).width == 1
+    even = fit(part={"size": "even", "shift": True})
+    assert even.width == 64 and even.parts[11] == slice(704, 768)
+    assert fit(part={"size": "even"}, blocks="every_4").width == 256
+
+
 @given(
     size=st.integers(1, 30),
     start=st.integers(0, 29),
@@ -147,6 +156,9 @@ def test_named_tokens_are_the_papers_patch_positions():
         ({"part": [64, 64]}, "lies outside the width"),
         ({"part": [[0, 8], [4, 12]]}, "the spans overlap"),
         ({"part": {"size": 0}}, "part.size: 0 does not fit; allowed: 1 to 768"),
+        ({"part": {"size": 1.5}}, "part.size: 1.5 does not fit"),
+        ({"part": {"size": "odd"}}, "part.size: 'odd' does not fit"),
+        ({"part": {"size": 8, "start": 1.0}}, "part.start: 1.0 does not fit"),
         ({"part": {"size": 8, "start": 768}}, "part.start: 768"),
         ({"part": {"width": 8}}, "part.width: no such setting"),
         ({"part": "half"}, "'half' is no part"),

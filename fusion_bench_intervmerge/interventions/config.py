@@ -28,9 +28,11 @@ class InterventionConfig:
         part: entries of the representation that it touches (eq 3.5, Table 4): ``None`` for all,
             ``[j, p]`` for j <= i < p, a list of such spans, or ``{size, start, shift}``: ``size``
             entries from ``start``, moved on by ``size`` a block when ``shift`` is true, wrapping
-            where the width ends.
+            where the width ends. Both may be shares of the width (0.25), and ``size: even``
+            divides the width by the number of edited blocks.
         share_tokens: one edit for all chosen tokens, or one for each (the paper's patch tokens).
-        activation: between down and up, for the forms that have both.
+        activation: ``relu``, ``gelu``, ``silu`` or ``tanh`` between down and up, for noreft,
+            loreft, direft and nodireft.
         init: ``reference`` draws the published start, ``identity`` starts as the merged encoder.
     """
 

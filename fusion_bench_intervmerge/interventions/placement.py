@@ -67,8 +67,15 @@ def resolve_tokens(tokens: str | Sequence[int], num_tokens: int, where: str) -> 
     return _index(_positions(tokens, num_tokens, where, "token position", allowed))
 
 
-def resolve_part(part: object, width: int, block: int, where: str) -> Index:
+def resolve_part(part: object, width: int, block: int, where: str, num_edited: int = 1) -> Index:
     """Entries of the width that an edit in ``block`` touches.
+
+    Args:
+        part: as in ``InterventionConfig``.
+        width: of the site.
+        block: index of the block.
+        where: the config key, for errors.
+        num_edited: in how many blocks there is an edit; ``size: even`` divides the width by it.
 
     Raises:
         ConfigError: a span outside the width, overlapping spans, or a malformed part.
@@ -80,12 +87,15 @@ def resolve_part(part: object, width: int, block: int, where: str) -> Index:
         for key in part:
             if key not in ("size", "start", "shift"):
                 raise ConfigError(f"{where}.{key}", "no such setting", "size, start, shift")
-        size: Any = part.get("size")
-        start: Any = part.get("start", 0)
+        even = part.get("size") == "even"
+        size: Any = _entries(1 / num_edited if even else part.get("size"), width, at_least=1)
+        start: Any = _entries(part.get("start", 0), width, at_least=0)
         if not _is_int(size) or not 1 <= size <= width:
-            raise ConfigError(f"{where}.size", f"{size!r} does not fit", f"1 to {width}")
+            allowed = f"1 to {width}, a share of the width like 0.25, or even"
+            raise ConfigError(f"{where}.size", f"{part.get('size')!r} does not fit", allowed)
         if not _is_int(start) or not 0 <= start < width:
-            raise ConfigError(f"{where}.start", f"{start!r} does not fit", f"0 to {width - 1}")
+            allowed = f"0 to {width - 1}, or a share of the width like 0.25"
+            raise ConfigError(f"{where}.start", f"{part.get('start')!r} does not fit", allowed)
         start += block * size if part.get("shift", False) else 0
         return _index([(start + offset) % width for offset in range(size)])
     if not isinstance(part, Sequence) or isinstance(part, str) or not part:
@@ -146,7 +156,9 @@ class Placement:
         else:
             blocks = resolve_blocks(config.blocks, num_blocks, f"{where}.blocks")
             tokens = resolve_tokens(config.tokens, num_tokens, f"{where}.tokens")
-        parts = {b: resolve_part(config.part, width, b, f"{where}.part") for b in blocks}
+        parts = {
+            b: resolve_part(config.part, width, b, f"{where}.part", len(blocks)) for b in blocks
+        }
         return cls(
             blocks=blocks,
             tokens=tokens,
@@ -204,6 +216,13 @@ def _index(entries: list[int]) -> Index:
 
 def _length(index: Index) -> int:
     return index.stop - index.start if isinstance(index, slice) else len(index)
+
+
+def _entries(value: object, width: int, at_least: int) -> object:
+    """A share of the width as a number of entries; anything else as it is."""
+    if isinstance(value, float) and 0 <= value <= 1:
+        return max(at_least, round(value * width))
+    return value
 
 
 def _is_int(value: object) -> bool:

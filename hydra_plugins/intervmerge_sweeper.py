@@ -1,0 +1,172 @@
+"""``hydra/sweeper=grid``: a grid of runs that can be stopped, continued and collected.
+
+Hydra looks for sweepers in this package only. It imports this module at every start of every Hydra
+application, so it imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+log = logging.getLogger(__name__)
+
+REPORT, CONFIG, INDEX = "program_report.json", "config.yaml", "study.json"
+
+
+class Job(NamedTuple):  # Hydra imports plugins in a way that a dataclass does not survive
+    """One run of the grid.
+
+    Attributes:
+        labels: axis -> the value it has in this run, by name.
+        overrides: what makes it this run.
+    """
+
+    labels: dict[str, str]
+    overrides: list[str]
+
+    @property
+    def folder(self) -> str:
+        """Its folder in the sweep's: what varies, by name."""
+        parts = [f"{axis.split('.')[-1]}={label}" for axis, label in self.labels.items()]
+        name = ",".join(re.sub(r"[^\w.+=-]+", "_", part) for part in parts) or "run"
+        if len(name) > 120:
+            name = name[:100] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
+        return name
+
+
+class GridSweeper(BasicSweeper):
+    """Runs the product of some axes, each job in a folder named after what varies.
+
+    A job whose folder holds the report of the very same configuration is not run again, so the
+    command that started a grid also continues it, with any launcher. Choices on the command line
+    (``method.seed=0,1``) are axes too. Which folder holds which job is written to ``study.json``.
+
+    Args:
+        axes: name -> label -> overrides, a string or a list of them; or name -> a choice in
+            Hydra's syntax. A choice on the command line replaces an axis that sets nothing else.
+        also: label -> overrides of single jobs beside the product.
+        study: what a collected grid is about (``fusion_bench_intervmerge.report.study``): title,
+            figure; null collects nothing.
+        max_batch_size, params: as in Hydra's basic sweeper.
+    """
+
+    def __init__(
+        self,
+        axes: Mapping[str, Any] | None = None,
+        also: Mapping[str, Any] | None = None,
+        study: Mapping[str, Any] | None = None,
+        max_batch_size: int | None = None,
+        params: dict[str, str] | None = None,
+    ):
+        super().__init__(max_batch_size, params)
+        self.axes, self.also, self.study = _plain(axes), _plain(also), _plain(study)
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        self._parser = OverridesParser.create(config_loader=hydra_context.config_loader)
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run what is not finished.
+
+        Returns:
+            One list of Hydra's job returns.
+        """
+        assert self.config is not None and self.launcher is not None
+        folder = Path(self.config.hydra.sweep.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        jobs = self.jobs([*self._parse_config(), *arguments])
+        index = {"study": self.study, "jobs": [{"folder": j.folder, **j._asdict()} for j in jobs]}
+        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        waiting = [overrides for job in jobs if (overrides := self._unfinished(job, folder))]
+        log.info("%d of %d runs are finished in %s", len(jobs) - len(waiting), len(jobs), folder)
+        results = self.launcher.launch(waiting, initial_job_idx=0) if waiting else []
+        try:
+            for result in results:
+                _ = result.return_value  # raises what the job raised
+        finally:
+            if self.study:
+                from fusion_bench_intervmerge.report.study import write_study
+
+                write_study(folder)
+        return [results]
+
+    def jobs(self, arguments: Sequence[str]) -> list[Job]:
+        """Every run of the grid, finished or not."""
+        axes = {name: self._values(value) for name, value in self.axes.items()}
+        fixed = []
+        for override in self._parser.parse_overrides(list(arguments)):
+            key = override.get_key_element()
+            if override.is_sweep_override():
+                mine = [n for n, values in axes.items() if _keys(values) == {key}]
+                for name in mine:
+                    del axes[name]
+                values = list(override.sweep_string_iterator())
+                axes[mine[0] if mine else key] = {v: [f"{key}={v}"] for v in values}
+            else:
+                fixed.append(f"{key}={override.get_value_element_as_str()}")
+        found = [
+            Job(
+                dict(zip(axes, labels, strict=True)),
+                [*fixed, *(o for a, x in zip(axes, labels, strict=True) for o in axes[a][x])],
+            )
+            for labels in itertools.product(*axes.values())
+        ]
+        also = [Job({"also": name}, [*fixed, *_listed(o)]) for name, o in self.also.items()]
+        return also + found
+
+    def _values(self, value: Any) -> dict[str, list[str]]:
+        if isinstance(value, Mapping):
+            return {str(label): _listed(overrides) for label, overrides in value.items()}
+        (override,) = self._parser.parse_overrides([value])
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            return {value.partition("=")[2]: [value]}
+        return {choice: [f"{key}={choice}"] for choice in override.sweep_string_iterator()}
+
+    def _unfinished(self, job: Job, folder: Path) -> list[str] | None:
+        """The overrides to launch a job with; None where its report is there."""
+        assert self.hydra_context is not None and self.config is not None
+        overrides = [
+            *job.overrides,
+            f"hydra.sweep.subdir='{job.folder}'",
+            "path.log_dir='${hydra:runtime.output_dir}'",
+        ]
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        with open_dict(config):
+            del config["hydra"]
+        report = folder / job.folder / REPORT
+        try:
+            json.loads(report.read_text(encoding="utf-8"))
+            if (report.parent / CONFIG).read_text(encoding="utf-8") == OmegaConf.to_yaml(config):
+                return None
+        except (OSError, ValueError):
+            pass
+        # Of another configuration, or torn: nobody must take it for this job's.
+        report.unlink(missing_ok=True)
+        return overrides
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else dict(value or {})  # type: ignore[return-value]
+
+
+def _listed(overrides: Any) -> list[str]:
+    return [overrides] if isinstance(overrides, str) else list(overrides or [])
+
+
+def _keys(values: Mapping[str, Sequence[str]]) -> set[str]:
+    return {override.partition("=")[0] for group in values.values() for override in group}
