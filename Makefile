@@ -1,15 +1,16 @@
-# Two commands: `make demo` sets up and runs the main job, `make check` sets up and passes the tests.
+# `make demo` sets up and runs the main job, `make check` sets up and passes the tests, the docs' build
+# among them; `make docs` writes the settings' tables anew and builds the site into site/.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 RUN = outputs/demo
 
-.PHONY: demo check lint types test
+.PHONY: demo check lint types test docs
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[test]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[test,docs]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -28,3 +29,7 @@ types: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+docs: $(VENV)/installed
+	$(BIN)/python docs/settings.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
