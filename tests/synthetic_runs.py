@@ -146,30 +146,59 @@ def curves(tasks: Sequence[str], steps: int, seed: int, floor: float) -> dict[st
     }
 
 
-def analysis(folder: Path, blocks: int = 4, points: int = 80) -> Path:
+def analysis(
+    folder: Path,
+    blocks: int = 4,
+    points: int = 80,
+    merges: Sequence[str] = ("task_arithmetic",),
+    labels: bool = True,
+    tasks: Sequence[str] = TASKS[:3],
+) -> Path:
     """Adds ``analysis.json`` to a run folder."""
     draw = random.Random(3)
     models = {"merged": 1.0, "surgery_r16": 0.9, "intervmerge_r4": 0.55}
+    shares = ("agreement", "accuracy") if labels else ("agreement",)
+
+    def edits(model: str) -> list[dict[str, Any]]:
+        places = [("output", None)] if model == "surgery_r16" else [
+            ("attention", block) for block in range(blocks)
+        ]  # fmt: skip
+        return [
+            {"site": site, "block": block, "bias": 0.2 * draw.random()}
+            | {share: -0.2 * draw.random() for share in shares}
+            for site, block in places
+        ]
+
+    def cloud(size: float) -> list[list[float]]:
+        return [[draw.gauss(3 * (i % 3), 0.5 + 0.3 * size), draw.gauss(2 * (i % 2), 0.6)]
+                for i in range(points)]  # fmt: skip
+
+    def each(value: Any) -> dict[str, Any]:
+        return {task: {model: value(size) for model, size in models.items()} for task in tasks}
+
     found = {
-        "bias_by_block": {
-            model: {t: [size * (0.1 + 0.2 * b + 0.05 * draw.random()) for b in range(blocks)]
-                    for t in TASKS}
-            for model, size in models.items()
-        },
-        "stitching": {
-            model: [0.92 - size * 0.09 * b for b in range(blocks + 1)]
-            for model, size in models.items()
+        "agreement": each(lambda size: 1 - 0.5 * size),
+        "bias": each(lambda size: {
+            "blocks": [size * (0.1 + 0.2 * b + 0.05 * draw.random()) for b in range(blocks)],
+            "features": size,
+        }),
+        "stitching": each(lambda size: {
+            share: [0.92 - size * 0.09 * b for b in range(blocks + 1)] for share in shares
+        }),
+        "contributions": {
+            task: {model: edits(model) for model in models if model != "merged"} for task in tasks
         },
         "embeddings": {
-            task: {
-                model: [[draw.gauss(3 * (i % 3), 0.5 + 0.3 * size), draw.gauss(2 * (i % 2), 0.6)]
-                        for i in range(points)]
-                for model, size in (("expert", 0.2), *models.items())
-            }
-            for task in TASKS[:4]
+            task: {model: {"pca": cloud(size), "tsne": cloud(size)}
+                   for model, size in (("expert", 0.2), *models.items())}
+            for task in tasks
         },
     }  # fmt: skip
-    (folder / "analysis.json").write_text(json.dumps(found))
+    about = {"images": points, "split": "test", "tasks": list(tasks)}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "analysis.json").write_text(
+        json.dumps({**about, "merges": dict.fromkeys(merges, found)})
+    )
     return folder
 
 

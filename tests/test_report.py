@@ -18,8 +18,13 @@ import synthetic_runs as synthetic
 from rich.console import Console
 
 from fusion_bench_intervmerge.report import cli, drawing, figures, gather, read_run, rows, words
-from fusion_bench_intervmerge.report.page import write_report
+from fusion_bench_intervmerge.report.page import analysed, write_report
 from fusion_bench_intervmerge.report.tables import to_terminal
+
+ANALYSED = [
+    "closeness", "bias_by_block", "stitching", "contributions", "embeddings_pca",
+    "embeddings_tsne",
+]  # fmt: skip
 
 
 def small(folder: Path, **changed: Any) -> Path:
@@ -210,7 +215,7 @@ def test_the_terminal_shows_as_much_as_fits(tmp_path: Path) -> None:
 
 
 def test_figures_are_whole_files(written: Path) -> None:
-    for name in ("accuracy_vs_parameters", "accuracy_by_task"):
+    for name in ("accuracy_vs_parameters", "accuracy_by_task", *ANALYSED):
         assert (written / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         ElementTree.parse(written / f"{name}.svg")
     assert not [path for path in written.iterdir() if path.name.startswith(".")]
@@ -225,7 +230,7 @@ def test_labels_of_a_figure_do_not_touch(tmp_path: Path) -> None:
         "intervmerge_mini_r1": (2048, 0.22),
     }
     study = gather([read_run(synthetic.comparison(tmp_path, methods=methods))])
-    for width in (figures.WIDE, figures.NARROW):
+    for width in (drawing.WIDE, drawing.NARROW):
         figure = figures.accuracy_vs_parameters(study, rows(study), width)
         assert figure is not None
         texts = [t for t in figure.axes[0].texts if t.get_text()]
@@ -255,6 +260,55 @@ def test_one_task_or_twenty(tmp_path: Path, tasks: list[str]) -> None:
 def test_other_files_of_the_folder_stay(small_report: Path) -> None:
     assert (small_report / "notes.txt").read_text() == "mine"
     assert not (small_report.parent / "run" / "report").exists()
+
+
+def test_many_points_are_told_apart_by_a_legend(tmp_path: Path) -> None:
+    """Five panels beside each other have no room for a label at every point."""
+    study = gather([read_run(synthetic.comparison(tmp_path, bases=list(synthetic.MERGES)))])
+    for width in (drawing.WIDE, drawing.NARROW):
+        figure = figures.accuracy_vs_parameters(study, rows(study), width)
+        assert figure is not None and len(figure.axes) == 5
+        (legend,) = figure.legends
+        shown = [text.get_text() for text in legend.get_texts()]
+        assert shown == ["IntervMerge r=1", "IntervMerge r=4", "Surgery r=16"]
+        for panel in figure.axes:
+            boxes = [text.get_window_extent() for text in panel.texts]
+            assert len(boxes) == 2  # the merge and the experts
+            assert not boxes[0].overlaps(boxes[1])
+
+
+# -- analyses --------------------------------------------------------------------------------------
+
+
+def test_every_analysed_merge_has_its_figures(tmp_path: Path) -> None:
+    merges = ["task_arithmetic", "ties_merging"]
+    run = synthetic.comparison(tmp_path / "run", bases=merges)
+    synthetic.analysis(run, merges=[*merges, "elsewhere"])
+
+    def names(*bases: str) -> list[str]:
+        return [drawing.name + suffix for suffix, _, drawing in analysed(gather([read], bases))]
+
+    read = read_run(run)
+    assert names() == [f"{name}-{merge}" for merge in merges for name in ANALYSED]
+    assert names("ties_merging") == ANALYSED
+
+
+def test_what_no_task_pool_evaluated_is_shown_without_a_table(tmp_path: Path) -> None:
+    folder = write_report([synthetic.analysis(tmp_path, labels=False, merges=["merged"])])
+    text = (folder / "report.html").read_text()
+    assert Page(text).sections == [*ANALYSED, "reproduce"]
+    assert "3 tasks, not evaluated by a task pool" in text
+    assert "Agreement with the expert&#39;s predictions of a network" in text
+    assert not (folder / "table.md").exists()
+
+
+def test_a_plugins_analysis_is_kept_and_not_drawn(tmp_path: Path) -> None:
+    run = synthetic.analysis(tmp_path)
+    found = json.loads((run / "analysis.json").read_text())
+    found["merges"]["task_arithmetic"] = {"mine": {"digits": {"merged": "anything"}}}
+    (run / "analysis.json").write_text(json.dumps(found))
+    assert read_run(run).analysis["task_arithmetic"]["mine"]["digits"] == {"merged": "anything"}
+    assert Page((write_report([run]) / "report.html").read_text()).sections == ["reproduce"]
 
 
 # -- the page --------------------------------------------------------------------------------------
@@ -303,8 +357,7 @@ def test_the_page_is_well_formed_and_loads_nothing(written: Path) -> None:
     assert not re.search(r"url\((?!['\"]?#)", text)
     assert "@import" not in text and "fetch(" not in text
     assert page.sections == [
-        "results", "parameters", "tasks", "bias_by_block-0", "stitching-0", "embeddings-0",
-        "images", "reproduce",
+        "results", "parameters", "tasks", *ANALYSED, "images", "reproduce",
     ]  # fmt: skip
 
 
@@ -366,8 +419,24 @@ def broken(tmp_path: Path, name: str) -> list[str]:
         (tmp_path / "file").write_text("")
         return [str(run), "--to", str(tmp_path / "file")]
     elif name == "analysis.json: is not laid out":
-        (run / "analysis.json").write_text('{"stitching": [1, 2]}')
+        (run / "analysis.json").write_text('{"merges": {"a": {"stitching": [1, 2]}}}')
+    elif name in ANALYSES_THAT_ARE_NONE:
+        found = json.loads((synthetic.analysis(run) / "analysis.json").read_text())
+        ANALYSES_THAT_ARE_NONE[name](found["merges"]["task_arithmetic"])
+        (run / "analysis.json").write_text(json.dumps(found))
     return [str(run)]
+
+
+ANALYSES_THAT_ARE_NONE = {
+    "no 'features'": lambda found: found["bias"]["digits"]["merged"].pop("features"),
+    "bias: the tasks' encoders differ": lambda found: found["bias"]["digits"].pop("merged"),
+    "inhomogeneous": lambda found: found["stitching"]["digits"]["merged"]["agreement"].pop(),
+    "not finite": lambda found: found["agreement"]["digits"].update(merged=float("nan")),
+    "the expert is missing": lambda found: [e.pop("expert") for e in found["embeddings"].values()],
+    "the tasks' edits differ": lambda found: found["contributions"]["digits"]["surgery_r16"][
+        0
+    ].update(site="mlp"),
+}
 
 
 @pytest.mark.parametrize(
@@ -384,6 +453,7 @@ def broken(tmp_path: Path, name: str) -> list[str]:
         "no run has 'ties'",
         "cannot be written",
         "analysis.json: is not laid out",
+        *ANALYSES_THAT_ARE_NONE,
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import io
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from matplotlib.text import Annotation
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import Bbox
@@ -32,6 +34,8 @@ _FAMILIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _FAMILY_MARKERS = ("o", "s", "D", "^", "v", "P")
 _FAMILIES_IN_THE_DARK = ("#4db2f0", "#ff8b4a", "#33c79c", "#e69ac6", "#f2b632", "#8fd0f5")
 _TINTS = (1.0, 0.6, 0.42)
+WIDE, NARROW = 7.2, 3.7  # a page shows the one or the other
+_BROAD = 10.2  # where three panels stand side by side
 # behind text that may lie over grid lines
 PLATE = {"facecolor": SURFACE, "edgecolor": "none", "pad": 0.6}
 
@@ -82,6 +86,37 @@ def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **kwarg
     figure = Figure(figsize=(width, height), dpi=100, layout=layout)
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
+
+
+def grid(panels: int, width: float, widest: int = 3) -> tuple[int, int, float]:
+    """Columns and rows of panels, and the width they need."""
+    columns = 1 if width < WIDE else min(panels, widest)
+    return columns, math.ceil(panels / columns), _BROAD if columns > 2 else width
+
+
+def keep_panels(axes: Any, number: int) -> list[Axes]:
+    """The first of them; the others are taken out of the figure."""
+    for spare in axes.flat[number:]:
+        spare.remove()
+    return list(axes.flat[:number])
+
+
+def axis_names(figure: Figure, panels: Sequence[Axes], x: str, y: str) -> None:
+    """Once for all panels."""
+    if len(panels) == 1:
+        panels[0].set_xlabel(x)
+        panels[0].set_ylabel(y)
+    else:
+        figure.supxlabel(x, fontsize=8.5, color=MUTED)
+        figure.supylabel(y, fontsize=8.5, color=MUTED)
+
+
+def place_legend(figure: Figure, handles: Sequence[Line2D], width: float, gap: float = 0.2) -> None:
+    """Above the panels, in as many columns as fit."""
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = max(1, min(len(handles), int(width * 72 / (4.6 * longest + 32))))
+    figure.legend(handles=list(handles), loc="outside upper left", ncols=columns, frameon=False,
+                  handletextpad=gap, columnspacing=1.4, borderpad=0.1)  # fmt: skip
 
 
 class Colours:

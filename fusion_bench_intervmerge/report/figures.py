@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,21 +18,22 @@ from .drawing import (
     MUTED,
     PLATE,
     SURFACE,
+    WIDE,
     Colours,
+    axis_names,
     canvas,
     freeze,
+    grid,
+    keep_panels,
     label_ends,
     label_points,
     parameter_axis,
+    place_legend,
     style,
 )
 from .runs import Result, Study
 from .tables import Row
 from .words import count, percent, readable
-
-WIDE, NARROW = 7.2, 3.7
-_BROAD = 10.2  # where three panels stand side by side
-POINTS_SHOWN = 150
 
 
 def accuracy_vs_parameters(
@@ -52,11 +51,11 @@ def accuracy_vs_parameters(
     bases = [b for b in study.bases if any(r.base == b and r.kind == "repair" for r in table)]
     if not bases or len([r for r in table if r.kind != "pretrained"]) < 2:
         return None
-    columns, lines, width = _grid(len(bases), width)
+    columns, lines, width = grid(len(bases), width)
     high = (4.3 if width >= WIDE else 3.9) if len(bases) == 1 else 3.2
     with style():
         figure, axes = canvas(width, high * lines, lines, columns, sharey=True)
-        panels = _panels(axes, len(bases))
+        panels = keep_panels(axes, len(bases))
         colours = _colours(table)
         for base, panel in zip(bases, panels, strict=True):
             panel.set_title(readable(base) if len(bases) > 1 else "")
@@ -70,26 +69,35 @@ def accuracy_vs_parameters(
                 parameter_axis(panel, [float(r.extra_parameters or 1) for r in repairs])
             else:
                 panel.set_xticks([])
-        _axis_names(
+        axis_names(
             figure, panels, "extra parameters, all tasks (log scale)", "average accuracy over tasks"
         )
+        several = len(bases) > 1
+        if several:
+            # beside each other the panels have no room for a label at every point
+            methods = list(itertools.chain.from_iterable(colours.families()))
+            place_legend(figure, _handles(colours, methods), width)
         freeze(figure)
         for base, panel in zip(bases, panels, strict=True):
-            _scatter(panel, base, table, colours, roomy=columns == 1)
+            _scatter(panel, base, table, colours, labelled=not several)
     return figure
 
 
-def accuracy_by_task(study: Study, table: Sequence[Row], width: float = WIDE) -> Figure:
+def accuracy_by_task(study: Study, table: Sequence[Row], width: float = WIDE) -> Figure | None:
     """Each task's accuracy: merged, every repair, and the expert; a panel a base.
+
+    None where nothing was evaluated.
 
     Args:
         study: the results.
         table: its rows.
         width: of the figure, in inches.
     """
+    if not table:
+        return None
     bases = study.bases or [""]
     names = [*study.tasks, "average"]
-    columns, lines, width = _grid(len(bases), width)
+    columns, lines, width = grid(len(bases), width)
     with style():
         colours = _colours(table)
         methods = list(itertools.chain.from_iterable(colours.families()))
@@ -97,7 +105,7 @@ def accuracy_by_task(study: Study, table: Sequence[Row], width: float = WIDE) ->
         figure, axes = canvas(
             width, (per_row * len(names) + 0.75) * lines + 0.35, lines, columns, sharex=True
         )
-        panels = _panels(axes, len(bases))
+        panels = keep_panels(axes, len(bases))
         heights = {name: i + (0.35 if name == "average" else 0) for i, name in enumerate(names)}
         for i, (base, panel) in enumerate(zip(bases, panels, strict=True)):
             _dots(panel, [r for r in table if r.base in (base, None)], heights, colours, methods)
@@ -130,11 +138,11 @@ def training_curves(study: Study, table: Sequence[Row], width: float = WIDE) -> 
     if len(trained) == 1:
         return _curves_by_task(trained[0], width)
     bases = [b for b in study.bases if any(r.base == b for r in trained)]
-    columns, lines, width = _grid(len(bases), width, widest=2)
+    columns, lines, width = grid(len(bases), width, widest=2)
     with style():
         figure, axes = canvas(width, 3.1 * lines, lines, columns, sharey=True)
         colours, ends = _colours(table), []
-        for base, panel in zip(bases, _panels(axes, len(bases)), strict=True):
+        for base, panel in zip(bases, keep_panels(axes, len(bases)), strict=True):
             by_method: dict[str, list[np.ndarray]] = {}
             for result in trained:
                 if result.base == base:
@@ -157,11 +165,11 @@ def features(found: Mapping[str, Mapping[str, float]], width: float = WIDE) -> F
     kinds = [("bias", "distance of features to the expert's")]
     if all("agreement_after" in row for row in found.values()):
         kinds.append(("agreement", "predictions equal to the expert's"))
-    columns, lines, width = _grid(len(kinds), width, widest=2)
+    columns, lines, width = grid(len(kinds), width, widest=2)
     with style():
         figure, axes = canvas(width, (0.24 * len(found) + 0.9) * lines, lines, columns)
         for i, ((kind, title), panel) in enumerate(
-            zip(kinds, _panels(axes, len(kinds)), strict=True)
+            zip(kinds, keep_panels(axes, len(kinds)), strict=True)
         ):
             scale = 100 if kind == "agreement" else 1
             before, after = (
@@ -190,91 +198,6 @@ def features(found: Mapping[str, Mapping[str, float]], width: float = WIDE) -> F
     return figure
 
 
-def bias_by_block(
-    found: Mapping[str, Mapping[str, Sequence[float]]], width: float = WIDE
-) -> Figure:
-    """Each model's representation bias along the blocks: the mean over tasks, and every task.
-
-    Args:
-        found: model -> task -> a value a block.
-        width: of the figure, in inches.
-    """
-    tasks = list(next(iter(found.values())))
-    mean = {m: np.mean([list(v) for v in rows.values()], axis=0) for m, rows in found.items()}
-    panels_of = [("mean over tasks", mean)]
-    if len(tasks) > 1:
-        panels_of += [(task, {m: rows[task] for m, rows in found.items()}) for task in tasks]
-    columns = 3 if width >= WIDE else 2
-    lines = math.ceil(len(panels_of) / columns)
-    with style():
-        colours = _model_colours(list(found))
-        figure, axes = canvas(width, 1.55 * lines + 0.55, lines, columns, sharex=True, sharey=True)
-        panels = _panels(axes, len(panels_of))
-        for (title, curves), panel in zip(panels_of, panels, strict=True):
-            for model, values in curves.items():
-                panel.plot(np.arange(1, len(values) + 1), values, "-o", color=colours[model],
-                           ms=2.5, lw=1.4)  # fmt: skip
-            panel.set_title(readable(title), fontsize=8.5)
-            panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            panel.set_ylim(bottom=0)
-            panel.tick_params(labelbottom=True)
-        _axis_names(figure, panels, "block", "distance to the expert")
-        _colour_legend(figure, colours, width)
-    return figure
-
-
-def stitching(found: Mapping[str, Sequence[float]], width: float = WIDE) -> Figure:
-    """Accuracy when the model's first blocks are followed by the expert's others.
-
-    Args:
-        found: model -> accuracy by cut, shares in [0, 1].
-        width: of the figure, in inches.
-    """
-    with style():
-        colours = _model_colours(list(found))
-        figure, axes = canvas(width, 3.0)
-        panel, ends = axes[0, 0], []
-        for model, values in found.items():
-            shares = 100 * np.asarray(values)
-            panel.plot(shares, "-o", color=colours[model], ms=3.5, lw=1.6)
-            ends.append((float(shares[-1]), readable(model), colours[model]))
-        panel.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        panel.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}%"))
-        _finish_curves(figure, [(panel, ends)], "cut after block", "accuracy")
-    return figure
-
-
-def embeddings(
-    found: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], width: float = WIDE
-) -> Figure:
-    """The models' image features in the plane, a panel a task.
-
-    Args:
-        found: task -> model -> (points, 2).
-        width: of the figure, in inches.
-    """
-    columns = min(len(found), 4 if width >= WIDE else 2)
-    lines = math.ceil(len(found) / columns)
-    models = list(dict.fromkeys(model for rows in found.values() for model in rows))
-    with style():
-        colours = _model_colours(models)
-        side = width / columns
-        figure, axes = canvas(width, side * lines + 0.4, lines, columns)
-        for (task, clouds), panel in zip(found.items(), _panels(axes, len(found)), strict=True):
-            for model, points in clouds.items():
-                x, y = np.asarray(points, float)[:POINTS_SHOWN].T
-                panel.scatter(x, y, s=9, color=colours[model], alpha=0.65, linewidths=0)
-            panel.set_title(readable(task), fontsize=8.5)
-            panel.set_xticks([])
-            panel.set_yticks([])
-            panel.grid(visible=False)
-            panel.spines["left"].set_visible(True)
-            for spine in panel.spines.values():
-                spine.set(visible=True, color=GRID)
-        _colour_legend(figure, colours, width)
-    return figure
-
-
 # -- parts -----------------------------------------------------------------------------------------
 
 
@@ -286,7 +209,9 @@ def _limits(shown: Sequence[Row]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _scatter(panel: Axes, base: str, table: Sequence[Row], colours: Colours, roomy: bool) -> None:
+def _scatter(
+    panel: Axes, base: str, table: Sequence[Row], colours: Colours, labelled: bool
+) -> None:
     left, right = panel.get_xlim()
     transform, pixel = panel.transData.transform, panel.figure.dpi / 72
     obstacles = []
@@ -329,9 +254,8 @@ def _scatter(panel: Axes, base: str, table: Sequence[Row], colours: Colours, roo
                 Bbox.from_extents(px - 2 * pixel, middle - half, px + 2 * pixel, middle + half)
             )
             text = f"{readable(method)}\n{percent(row.average.mean, row.average.std)}"
-            # beside other panels there is room for the essential
-            placed.append((x, y, f"{text}, {count(x)}" if roomy else text))
-    if placed:
+            placed.append((x, y, f"{text}, {count(x)}"))
+    if labelled and placed:
         xy = np.array([p[:2] for p in placed], float)
         label_points(panel, xy, [p[2] for p in placed], obstacles)
 
@@ -392,27 +316,18 @@ def _legend(
     if "merge" in kinds:
         handles.append(Line2D([], [], ls="", marker="o", mfc=SURFACE, mec=MUTED, mew=1.3, ms=5.5,
                               label=merged))  # fmt: skip
-    for method in methods:
-        handles.append(Line2D([], [], ls="", marker=colours.marker(method), ms=6.5,
-                              color=colours.colour(method), mec=SURFACE, mew=0.6,
-                              label=readable(method)))  # fmt: skip
+    handles += _handles(colours, methods)
     if "experts" in kinds:
         handles.append(Line2D([], [], ls="", marker="|", color=INK, ms=10, mew=1.8,
                               label="experts"))  # fmt: skip
-    _place_legend(figure, handles, width)
+    place_legend(figure, handles, width)
 
 
-def _colour_legend(figure: Figure, colours: Mapping[str, str], width: float) -> None:
-    handles = [Line2D([], [], ls="", marker="o", color=colour, ms=6, label=readable(name))
-               for name, colour in colours.items()]  # fmt: skip
-    _place_legend(figure, handles, width)
-
-
-def _place_legend(figure: Figure, handles: Sequence[Line2D], width: float) -> None:
-    longest = max(len(str(handle.get_label())) for handle in handles)
-    columns = max(1, min(len(handles), int(width * 72 / (4.6 * longest + 32))))
-    figure.legend(handles=list(handles), loc="outside upper left", ncols=columns, frameon=False,
-                  handletextpad=0.2, columnspacing=1.4, borderpad=0.1)  # fmt: skip
+def _handles(colours: Colours, methods: Sequence[str]) -> list[Line2D]:
+    """The methods in a legend."""
+    return [Line2D([], [], ls="", marker=colours.marker(method), ms=6.5, mec=SURFACE, mew=0.6,
+                   color=colours.colour(method), label=readable(method))
+            for method in methods]  # fmt: skip
 
 
 def _curves_by_task(result: Result, width: float) -> Figure:
@@ -447,7 +362,7 @@ def _finish_curves(
             unseen, (1, 0.5), xycoords="axes fraction", xytext=(9, 0),
             textcoords="offset points", fontsize=7.5, alpha=0,
         )  # fmt: skip
-    _axis_names(figure, [panel for panel, _ in ends], xlabel, ylabel)
+    axis_names(figure, [panel for panel, _ in ends], xlabel, ylabel)
     freeze(figure)
     for panel, labels in ends:
         label_ends(panel, labels)
@@ -466,33 +381,3 @@ def _colours(table: Sequence[Row]) -> Colours:
     methods = list(dict.fromkeys(r.method for r in table if r.method))
     # the first hue is the package's own method's
     return Colours(sorted(methods, key=lambda m: not m.startswith("intervmerge")))
-
-
-def _model_colours(models: Sequence[str]) -> dict[str, str]:
-    """Colours of an analysis' models: references are grey, the others as methods are."""
-    grey = {"merged": MUTED, "merge": MUTED, "experts": INK, "expert": INK, "pretrained": GRID}
-    others = [m for m in models if m not in grey]
-    colours = Colours(sorted(others, key=lambda m: "intervmerge" not in m))
-    return {m: grey[m] if m in grey else colours.colour(m) for m in models}
-
-
-def _grid(panels: int, width: float, widest: int = 3) -> tuple[int, int, float]:
-    """Columns and rows of panels, and the width they need."""
-    columns = 1 if width < WIDE else min(panels, widest)
-    return columns, math.ceil(panels / columns), _BROAD if columns > 2 else width
-
-
-def _axis_names(figure: Figure, panels: Sequence[Axes], x: str, y: str) -> None:
-    """Once for all panels."""
-    if len(panels) == 1:
-        panels[0].set_xlabel(x)
-        panels[0].set_ylabel(y)
-    else:
-        figure.supxlabel(x, fontsize=8.5, color=MUTED)
-        figure.supylabel(y, fontsize=8.5, color=MUTED)
-
-
-def _panels(axes: Any, number: int) -> list[Axes]:
-    for spare in axes.flat[number:]:
-        spare.remove()
-    return list(axes.flat[:number])

@@ -6,10 +6,11 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from rich.console import Console
 
 from ..files import whole_file
 from . import figures, tables
-from .drawing import css_variables, to_inline_svg, to_png, to_svg
+from .analysis_figures import Drawing, drawings
+from .drawing import NARROW, WIDE, css_variables, to_inline_svg, to_png, to_svg
 from .runs import Study, gather, read_run
 from .tables import Row
 from .words import NONE, count, duration, listed, percent, readable
@@ -61,35 +63,30 @@ def write_report(
     command = ["intervmerge", "report", *map(str, runs), *(["--to", str(to)] if to else [])]
     command += [word for base in bases for word in ("--base", base)]
     # everything is made before anything is written
-    content: dict[str, str | bytes] = {
-        "table.md": tables.to_markdown(study, table),
-        "table.csv": tables.to_csv(study, table),
-        "table.json": json.dumps(tables.to_json(study, table), indent=2) + "\n",
-        "report.html": render(study, table, title, shlex.join(command)),
-    }
-    for draw in (figures.accuracy_vs_parameters, figures.accuracy_by_task):
-        figure = draw(study, table)
-        if figure is not None:
-            content[f"{draw.__name__}.png"] = to_png(figure)
-            content[f"{draw.__name__}.svg"] = to_svg(figure)
+    sections = _sections(study, table)
+    content: dict[str, str | bytes] = {}
+    for section in sections:
+        if section.file is not None:
+            content[f"{section.file}.png"] = to_png(section.wide)
+            content[f"{section.file}.svg"] = to_svg(section.wide)
+    content["report.html"] = _render(study, table, sections, title, shlex.join(command))
+    if table:
+        content["table.md"] = tables.to_markdown(study, table)
+        content["table.csv"] = tables.to_csv(study, table)
+        content["table.json"] = json.dumps(tables.to_json(study, table), indent=2) + "\n"
     for name, value in content.items():
         with whole_file(folder / name) as temporary:
             temporary.write_bytes(value if isinstance(value, bytes) else value.encode())
             temporary.chmod(0o644)  # temporary files are for their owner alone
-    if console is not None:
+    if console is not None and table:
         console.print(tables.to_terminal(study, table, console.width))
     return folder
 
 
-def render(study: Study, table: Sequence[Row], title: str, command: str) -> str:
-    """The page, as HTML that loads nothing from elsewhere.
-
-    Args:
-        study: the results.
-        table: its rows.
-        title: of the page.
-        command: the command line that made it.
-    """
+def _render(
+    study: Study, table: Sequence[Row], sections: Sequence[Section], title: str, command: str
+) -> str:
+    """The page, as HTML that loads nothing from elsewhere."""
     environment = Environment(
         loader=PackageLoader(__package__, "."),
         autoescape=True,
@@ -101,10 +98,10 @@ def render(study: Study, table: Sequence[Row], title: str, command: str) -> str:
         title=title,
         subtitle=_subtitle(study, table),
         headline=_headline(table),
-        caption=tables.caption(table),
+        caption=tables.caption(table) if table else "",
         columns=_columns(study),
         lines=_lines(study, table),
-        sections=[s for s in _sections(study, table) if s.pictures],
+        sections=sections,
         seen=_seen(table),
         runs=study.runs,
         command=command,
@@ -123,13 +120,25 @@ class Section:
         name: its anchor, unique.
         title: its heading.
         text: what it shows.
-        pictures: inline SVG, (wide, narrow); empty where there is nothing to draw.
+        words: the figure in words.
+        wide, narrow: the figure for a screen and for a phone.
+        file: under which name it lies beside the page; None: nowhere.
     """
 
     name: str
     title: str
     text: str
-    pictures: tuple[str, ...]
+    words: str
+    wide: Figure
+    narrow: Figure
+    file: str | None
+
+    @cached_property
+    def pictures(self) -> tuple[str, str]:
+        """Inline SVG, (wide, narrow)."""
+        both = (("wide", self.wide), ("narrow", self.narrow))
+        wide, narrow = (to_inline_svg(f, f"{self.name}-{size}", self.words) for size, f in both)
+        return wide, narrow
 
 
 def _sections(study: Study, table: Sequence[Row]) -> list[Section]:
@@ -142,6 +151,7 @@ def _sections(study: Study, table: Sequence[Row]) -> list[Section]:
             "whiskers are the standard deviation over seeds.",
             partial(figures.accuracy_vs_parameters, study, table),
             _in_words(table),
+            file="accuracy_vs_parameters",
         ),
         _section(
             "tasks",
@@ -149,6 +159,7 @@ def _sections(study: Study, table: Sequence[Row]) -> list[Section]:
             "A bar reaches from a task's lowest accuracy to its highest; the numbers are in the "
             "table above.",
             partial(figures.accuracy_by_task, study, table),
+            file="accuracy_by_task",
         ),
         _section(
             "training",
@@ -160,7 +171,7 @@ def _sections(study: Study, table: Sequence[Row]) -> list[Section]:
     ]
     for number, run in enumerate(study.runs):
         of = f" ({run.folder.resolve().name})" if len(study.runs) > 1 else ""
-        features, analysis = run.features, run.analysis
+        features = run.features
         agreement = any("agreement_after" in row for row in features.values())
         found.append(
             _section(
@@ -172,46 +183,41 @@ def _sections(study: Study, table: Sequence[Row]) -> list[Section]:
                 partial(figures.features, features),
             )
         )
-        for key, title, text in _ANALYSES:
-            if analysis.get(key):
-                found.append(
-                    _section(
-                        f"{key}-{number}",
-                        title + of,
-                        text,
-                        partial(getattr(figures, key), analysis[key]),
-                    )
-                )
-    return found
+    for suffix, of, drawing in analysed(study):
+        name, title = drawing.name + suffix, drawing.title + of
+        found.append(_section(name, title, drawing.text, drawing.draw, file=name))
+    return [section for section in found if section is not None]
 
 
-_ANALYSES = (
-    (
-        "bias_by_block",
-        "Bias along the blocks",
-        "How far the representation is from the expert's after each block.",
-    ),
-    (
-        "stitching",
-        "Stitching",
-        "Accuracy of a network whose first blocks are the model's and whose others are the "
-        "expert's, by the block of the cut.",
-    ),
-    (
-        "embeddings",
-        "Image features in the plane",
-        f"Two dimensions of each model's image features, at most {figures.POINTS_SHOWN} images.",
-    ),
-)
+def analysed(study: Study) -> Iterator[tuple[str, str, Drawing]]:
+    """The figures of every analysed merge: a suffix for names, words for titles, the figure."""
+    merges = [
+        (number, run, merge)
+        for number, run in enumerate(study.runs)
+        for merge in run.analysis
+        if merge in study.bases or not run.results
+    ]
+    for number, run, merge in merges:
+        suffix, words = "", []
+        if len({name for _, _, name in merges}) > 1:
+            suffix += f"-{merge}"
+            words.append(readable(merge))
+        if len(study.runs) > 1:
+            suffix += f"-{number}"
+            words.append(run.folder.resolve().name)
+        of = f" ({', '.join(words)})" if words else ""
+        for drawing in drawings(run.analysis[merge]):
+            yield re.sub(r"[^\w-]", "_", suffix), of, drawing
 
 
-def _section(name: str, title: str, text: str, draw: Draw, words: str = "") -> Section:
-    pictures = []
-    for width, size in ((figures.WIDE, "wide"), (figures.NARROW, "narrow")):
-        figure = draw(width)
-        if figure is not None:
-            pictures.append(to_inline_svg(figure, f"{name}-{size}", words or f"{title}. {text}"))
-    return Section(name, title, text, tuple(pictures))
+def _section(
+    name: str, title: str, text: str, draw: Draw, words: str = "", file: str | None = None
+) -> Section | None:
+    """None where there is nothing to draw."""
+    wide, narrow = draw(WIDE), draw(NARROW)
+    if wide is None or narrow is None:
+        return None
+    return Section(name, title, text, words or f"{title}. {text}", wide, narrow, file)
 
 
 def _columns(study: Study) -> list[dict[str, str]]:
@@ -262,6 +268,8 @@ def _lines(study: Study, table: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _subtitle(study: Study, table: Sequence[Row]) -> str:
+    if not table:
+        return f"{len(study.tasks)} tasks, not evaluated by a task pool"
     methods = len({row.method for row in table if row.method})
     seeds = max((len(row.seeds) for row in table), default=0)
     merges = [readable(base) for base in study.bases]

@@ -14,6 +14,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from ..errors import ConfigError
+from .analysis import Analysis, read_analysis
 
 REPORT, DETAILS, ANALYSIS = "program_report.json", "intervmerge.json", "analysis.json"
 LOSSES = "losses.json"  # of a comparison: name -> task -> the loss at each step
@@ -71,7 +72,7 @@ class Run:
         config: its composed configuration, YAML; likewise.
         features: task -> ``bias_before``, ``bias_after`` (mean L1 to the expert's features) and
             perhaps ``agreement_before``, ``agreement_after`` (shares); of single runs.
-        analysis: the content of ``analysis.json``, or empty.
+        analysis: merge -> analysis -> task -> encoder -> value; empty where nothing was analysed.
     """
 
     folder: Path
@@ -80,7 +81,7 @@ class Run:
     command: str | None = None
     config: str | None = None
     features: dict[str, dict[str, float]] = field(default_factory=dict)
-    analysis: dict[str, Any] = field(default_factory=dict)
+    analysis: dict[str, Analysis] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def read_run(folder: str | Path) -> Run:
 
     Args:
         folder: holds ``program_report.json``: a comparison's, or a single repair's with
-            ``intervmerge.json`` beside it.
+            ``intervmerge.json`` beside it; or ``analysis.json`` alone, of a model that no task
+            pool evaluated.
 
     Raises:
         ConfigError: no such folder, no report, broken JSON, or another layout.
@@ -118,11 +120,16 @@ def read_run(folder: str | Path) -> Run:
     if not folder.is_dir():
         raise ConfigError(str(folder), "no such folder", _EXPECTED)
     report = _read_json(folder / REPORT)
+    analysed = _read_json(folder / ANALYSIS)
+    analysis = {} if analysed is None else read_analysis(analysed, folder / ANALYSIS)
+    hydra = _Hydra(folder)
+    if report is None and analysed is not None:
+        tasks = list(map(str, analysed.get("tasks", [])))
+        return Run(folder, tasks, [], hydra.command(), hydra.config(), analysis=analysis)
     if report is None:
         raise ConfigError(
             str(folder), f"has no {REPORT}; the run is not finished, or is no run", _EXPECTED
         )
-    hydra = _Hydra(folder)
     features: dict[str, dict[str, float]] = {}
     try:
         if "comparison" in report:
@@ -158,7 +165,7 @@ def read_run(folder: str | Path) -> Run:
         command=hydra.command(),
         config=hydra.config(),
         features=features,
-        analysis=_read_analysis(folder / ANALYSIS),
+        analysis=analysis,
     )
 
 
@@ -321,26 +328,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise ConfigError(str(path), "is not laid out as expected", _EXPECTED)
     return value
-
-
-def _read_analysis(path: Path) -> dict[str, Any]:
-    found = _read_json(path) or {}
-    try:
-        for tasks in found.get("bias_by_block", {}).values():
-            for values in tasks.values():
-                np.asarray(values, float).reshape(len(values))
-        for values in found.get("stitching", {}).values():
-            np.asarray(values, float).reshape(len(values))
-        for models in found.get("embeddings", {}).values():
-            for points in models.values():
-                np.asarray(points, float).reshape(len(points), 2)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(
-            str(path),
-            f"is not laid out as expected ({_reason(error)})",
-            "bias_by_block, stitching, embeddings",
-        ) from None
-    return found
 
 
 def _reason(error: Exception) -> str:
