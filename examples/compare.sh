@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Compare repairs of one merge, and write the report.
+#
+#     examples/compare.sh                                # the embedded pool, three seeds
+#     examples/compare.sh clip-vit-b32_TA8 method.steps=1000
+#
+# The first word is the pool, the others go to fusion_bench. On the embedded pool it takes two
+# minutes on two CPU cores, and two more at the very first use, which builds the pool.
+set -euo pipefail
+pool=${1:-clip-vit-tiny_TA8}
+run=${RUN:-outputs/compare}
+
+fusion_bench method=intervmerge/compare modelpool="$pool" taskpool="$pool" \
+  path.log_dir="$run" print_config=false print_function_call=false "${@:2}"
+intervmerge report "$run" --to "$run/report"

@@ -1,0 +1,91 @@
+"""Every example runs, at the smallest size."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_command import in_process
+
+from fusion_bench_intervmerge.report.cli import main as report
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+# name -> arguments, and a line that it ends with
+SCRIPTS = {
+    "train_and_deploy.py": (["--steps=3", "--images=16", "--save-to=saved"], "dropped digits"),
+    "own_experts.py": (["--steps=3", "--expert-steps=3", "--images=64"], "  corners"),
+    "own_function.py": (["--steps=3"], "read back: scale, 3,072 extra parameters"),
+}
+SHELL = {
+    "compare.sh": ["clip-vit-tiny_TA8", "method.seeds=[0]", "fast_dev_run=true"],
+    "save_and_load.sh": ["clip-vit-tiny_TA8", "digits", "fast_dev_run=true"],
+}
+# Stands for a command on the PATH, and writes down what it was given.
+RECORDER = """#!/bin/sh
+for word in "$(basename "$0")" "$@"; do printf '%s\\0' "$word" >> "$RECORD"; done
+echo >> "$RECORD"
+"""
+
+
+def run(command, cwd, **environment):
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_no_example_is_forgotten():
+    assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == {*SCRIPTS, *SHELL}
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """The Python examples one after the other in one process: the imports are most of its time."""
+    code = (
+        "import runpy, sys\n"
+        f"for name, (arguments, _) in {SCRIPTS!r}.items():\n"
+        f"    sys.argv = [name, *arguments]\n"
+        "    print('EXAMPLE', name)\n"
+        f"    runpy.run_path({str(EXAMPLES)!r} + '/' + name, run_name='__main__')\n"
+    )
+    output = run([sys.executable, "-c", code], tmp_path_factory.mktemp("examples"))
+    return {part.partition("\n")[0]: part for part in output.split("EXAMPLE ")[1:]}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_python_example(name, shown):
+    assert f"\n{SCRIPTS[name][1]}" in shown[name], shown[name]
+
+
+@pytest.mark.parametrize("name", SHELL)
+def test_a_shell_example(name, tmp_path):
+    """The shell's own work for real; the commands that it gives, in this process."""
+    for command in ("fusion_bench", "intervmerge"):
+        (tmp_path / command).write_text(RECORDER)
+        (tmp_path / command).chmod(0o755)
+    run(
+        ["bash", str(EXAMPLES / name), *SHELL[name]],
+        tmp_path,
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        RECORD=str(tmp_path / "record"),
+        RUN=str(tmp_path / "run" / "log"),
+    )
+    for line in (tmp_path / "record").read_text().split("\0\n")[:-1]:
+        command, *words = line.split("\0")
+        if command == "intervmerge":
+            assert report(words) == 0
+            continue
+        (log_dir,) = (Path(w.partition("=")[2]) for w in words if w.startswith("path.log_dir="))
+        in_process(*words, folder=log_dir.parent)
+        if "method=intervmerge" not in words:  # which has no task pool here
+            assert (log_dir.parent / "log" / "program_report.json").exists()
