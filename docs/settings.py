@@ -289,7 +289,7 @@ def ticks(text: str) -> str:
     """Docstrings' words as a table's cell: Markdown's backticks, YAML's null."""
     text = re.sub(r"``(.+?)``", r"`\1`", text).replace("|", "\\|").replace("`None`", "`null`")
     text = re.sub(r":(?:class|func|mod):`~?\.?([\w.]+)`", r"`\1`", text)
-    return text if ". " in text else text.removesuffix(".")
+    return text if ". " in text or text.endswith("...") else text.removesuffix(".")
 
 
 if __name__ == "__main__":

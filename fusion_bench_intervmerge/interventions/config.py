@@ -18,7 +18,7 @@ class InterventionConfig:
     """The edit at one site.
 
     Args:
-        function: the form of the edit, one of ``FUNCTION_NAMES`` (Table 7 of the paper).
+        function: the form of the edit, by its name (Table 7 of the paper).
         rank: directions it works along, 1 to the width of the part.
         blocks: ``all``, ``every_n`` (index divisible by n), ``first_n``, ``middle_n``, ``last_n``
             or a list of block indices from 0 (Table 3). The site ``output`` has no blocks.
