@@ -120,8 +120,14 @@ def pools() -> str:
                 for k, v in d.items() if k.endswith("@models")
             )  # fmt: skip
             about = f"FusionBench's models `{models}`, Hugging Face."
-        own = [code(f"modelpool.{k}={yaml_text(v)}") for k, v in leaves(settings)]
-        rows.append([code(file.stem), ticks(about), ", ".join(own) or "—"])
+        ours = described(get_class(target(file))) if target(file) else {}
+        meaning = ours | comments(file)
+        own = [
+            code(f"modelpool.{k}={yaml_text(v)}")
+            + (f" {ticks(meaning[k])}" if k in meaning else "")
+            for k, v in leaves(settings)
+        ]
+        rows.append([code(file.stem), ticks(about), "; ".join(own) or "—"])
     return table(["pool, and task pool", "what it is", "its own keys, and defaults"], rows)
 
 

@@ -16,7 +16,9 @@ import torch
 import yaml
 from conftest import hf_tower, perturbed
 from hydra.utils import get_class
+from PIL import Image
 from safetensors.torch import load_file
+from test_command import in_process
 
 from fusion_bench_intervmerge import InterventionConfig, InterventionModel
 from fusion_bench_intervmerge.coefficients import read_settings
@@ -91,6 +93,50 @@ def test_the_site_builds_strictly_and_fetches_nothing(tmp_path):
         assert not outside, (page.name, outside)
     for sheet in tmp_path.rglob("*.css"):
         assert not re.search(r"url\(['\"]?(https?:)?//", sheet.read_text()), sheet.name
+
+
+# -- docs/own-experts.md -----------------------------------------------------------------------
+
+
+def test_a_pool_of_ones_own_needs_no_class_names(tmp_path, capfd):
+    from fusion_bench_intervmerge.fusion.embedded import ensure_pool
+
+    built = ensure_pool()
+    pool = {
+        "_target_": "fusion_bench.modelpool.CLIPVisionModelPool",
+        "_recursive_": False,
+        "processor": str(built / "pretrained"),
+        "models": {
+            "_pretrained_": str(built / "pretrained"),
+            "birds": str(built / "experts" / "digits"),
+            "signs": str(built / "experts" / "letters"),
+        },
+        "test_datasets": {},
+    }
+    for task in ("birds", "signs"):
+        pool["test_datasets"][task] = {
+            "_target_": "datasets.load_dataset",
+            "path": "imagefolder",
+            "data_dir": str(tmp_path / task),
+            "split": "test",
+        }
+        for number in range(6):
+            file = tmp_path / task / "test" / f"class{number % 2}" / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.effect_noise((40, 40), 30 + number).convert("RGB").save(file)
+    (tmp_path / "modelpool").mkdir()
+    (tmp_path / "modelpool" / "my_pool.yaml").write_text(yaml.safe_dump(pool))
+    in_process(
+        "method=intervmerge",
+        "modelpool=my_pool",
+        f"hydra.searchpath=[file://{tmp_path}]",  # what --config-dir adds
+        f"method.save_to={tmp_path / 'saved'}",
+        "fast_dev_run=true",
+        folder=tmp_path,
+    )
+    shown = capfd.readouterr().out
+    assert "birds" in shown and "bias, repaired" in shown and "agreement" not in shown
+    assert InterventionModel.from_pretrained(tmp_path / "saved").tasks == ["birds", "signs"]
 
 
 # -- docs/deployment.md ------------------------------------------------------------------------

@@ -63,6 +63,7 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> Table:
     average = {
         name: sum(row[name] for row in rows.values()) / len(rows)
         for name in next(iter(rows.values()))
+        if all(name in row for row in rows.values())
     }
     for task, row in [*rows.items(), ("average", average)]:
         cells = [f"{row['bias_before']:.4f}", f"{row['bias_after']:.4f}"]

@@ -108,18 +108,29 @@ class ExpertPool:
         dataset = _fetch(lambda: getattr(self.pool, method)(task), where)
         return CLIPDataset(dataset, self._processor())
 
-    def head(self, task: str) -> Callable[[Tensor], Tensor]:
-        """Zero-shot logits from image features (batch, projection_dim), not normalised."""
+    def head(self, task: str) -> Callable[[Tensor], Tensor] | None:
+        """Zero-shot logits from image features (batch, projection_dim), not normalised.
+
+        Returns:
+            None for a task without a head in the pool, or whose class names FusionBench does not
+            know: one's own experts need neither.
+        """
         if hasattr(self.pool, "load_classification_head"):
+            if task not in (self.pool._classification_heads or {}):
+                return None
             return self.pool.load_classification_head(task).eval()
         from fusion_bench.models.hf_clip import HFCLIPClassifier
         from fusion_bench.tasks.clip_classification import get_classnames_and_templates
 
+        try:
+            classnames, templates = get_classnames_and_templates(task)
+        except ValueError:
+            log.info("no class names are known for task %r, so no predictions", task)
+            return None
         # Not through CLIPClassificationMixin: it caches heads on disk by the model's name alone.
         if not hasattr(self, "_classifier"):
             clip = copy.deepcopy(self.pool.load_clip_model("_pretrained_"))
             self._classifier: Any = HFCLIPClassifier(clip, self._processor())
-        classnames, templates = get_classnames_and_templates(task)
         self._classifier.set_classification_task(classnames, templates)
         weights = self._classifier.zeroshot_weights.detach().clone()
         return lambda features: (
