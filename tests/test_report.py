@@ -18,6 +18,7 @@ import synthetic_runs as synthetic
 from rich.console import Console
 
 from fusion_bench_intervmerge.report import cli, drawing, figures, gather, read_run, rows, words
+from fusion_bench_intervmerge.report.analysis_figures import drawings
 from fusion_bench_intervmerge.report.page import analysed, write_report
 from fusion_bench_intervmerge.report.tables import to_terminal
 
@@ -300,6 +301,26 @@ def test_what_no_task_pool_evaluated_is_shown_without_a_table(tmp_path: Path) ->
     assert "3 tasks, not evaluated by a task pool" in text
     assert "Agreement with the expert&#39;s predictions of a network" in text
     assert not (folder / "table.md").exists()
+
+
+def test_tasks_without_labels_or_class_names_may_stand_beside_others(tmp_path: Path) -> None:
+    run = synthetic.analysis(tmp_path)
+    found = json.loads((run / "analysis.json").read_text())
+    analysis = found["merges"]["task_arithmetic"]
+    for name in ("agreement", "stitching"):
+        del analysis[name]["digits"]
+    for value in analysis["stitching"]["letters"].values():
+        del value["accuracy"]
+    for edits in analysis["contributions"]["digits"].values():
+        for edit in edits:
+            del edit["accuracy"], edit["agreement"]
+    (run / "analysis.json").write_text(json.dumps(found))
+    shown = {d.name: d for d in drawings(read_run(run).analysis["task_arithmetic"])}
+    assert list(shown) == ANALYSED
+    counted = {name: len(shown[name].draw(drawing.WIDE).axes) for name in ANALYSED[:4]}
+    # bias alone; a mean and three tasks; a mean and two tasks; bias alone
+    assert counted == {"closeness": 1, "bias_by_block": 4, "stitching": 3, "contributions": 1}
+    assert shown["stitching"].text.startswith("Agreement")
 
 
 def test_a_plugins_analysis_is_kept_and_not_drawn(tmp_path: Path) -> None:

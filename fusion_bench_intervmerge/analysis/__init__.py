@@ -50,9 +50,9 @@ def analyse(subject: Subject, names: Sequence[str]) -> dict[str, dict[str, Any]]
         Analysis -> encoder -> value. An analysis that needs what the subject lacks (labels, a
         zero-shot head) is left out.
     """
+    log.info("analysing %s: %s", subject.task, ", ".join(names))
     found = {}
     for name in names:
-        log.info("analysing %s: %s", subject.task, name)
         value = importlib.import_module(f"{__name__}.{name}").measure(subject)
         if value:
             found[name] = value

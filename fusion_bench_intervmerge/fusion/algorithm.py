@@ -39,6 +39,7 @@ from ..model import InterventionModel
 from .base_merge import run_adamerging, run_base
 from .diagnosis import diagnose, table
 from .experts import ExpertPool
+from .live import show_repair
 
 log = logging.getLogger(__name__)
 
@@ -313,6 +314,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
                 console.print(f"For accuracies add a task pool: {_suggested_task_pool()}")
             if self.log_dir is not None:
                 write_json(Path(self.log_dir) / "intervmerge.json", report)
+        show_repair(self.fabric, report["losses"], rows)
         return report
 
     def _without_task_pool(self) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from ..files import write_json
 from ..model import InterventionModel
 from .diagnosis import table
 from .experts import ExpertPool
-
-log = logging.getLogger(__name__)
 
 
 class Analyser:
@@ -81,8 +78,7 @@ class Analyser:
         for task in tasks:
             images, labels = self._images(pool, task)
             expert = pool.tower(task).requires_grad_(False).eval().to(self.device)
-            logits = _logits(pool, task)
-            subject = Subject(task, images, expert, merged, models, logits, labels)
+            subject = Subject(task, images, expert, merged, models, pool.head(task), labels)
             for analysis, values in analyse(subject, self.names).items():
                 found.setdefault(analysis, {})[task] = values
         for encoder, device in before.items():
@@ -167,8 +163,7 @@ def _rows(found: Mapping[str, Any], name: str) -> dict[str, dict[str, float]]:
             f"bias_{when}": values[encoder]["features"]
             for when, encoder in (("before", MERGED), ("after", name))
         }
-        if "agreement" in found:
-            shares = found["agreement"][task]
+        if shares := found.get("agreement", {}).get(task):
             rows[task] |= {"agreement_before": shares[MERGED], "agreement_after": shares[name]}
     return rows
 
@@ -187,11 +182,3 @@ def _about(model: InterventionModel, name: str, tasks: Sequence[str]) -> dict[st
     }
     merge = {"kind": "merge", "base": MERGED, "method": "none", "extra_parameters": 0}
     return {"tasks": list(tasks), "models": {MERGED: merge, name: repair}}
-
-
-def _logits(pool: ExpertPool, task: str) -> Callable[[Tensor], Tensor] | None:
-    try:
-        return pool.head(task)
-    except (KeyError, ValueError) as error:
-        log.warning("%s: no zero-shot head (%s), so no predictions", task, str(error)[:120])
-        return None

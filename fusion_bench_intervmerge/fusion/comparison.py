@@ -22,6 +22,7 @@ from .analyse import Analyser
 from .base_merge import run_adamerging
 from .experts import ExpertPool
 from .individual import IndividualExperts
+from .live import show_comparison
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +110,11 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
                 repaired = self._first_seed(models, base_name)
                 analyser.run(base_name, pool, merged, repaired, pool.tasks)
                 analyser.write(Path(self.log_dir or "."), pool.tasks)
+            repairs = [
+                (about[n]["base"], about[n]["method"], about[n]["seed"], losses)
+                for n, losses in self._losses.items()
+            ]
+            show_comparison(self.fabric, repairs, base_name, analyser.found.get(base_name, {}))
         if self.log_dir is not None and self.fabric.is_global_zero:
             # apart from the report, which FusionBench prints whole
             write_json(Path(self.log_dir) / "losses.json", self._losses, indent=None)

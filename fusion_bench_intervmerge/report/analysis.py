@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,11 @@ def over_tasks(tasks: Tasks, encoder: str, read: Callable[[Any], Any]) -> np.nda
     return np.array([read(encoders[encoder]) for encoders in tasks.values()], float)
 
 
+def in_all(values: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys that every value has: of some tasks there are no labels, or no class names."""
+    return [key for key in values[0] if all(key in value for value in values)]
+
+
 def _agreement(tasks: Tasks) -> None:
     _numbers([list(encoders.values()) for encoders in tasks.values()], 2)
 
@@ -54,7 +59,7 @@ def _bias(tasks: Tasks) -> None:
 
 def _stitching(tasks: Tasks) -> None:
     every = [value for encoders in tasks.values() for value in encoders.values()]
-    for key in every[0]:
+    for key in in_all(every):
         _numbers([value[key] for value in every], 2)
 
 
@@ -72,7 +77,9 @@ def _contributions(tasks: Tasks) -> None:
         edits = [encoders[encoder] for encoders in tasks.values()]
         if any([_place(e) for e in own] != [_place(e) for e in edits[0]] for own in edits):
             raise ValueError("contributions: the tasks' edits differ")
-        keys = set(edits[0][0]) - {"site", "block"}
+        keys = [
+            key for key in in_all([e for own in edits for e in own]) if key not in ("site", "block")
+        ]
         _numbers([[[edit[key] for key in keys] for edit in own] for own in edits], 3)
 
 

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from .analysis import Analysis, Tasks, over_tasks
+from .analysis import Analysis, Tasks, in_all, over_tasks
 from .drawing import (
     GRID,
     INK,
@@ -67,6 +67,8 @@ def drawings(found: Analysis) -> Iterator[Drawing]:
     """
     if "bias" in found:
         agreement = found.get("agreement")
+        if agreement is not None and list(agreement) != list(found["bias"]):
+            agreement = None  # of some tasks no class names are known
         yield Drawing(
             "closeness",
             "How close to the experts",
@@ -178,7 +180,7 @@ def contributions(found: Tasks, width: float = WIDE) -> Figure:
             ("agreement", "agreement, points", 100),
             ("accuracy", "accuracy, points", 100),
         )
-        if key in edits[names[0]][0]
+        if key in in_all([e for tasks in found.values() for own in tasks.values() for e in own])
     ]
     blocks = 1 + max((e["block"] for own in edits.values() for e in own if e["block"] is not None),
                      default=-1)  # fmt: skip
@@ -195,9 +197,7 @@ def contributions(found: Tasks, width: float = WIDE) -> Figure:
                 own = [edit for edit in edits[name] if edit["site"] == site]
                 x = np.array([last if e["block"] is None else e["block"] + 1 for e in own])
                 x = x + 0.12 * (i - (len(curves) - 1) / 2)
-                values = scale * over_tasks(
-                    found, name, lambda v, s=site, k=key: [e[k] for e in v if e["site"] == s]
-                )
+                values = scale * over_tasks(found, name, partial(_of_site, site, key))
                 colour = looks.colour(name)
                 panel.vlines(x, values.min(0), values.max(0), color=colour, lw=1, alpha=0.45)
                 panel.plot(x, values.mean(0), **looks.site(name, site), zorder=3)
@@ -327,10 +327,14 @@ def _along(
     return figure
 
 
+def _of_site(site: str, key: str, edits: Sequence[dict[str, Any]]) -> list[float]:
+    return [edit[key] for edit in edits if edit["site"] == site]
+
+
 def _best_share(found: Tasks) -> str:
     """Accuracy where there were labels, agreement where there were none."""
-    value = next(iter(next(iter(found.values())).values()))
-    return "accuracy" if "accuracy" in value else "agreement"
+    values = [value for encoders in found.values() for value in encoders.values()]
+    return "accuracy" if "accuracy" in in_all(values) else "agreement"
 
 
 def _one_a_family(names: Sequence[str], number: int) -> list[str]:
