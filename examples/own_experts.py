@@ -7,7 +7,7 @@ and repairs the merge with FusionBench's algorithm interface. In place of the dr
     python examples/own_experts.py                     # starts from the embedded CLIP: no download
     python examples/own_experts.py --pretrained openai/clip-vit-base-patch32
 
-With the embedded CLIP it takes about half a minute on one CPU core.
+With the embedded CLIP it takes about a minute on one CPU core.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import copy
 
 import numpy as np
 import torch
-from fusion_bench.constants import RuntimeConstants
 from fusion_bench.dataset.image_dataset import ImageClassificationDataset
 from fusion_bench.modelpool import CLIPVisionModelPool
+from fusion_bench.utils.instantiate_utils import set_print_function_call_permeanent
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -66,7 +66,7 @@ def main() -> None:
     options = parser.parse_args()
     pretrained = options.pretrained or str(ensure_pool() / "pretrained")
     torch.manual_seed(0)
-    RuntimeConstants.print_function_call = False  # FusionBench would print every data set it opens
+    set_print_function_call_permeanent(False)  # FusionBench would print all it instantiates
 
     processor = CLIPProcessor.from_pretrained(pretrained)
     projection = CLIPModel.from_pretrained(pretrained).visual_projection

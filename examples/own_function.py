@@ -5,7 +5,7 @@ Defines ``scale``, z * (1 + s) with one factor an entry, and repairs a merge wit
     python examples/own_function.py                    # the embedded pool: no download
     python examples/own_function.py --pool clip-vit-b32_TA8 --steps 1000
 
-On the embedded pool it takes about half a minute on one CPU core. To have the form on the command
+On the embedded pool it takes about a minute on one CPU core. To have the form on the command
 line as well, put the class into a file of its name beside ``interventions/functions/noreft.py``.
 """
 
@@ -16,9 +16,9 @@ import tempfile
 
 import fusion_bench_config
 import torch
-from fusion_bench.constants import RuntimeConstants
 from fusion_bench.utils import instantiate
 from fusion_bench.utils.hydra_utils import initialize_hydra_config
+from fusion_bench.utils.instantiate_utils import set_print_function_call_permeanent
 from torch import Tensor, nn
 
 from fusion_bench_intervmerge import InterventionModel
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="of training, a task")
     options = parser.parse_args()
 
-    RuntimeConstants.print_function_call = False  # FusionBench would print every data set it opens
+    set_print_function_call_permeanent(False)  # FusionBench would print all it instantiates
     config = initialize_hydra_config(
         "fabric_model_fusion",
         ["method=intervmerge", f"modelpool={options.pool}"],

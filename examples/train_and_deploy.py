@@ -7,7 +7,7 @@ the task of the last expert, as if it had come later.
     python examples/train_and_deploy.py                # the embedded pool: no download
     python examples/train_and_deploy.py --pool clip-vit-b32_TA8 --steps 1000
 
-On the embedded pool it takes about half a minute on one CPU core, and two minutes more at the very
+On the embedded pool it takes about a minute on one CPU core, and two minutes more at the very
 first use, which builds the pool.
 """
 
@@ -18,9 +18,9 @@ from functools import partial
 
 import fusion_bench_config
 import torch
-from fusion_bench.constants import RuntimeConstants
 from fusion_bench.utils import instantiate
 from fusion_bench.utils.hydra_utils import initialize_hydra_config
+from fusion_bench.utils.instantiate_utils import set_print_function_call_permeanent
 from torch.utils.data import DataLoader, Subset
 
 from fusion_bench_intervmerge import InterventionModel, distill
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--save-to", default="outputs/train_and_deploy", help="folder")
     options = parser.parse_args()
 
-    RuntimeConstants.print_function_call = False  # FusionBench would print every data set it opens
+    set_print_function_call_permeanent(False)  # FusionBench would print all it instantiates
     config = initialize_hydra_config(
         "fabric_model_fusion", [f"modelpool={options.pool}"], fusion_bench_config.__path__[0]
     )
