@@ -28,7 +28,7 @@ types: $(VENV)/installed
 	$(BIN)/mypy
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 docs: $(VENV)/installed
 	$(BIN)/python docs/settings.py

@@ -137,7 +137,7 @@ def naive(setting: Setting) -> Callable[[], float]:
     return step
 
 
-def ours(setting: Setting, steps: int) -> Callable[[], float]:
+def ours(setting: Setting, steps: int, compile: bool = False) -> Callable[[], float]:
     """Seconds an image of ``distill``, loading the experts and all; each call is a short run."""
     mixture = None
     if setting.trained:
@@ -156,6 +156,7 @@ def ours(setting: Setting, steps: int) -> Callable[[], float]:
             steps=steps,
             batch_size=BATCH,
             mixture=mixture,
+            compile=compile,
             fabric=L.Fabric(accelerator="auto", devices=1, precision=precision),
         )
         return sum(done.seconds.values()) / (steps * BATCH * len(setting.names))
@@ -193,7 +194,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     setting = Setting(arguments.size, arguments.tasks, arguments.rank, arguments.trained, dtype)
     ways = {
         "naive": lambda: naive(setting),
-        "ours": lambda: ours(setting, arguments.steps),
+        "ours": lambda: ours(setting, arguments.steps, arguments.compile),
         "floor": lambda: floor(setting),
     }
     chosen = {name: make() for name, make in ways.items() if arguments.only in (None, name)}
@@ -222,6 +223,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--trained", action="store_true", help="train layer-wise coefficients")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="ours with compiled MLPs")
     parser.add_argument("--memory", action="store_true", help="peak memory too")
     parser.add_argument("--json", help="where to write the numbers")
     parser.add_argument("--only", choices=("naive", "ours", "floor"), help=argparse.SUPPRESS)

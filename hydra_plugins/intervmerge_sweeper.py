@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -46,7 +47,7 @@ class Job(NamedTuple):  # Hydra imports plugins in a way that a dataclass does n
         return name
 
 
-class GridSweeper(BasicSweeper):
+class GridSweeper(Sweeper):
     """Runs the product of some axes, each job in a folder named after what varies.
 
     A job whose folder holds the report of the very same configuration is not run again, so the
@@ -56,10 +57,10 @@ class GridSweeper(BasicSweeper):
     Args:
         axes: name -> label -> overrides, a string or a list of them; or name -> a choice in
             Hydra's syntax. A choice on the command line replaces an axis that sets nothing else.
-        also: label -> overrides of single jobs beside the product.
+        also: label -> overrides of single jobs beside the product, of methods of their own:
+            ``method.KEY=VALUE`` on the command line is not for them.
         study: what a collected grid is about (``fusion_bench_intervmerge.report.study``): title,
             figure; null collects nothing.
-        max_batch_size, params: as in Hydra's basic sweeper.
     """
 
     def __init__(
@@ -67,16 +68,16 @@ class GridSweeper(BasicSweeper):
         axes: Mapping[str, Any] | None = None,
         also: Mapping[str, Any] | None = None,
         study: Mapping[str, Any] | None = None,
-        max_batch_size: int | None = None,
-        params: dict[str, str] | None = None,
     ):
-        super().__init__(max_batch_size, params)
         self.axes, self.also, self.study = _plain(axes), _plain(also), _plain(study)
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        self.config, self.hydra_context = config, hydra_context
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
         self._parser = OverridesParser.create(config_loader=hydra_context.config_loader)
 
     def sweep(self, arguments: list[str]) -> Any:
@@ -88,7 +89,7 @@ class GridSweeper(BasicSweeper):
         assert self.config is not None and self.launcher is not None
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        jobs = self.jobs([*self._parse_config(), *arguments])
+        jobs = self.jobs(arguments)
         index = {"study": self.study, "jobs": [{"folder": j.folder, **j._asdict()} for j in jobs]}
         (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
         waiting = [overrides for job in jobs if (overrides := self._unfinished(job, folder))]
@@ -125,7 +126,9 @@ class GridSweeper(BasicSweeper):
             )
             for labels in itertools.product(*axes.values())
         ]
-        also = [Job({"also": name}, [*fixed, *_listed(o)]) for name, o in self.also.items()]
+        # These are of other methods, which settings of the grid's method do not fit.
+        apart = [override for override in fixed if not override.startswith("method.")]
+        also = [Job({"also": name}, [*apart, *_listed(o)]) for name, o in self.also.items()]
         return also + found
 
     def _values(self, value: Any) -> dict[str, list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -498,3 +499,16 @@ def test_two_processes_give_what_one_gives(tmp_path, undisturbed):
             assert relative(two[name][:, felt], value[:, felt]) < 1e-4
         elif name != "resumed_at":
             assert relative(two[name], value) < 1e-4, name
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+def test_compiled_mlps_train_the_same_edits(datasets):
+    """Another kernel's rounding and no more; and the model is left as it was."""
+    found = []
+    for compile in (False, True):
+        model = InterventionModel(hf_tower(), TASKS, {"attention": {"rank": 2}})
+        distill(model, fine_tuned(hf_tower), datasets, steps=5, batch_size=4, compile=compile)
+        found.append(model.state_dict())
+        assert all(m._compiled_call_impl is None for m in model.modules())
+    for name, tensor in found[0].items():
+        assert torch.allclose(tensor, found[1][name], atol=1e-4), name

@@ -85,6 +85,7 @@ def distill(
     seed: int = 0,
     num_workers: int = 0,
     cache_gb: float = 2.0,
+    compile: bool = False,
     fabric: L.Fabric | None = None,
     state_folder: Path | None = None,
     run: str = "",
@@ -112,6 +113,8 @@ def distill(
         seed: decides which images are seen, and when.
         num_workers: worker processes that decode images.
         cache_gb: GiB of memory for the states of images that are seen again.
+        compile: compile the MLPs, whose elementwise parts are then one kernel; it pays in long runs
+            of wide encoders.
         fabric: device, precision, processes and loggers; one device by default.
         state_folder: where to keep the state of a run that may be stopped; ``None``: nowhere.
         run: identifies the run; only a state of the same run is continued.
@@ -143,7 +146,7 @@ def distill(
         )
         for task in tasks
     }
-    trainer = _Trainer(model, tasks, schedules, loss, mixture, fabric)
+    trainer = _Trainer(model, tasks, schedules, loss, mixture, fabric, compile)
     store = ImageStore(images, schedules, cache_gb * 2**30, num_workers)
     with ExitStack() as stack:
         stack.enter_context(trainer.on_device())
@@ -186,8 +189,10 @@ class _Trainer:
         loss: str,
         mixture: Mixture | None,
         fabric: L.Fabric,
+        compile: bool,
     ):
         self.model, self.tasks, self.schedules = model, tasks, schedules
+        self.compile = compile
         self.loss_name, self.loss = loss, loss_function(loss)
         self.mixture, self.fabric = mixture, fabric
         precision = str(getattr(fabric._precision, "precision", "32-true"))
@@ -219,6 +224,24 @@ class _Trainer:
         count = math.ceil(len(self.tasks) / size)
         size = math.ceil(len(self.tasks) / count)
         return [self.tasks[i : i + size] for i in range(0, len(self.tasks), size)]
+
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """MLPs compiled where no edit follows them; afterwards as they were.
+
+        Edits are hooks that write in place, which a graph of a whole block would be broken at.
+        """
+        placement = self.model.placements.get("mlp")
+        edited = placement.blocks if placement is not None else []
+        blocks = [b for b in range(self.start, self.model.tower.num_blocks) if b not in edited]
+        modules = [self.model.tower.site("mlp", b) for b in blocks] if self.compile else []
+        for module in modules:
+            module.compile()
+        try:
+            yield
+        finally:
+            for module in modules:
+                module._compiled_call_impl = None
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
@@ -341,6 +364,7 @@ class _Trainer:
 
         with (
             _stop_requested() as stopped,
+            self.compiled(),
             progress_bar(
                 "distillation", steps, self.fabric.is_global_zero, done=progress.step
             ) as bar,

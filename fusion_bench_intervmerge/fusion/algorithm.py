@@ -65,8 +65,11 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             three times, so that each of its steps at 1e-3 is three steps of Adam; hence 3e-3.
         seed: decides initial edits, images and their order.
         save_to: folder for the artifact; ``{log_dir}`` stands for the run's log folder.
-        resume: ``auto`` continues a run of the same settings that was stopped; ``never`` does not.
+        resume: ``auto`` continues a run of the same settings that was stopped, and takes the
+            coefficients that an earlier run of AdaMerging found on the pool; ``never`` does not.
         save_every: steps between two states of a run that may be stopped.
+        compile: compile the encoder's MLPs for the training; it takes about half a minute, and pays
+            in long runs of wide encoders.
         extend: folder of a saved model, to which the pool's new tasks are added; nothing is merged
             and its own ``interventions`` hold.
     """
@@ -84,6 +87,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         save_to: str | None = None,
         resume: str = "auto",
         save_every: int = 100,
+        compile: bool = False,
         extend: str | None = None,
         **kwargs: Any,
     ):
@@ -95,7 +99,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         self.data = DATA | (_plain(data) or {})
         self.optimizer = _plain(optimizer) or {"_target_": "torch.optim.Adam", "lr": 3e-3}
         self.save_to, self.resume, self.save_every = save_to, resume, save_every
-        self.extend = extend
+        self.extend, self.compile = extend, compile
         for key in self.data:
             if key not in DATA:
                 raise ConfigError(f"data.{key}", "no such setting", ", ".join(DATA))
@@ -191,6 +195,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             fraction=self.data["fraction"],
             num_workers=self.data["num_workers"],
             cache_gb=self.data["cache_gb"],
+            compile=self.compile,
             loss=self.loss,
             optimizer=self._make_optimizer,
             mixture=mixture,
@@ -220,7 +225,9 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         tower = pool.tower("_pretrained_")
         theta0 = [p.detach().clone() for p in tower.mergeable().values()]
         if settings["init"] == "base":
-            start = run_adamerging(self.base, pool.pool, self.fabric, self._program)
+            start = run_adamerging(
+                self.base, pool.pool, self.fabric, self._program, keep=self.resume == "auto"
+            )
         else:
             start = settings["init"]
         init = initial_coefficients(start, len(pool.tasks), len(theta0), settings["granularity"])
@@ -262,19 +269,26 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             "experts": {task: pool.identity(task) for task in tasks},
             "precision": str(getattr(self.fabric._precision, "precision", "")),
             "processes": self.fabric.world_size,
+            "compile": self.compile,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
 
     def _settings(self) -> dict[str, Any]:
         return {
             "interventions": self.interventions,
-            "base": _plain(self.base),
+            "base": self._base_settings(),
             "coefficients": self.coefficients,
             "loss": self.loss,
             "data": self.data,
             "optimizer": self.optimizer,
             "seed": self.seed,
         }
+
+    def _base_settings(self) -> Any:
+        """The base's config; of a method object nothing but its kind can be told."""
+        if self.base is None or isinstance(self.base, Mapping):
+            return _plain(self.base)
+        return repr(type(self.base))
 
     def _report(
         self,

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import logging
 import tempfile
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from fusion_bench import BaseModelPool
+from fusion_bench.constants import RuntimeConstants
 from fusion_bench.utils import instantiate
 from lightning import Fabric
 from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..cache import cache_root
 from ..errors import ConfigError
+from ..files import whole_file
+
+log = logging.getLogger(__name__)
 
 
 def run_base(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -> nn.Module:
@@ -64,11 +74,17 @@ def run_base(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -> 
     return merged
 
 
-def run_adamerging(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -> Tensor:
-    """Run one of FusionBench's AdaMerging methods for its coefficients.
+def run_adamerging(
+    config: Any, pool: BaseModelPool, fabric: Fabric, program: Any, keep: bool = True
+) -> Tensor:
+    """Run one of FusionBench's AdaMerging methods for its coefficients, once.
+
+    They are kept in the cache folder, so that the runs of a study start from the same ones, and
+    none waits for what another has computed.
 
     Args:
         config: the method's config; the others are as in ``run_base``.
+        keep: whether coefficients of an earlier run of the same method and pool are taken.
 
     Returns:
         (tasks,) or (tasks, parameter tensors).
@@ -84,9 +100,37 @@ def run_adamerging(config: Any, pool: BaseModelPool, fabric: Fabric, program: An
             "`base` is no AdaMerging method, so it gives no coefficients",
             "method@method.base=adamerging/clip, a number, or a file",
         )
+    if not keep or pool.has_instance_models:  # nothing tells one live module from another
+        return _find_coefficients(config, pool, fabric, program)
+    kept = _kept_coefficients(config, pool)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{kept}.lock"):
+        if kept.is_file():
+            log.info("AdaMerging's coefficients are those of an earlier run, %s", kept)
+        else:
+            found = _find_coefficients(config, pool, fabric, program)
+            with whole_file(kept) as temporary:
+                save_file({"coefficients": found}, temporary)
+        return load_file(kept)["coefficients"]
+
+
+def _find_coefficients(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -> Tensor:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "merging_weights.pt"
         run_base(
             OmegaConf.merge(config, {"save_merging_weights": str(path)}), pool, fabric, program
         )
-        return torch.load(path, weights_only=True, map_location="cpu").detach()
+        return torch.load(path, weights_only=True, map_location="cpu").detach().contiguous()
+
+
+def _kept_coefficients(config: Any, pool: Any) -> Path:
+    """The file for what a method finds on a pool: the name tells of everything it depends on."""
+    facts = [
+        OmegaConf.to_yaml(config, resolve=True),
+        *(f"{name}: {pool._models[name]}" for name in pool.all_model_names),
+        str(getattr(pool, "_test_datasets", None)),
+        version("fusion-bench"),
+        str(RuntimeConstants.debug),  # a dry run of a few steps
+    ]
+    digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:20]
+    return cache_root() / "coefficients" / f"{digest}.safetensors"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +25,31 @@ class EmbeddedCLIPVisionModelPool(CLIPVisionModelPool):
 
     Args:
         seed: which pool; another seed draws, pre-trains and fine-tunes anew.
+        tasks: which experts to take, by task; all where None.
         models: further models by name, such as ``_merged_``.
         kwargs: anything else of :class:`CLIPVisionModelPool`, in place of the pool's own.
     """
 
-    _config_mapping = CLIPVisionModelPool._config_mapping | {"seed": "seed"}
+    _config_mapping = CLIPVisionModelPool._config_mapping | {"seed": "seed", "tasks": "tasks"}
 
-    def __init__(self, seed: int = 0, models: Mapping[str, Any] | None = None, **kwargs: Any):
-        self.seed = seed
+    def __init__(
+        self,
+        seed: int = 0,
+        tasks: Sequence[str] | None = None,
+        models: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        self.seed, self.tasks = seed, list(tasks or TASKS)
+        for task in self.tasks:
+            if task not in TASKS:
+                allowed = ", ".join(TASKS)
+                raise ConfigError("modelpool.tasks", f"there is no task {task!r}", allowed)
         folder = ensure_pool(seed)
         own = {"_pretrained_": str(folder / "pretrained")}
-        own |= {name: str(folder / "experts" / name) for name in TASKS}
+        own |= {name: str(folder / "experts" / name) for name in self.tasks}
         datasets = {
             f"{key}_datasets": OmegaConf.create(
-                {name: _dataset_config(name, split, seed) for name in TASKS}
+                {name: _dataset_config(name, split, seed) for name in self.tasks}
             )
             for key, split in zip(("train", "val", "test"), SPLITS, strict=True)
         }

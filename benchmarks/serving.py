@@ -1,0 +1,96 @@
+"""What a repaired model costs at inference, against the plain merged encoder.
+
+    python benchmarks/serving.py --size b32 --json serving.json
+
+Throughput of the same batch through the merged encoder alone, for one task, with a task an image
+(eight tasks, mixed), and mixed after ``fold()``. In turns, in one process; the best of the turns.
+Weights are random: speed does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+
+import torch
+from distillation import SIZES, tower
+from rich.console import Console
+from rich.table import Table
+
+from fusion_bench_intervmerge import InterventionModel
+
+EDITS = {
+    "r=1": {"attention": {"rank": 1}},
+    "r=16": {"attention": {"rank": 16}},
+    "orthonormal, r=4": {"attention": {"function": "loreft", "rank": 4}},
+    "SurgeryV2": {
+        "block": {"function": "surgery", "rank": 16, "tokens": "all"},
+        "output": {"function": "surgery", "rank": 16},
+    },
+}
+
+
+def measure(size: str, tasks: int, batch: int, turns: int) -> dict[str, dict[str, float]]:
+    """Images a second, by edits and way."""
+    names = [f"task{i}" for i in range(tasks)]
+    side = SIZES[size]["image_size"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images = torch.randn(batch, 3, side, side, device=device)
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(0))
+    mixed = [names[i % tasks] for i in order.tolist()]
+    found: dict[str, dict[str, float]] = {}
+    for label, edits in EDITS.items():
+        model = InterventionModel(tower(size), names, edits).to(device)
+        folded = model.fold()
+        ways: dict[str, Callable[[], torch.Tensor]] = {
+            "merged": lambda m=model: m.tower.features(images),
+            "one task": lambda m=model: m.encode(images, names[0]),
+            "mixed": lambda m=model: m.encode(images, mixed),
+            "mixed, folded": lambda m=folded: m.encode(images, mixed),
+        }
+        seconds = dict.fromkeys(ways, float("inf"))
+        with torch.inference_mode():
+            for turn in range(turns + 1):
+                for name, run in ways.items():
+                    if device == "cuda":
+                        torch.cuda.synchronize()
+                    started = time.perf_counter()
+                    run()
+                    if device == "cuda":
+                        torch.cuda.synchronize()
+                    if turn:  # the first turn warms up
+                        seconds[name] = min(seconds[name], time.perf_counter() - started)
+        found[label] = {name: batch / taken for name, taken in seconds.items()}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="b32")
+    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--json", help="where to write the numbers")
+    arguments = parser.parse_args()
+    found = measure(arguments.size, arguments.tasks, arguments.batch, arguments.turns)
+    title = f"{arguments.size}, {arguments.tasks} tasks, {arguments.batch} images"
+    table = Table(title=f"{title}: throughput, the merged encoder being 1")
+    ways = list(next(iter(found.values())))
+    for column in ("edits", "merged, images/s", *ways[1:]):
+        table.add_column(column, justify="right")
+    for label, rates in found.items():
+        shares = [f"{rates[way] / rates['merged']:.2f}" for way in ways[1:]]
+        table.add_row(label, f"{rates['merged']:.1f}", *shares)
+    Console().print(table)
+    if arguments.json:
+        facts = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+        facts |= {"machine": platform.machine(), "settings": vars(arguments)}
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump({**facts, "images_per_second": found}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Grids of runs: what they run, that they continue, and what is made of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from test_command import COMMAND, QUIET, ROOT, TINY, compose, fusion_bench
+
+from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.report.study import read_study, table, write_study
+from hydra_plugins.intervmerge_sweeper import GridSweeper
+
+TASKS = ["digits", "shapes"]
+OTHERS = ["letters", "counting", "positions", "colours", "gratings", "textures"]
+# two tasks and a few batches: what is tested here is the grid, not the numbers
+SMALL = [
+    *TINY,
+    *QUIET,
+    f"modelpool.tasks=[{','.join(TASKS)}]",
+    *(f"~taskpool.test_datasets.{task}" for task in OTHERS),
+    "fast_dev_run=true",
+]
+
+
+def jobs(arguments=(), **settings):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    sweeper = GridSweeper(**settings)
+    sweeper._parser = OverridesParser.create()
+    return sweeper.jobs(list(arguments))
+
+
+# -- which runs -----------------------------------------------------------
+
+
+def test_a_grid_is_the_product_of_its_axes_and_what_is_besides():
+    found = jobs(
+        axes={"form": {"a b": ["x=1", "y=2"], "c": "x=3"}, "seed": "s=0,1"},
+        also={"merge": "m=none"},
+        arguments=["k=v", "method.rank=4"],
+    )
+    for job in found[1:]:
+        assert job.overrides.pop(1) == "method.rank=4"
+    assert [job.overrides for job in found] == [
+        ["k=v", "m=none"],
+        ["k=v", "x=1", "y=2", "s=0"],
+        ["k=v", "x=1", "y=2", "s=1"],
+        ["k=v", "x=3", "s=0"],
+        ["k=v", "x=3", "s=1"],
+    ]
+    assert found[1].labels == {"form": "a b", "seed": "0"}
+    assert [job.folder for job in found[:3]] == [
+        "also=merge", "form=a_b,seed=0", "form=a_b,seed=1",
+    ]  # fmt: skip
+
+
+def test_a_choice_on_the_command_line_is_an_axis_or_replaces_one():
+    found = jobs(axes={"seed": "s=0,1,2"}, arguments=["s=7,8", "r=1,2"])
+    assert [job.overrides for job in found] == [
+        ["s=7", "r=1"], ["s=7", "r=2"], ["s=8", "r=1"], ["s=8", "r=2"],
+    ]  # fmt: skip
+    assert found[0].labels == {"seed": "7", "r": "1"}
+    (single,) = jobs(axes={"seed": "s=0"})
+    assert single.labels == {"seed": "0"}
+
+
+def test_folders_are_names_whatever_varies():
+    long = jobs(axes={"part": {"x" * 300: "p=1", "y" * 300: "p=2"}})
+    assert all(len(job.folder) <= 120 for job in long)
+    assert len({job.folder for job in long}) == 2
+    (job,) = jobs(axes={"part": {"{a: [1, 2]}/../b": "p=1"}})
+    assert "/" not in job.folder
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config/experiment").glob("[a-z]*.yaml")))
+def test_every_study_composes_and_all_its_runs_do(path):
+    """Every override of every axis names something that is there."""
+    if path.stem == "quick" or path.stem.startswith("on_"):
+        return  # not studies, but ways to run them
+    whole = compose(f"+experiment={path.stem}", return_hydra_config=True)
+    sweeper = whole.hydra.sweeper
+    assert whole.hydra.mode.name == "MULTIRUN" and sweeper.study.title
+    found = jobs(axes=dict(sweeper.axes), also=dict(sweeper.also))
+    assert len({job.folder for job in found}) == len(found) > 3
+    settings = {job.labels.get("seed", "0"): job for job in found}
+    assert set(settings) == {"0", "1", "2"}
+    for job in found:
+        if job.labels.get("seed", "0") == "0":
+            method = compose(f"+experiment={path.stem}", *job.overrides).method
+            assert method.steps == 200
+    quick = compose(f"+experiment=[{path.stem},quick]", return_hydra_config=True)
+    short = jobs(axes=dict(quick.hydra.sweeper.axes), also=dict(quick.hydra.sweeper.also))
+    assert len(short) < len(found) and quick.method.steps == 10
+
+
+# -- a grid that is killed ------------------------------------------------
+
+
+def test_a_killed_grid_goes_on_where_it_stopped(tmp_path):
+    """2 x 2 x 2 runs in two processes, killed half-way, then the same command again."""
+    grid = tmp_path / "grid"
+    command = [
+        "-m", "hydra/sweeper=grid", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
+        "method=intervmerge,surgery", "method.seed=0,1", "method.steps=1,2",
+        f"hydra.sweep.dir={grid}", *SMALL,
+    ]  # fmt: skip
+
+    def reports():
+        return {path: path.stat().st_mtime_ns for path in grid.glob("*/program_report.json")}
+
+    process = subprocess.Popen(
+        [COMMAND, *command],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # joblib's workers are of its group, and are killed with it
+    )
+    try:
+        while len(reports()) < 3:
+            assert process.poll() is None, "the grid ended before it could be killed"
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    before = reports()
+    assert 3 <= len(before) < 8
+    torn = next(iter(before))
+    torn.write_text(torn.read_text()[:-20])
+    half = read_study(grid) if len(before) > 3 else None
+    assert half is None or half.finished < half.planned == 8
+
+    shown = fusion_bench(*command, cwd=tmp_path).stdout
+    assert f"{len(before) - 1} of 8 runs are finished" in " ".join(shown.split())
+    after = reports()
+    assert len(after) == 8 and after[torn] != before.pop(torn)
+    assert {path: after[path] for path in before} == before, "a finished run was run again"
+    for path in after:
+        assert set(TASKS) < json.loads(path.read_text()).keys()
+
+
+# -- a study --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """The quick form of a study, with its references, in two tasks."""
+    cwd = tmp_path_factory.mktemp("study")
+    chosen = ["hydra.sweep.dir=part_size", "method.interventions.attention.rank=2"]
+    fusion_bench("+experiment=[part_size,quick]", *chosen, *SMALL[2:], cwd=cwd)
+    return cwd / "part_size"
+
+
+def test_a_study_writes_its_table_and_figures(study):
+    text = (study / "study.md").read_text()
+    assert text.startswith("# The part's size, by task (Figure 6)")
+    assert "transductive" in text and "| Experts |" in text and "| 0.0625 |" in text
+    with open(study / "study.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    sizes = [line["size"] for line in lines if line["kind"] == "repair"]
+    assert sizes == ["0.0625", "0.125", "0.25", "0.5", "1"]
+    assert {line["kind"] for line in lines} == {"pretrained", "merge", "repair", "experts"}
+    for line in lines:
+        mean = sum(float(line[task]) for task in TASKS) / 2
+        assert float(line["average"]) == pytest.approx(mean, abs=1e-6)
+    for name in ("study.png", "study.svg", "study_2.png", "study_2.svg"):
+        assert (study / name).stat().st_size > 5000
+
+
+def test_a_study_holds_what_its_runs_reported(study):
+    grid = read_study(study)
+    assert (grid.finished, grid.planned) == (6, 6)
+    (labels, row), *_ = grid.settings()
+    folder = study / "size=0.0625,seed=0"
+    report = json.loads((folder / "program_report.json").read_text())
+    assert labels == {"size": "0.0625", "base": "task_arithmetic"}
+    assert row.accuracy["digits"].mean == report["digits"]["accuracy"]
+    # 8 = 2 tasks x 6 blocks x (2 x 2 x 4 + 2) for a sixteenth of 64
+    assert row.extra_parameters == 2 * 6 * (2 * 2 * 4 + 2)
+    head, lines = table(grid)
+    assert head == ["setting", *TASKS, "average", "extra parameters"] and len(lines) == 8
+
+
+def test_a_half_finished_study_says_so(study, tmp_path):
+    import shutil
+
+    half = tmp_path / "half"
+    shutil.copytree(study, half)
+    (half / "size=0.5,seed=0/program_report.json").unlink()
+    write_study(half)
+    assert "5 of 6 runs" in (half / "study.md").read_text()
+
+
+def test_no_study_is_one_line(tmp_path):
+    (tmp_path / "study.json").write_text('{"jobs": [{"folder": "a", "labels": {}}], "study": {}}')
+    with pytest.raises(ConfigError, match="no run of the grid is finished"):
+        read_study(tmp_path)
+    (tmp_path / "study.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"study\.json: cannot be read"):
+        read_study(Path(tmp_path))
