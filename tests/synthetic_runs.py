@@ -100,7 +100,8 @@ def single(folder: Path, rank: int = 4, seed: int = 0, mean: float = 0.72) -> Pa
     draw = random.Random(seed)
     details = {
         "method": {
-            "interventions": {"attention": {"function": "noreft", "rank": rank}},
+            # a site that a preset leaves out stays in the config, as null
+            "interventions": {"attention": {"function": "noreft", "rank": rank}, "output": None},
             "base": {"_target_": "fusion_bench.method.TaskArithmeticAlgorithm"},
             "coefficients": None,
             "loss": "output",

@@ -161,7 +161,7 @@ def study(tmp_path_factory):
 def test_a_study_writes_its_table_and_figures(study):
     text = (study / "study.md").read_text()
     assert text.startswith("# The part's size, by task (Figure 6)")
-    assert "transductive" in text and "| Experts |" in text and "| 0.0625 |" in text
+    assert "transductive" in text and "| Experts |" in text and "| size 0.0625 |" in text
     with open(study / "study.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     sizes = [line["size"] for line in lines if line["kind"] == "repair"]
@@ -205,3 +205,15 @@ def test_no_study_is_one_line(tmp_path):
     (tmp_path / "study.json").write_text("{")
     with pytest.raises(ConfigError, match=r"study\.json: cannot be read"):
         read_study(Path(tmp_path))
+
+
+def test_a_study_is_reported_like_any_run(study, tmp_path):
+    done = subprocess.run(
+        [str(Path(COMMAND).with_name("intervmerge")), "report", str(study), "--to", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "report.html").read_text()
+    assert "The part&#39;s size, by task (Figure 6)" in page or "The part's size" in page
+    assert page.count('<section id="part_size-') == 2

@@ -31,6 +31,7 @@ from .words import count, family_and_rank
 INK, MUTED, GRID, SURFACE = "#1c2127", "#5c6670", "#dde1e6", "#fffffe"
 # Okabe and Ito's colours: told apart by people of any colour vision, and each has its own marker.
 _FAMILIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+HUES = len(_FAMILIES)
 _FAMILY_MARKERS = ("o", "s", "D", "^", "v", "P")
 _FAMILIES_IN_THE_DARK = ("#4db2f0", "#ff8b4a", "#33c79c", "#e69ac6", "#f2b632", "#8fd0f5")
 _TINTS = (1.0, 0.6, 0.42)

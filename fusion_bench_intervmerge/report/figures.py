@@ -14,6 +14,7 @@ from matplotlib.transforms import Bbox
 
 from .drawing import (
     GRID,
+    HUES,
     INK,
     MUTED,
     PLATE,
@@ -86,14 +87,14 @@ def accuracy_vs_parameters(
 def accuracy_by_task(study: Study, table: Sequence[Row], width: float = WIDE) -> Figure | None:
     """Each task's accuracy: merged, every repair, and the expert; a panel a base.
 
-    None where nothing was evaluated.
+    None where nothing was evaluated, or there are more methods than colours to tell them apart.
 
     Args:
         study: the results.
         table: its rows.
         width: of the figure, in inches.
     """
-    if not table:
+    if not table or len(_colours(table).families()) > HUES:
         return None
     bases = study.bases or [""]
     names = [*study.tasks, "average"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import itertools
 import json
 import platform
 import re
@@ -23,9 +24,13 @@ from . import figures, tables
 from .analysis_figures import Drawing, drawings
 from .drawing import NARROW, WIDE, css_variables, to_inline_svg, to_png, to_svg
 from .runs import Study, gather, read_run
+from .study import Grid, is_study, read_study
+from .study import drawings as drawings_of
+from .study import title as title_of
 from .tables import Row
 from .words import NONE, count, duration, listed, percent, readable
 
+_FEW = 6  # runs whose distances to the experts are all shown
 Draw = Callable[[float], Figure | None]
 _PACKAGES = (
     "fusion-bench-intervmerge", "fusion-bench", "torch", "torchvision", "transformers",
@@ -43,7 +48,7 @@ def write_report(
     """Write tables, figures and the page of these runs.
 
     Args:
-        runs: run folders.
+        runs: folders of runs, and of studies, which are grids of runs.
         to: the report's folder; ``report`` in the first run's folder where None. Other files in it
             stay as they are.
         bases: the merging methods to report; all where empty.
@@ -57,13 +62,15 @@ def write_report(
         ConfigError: runs that cannot be read or do not belong together, or a folder that cannot be
             written to.
     """
-    study = gather([read_run(run) for run in runs], bases)
+    grids = {str(run): read_study(run) for run in runs if is_study(run)}
+    found = [grids[str(run)].study.runs if str(run) in grids else [read_run(run)] for run in runs]
+    study = gather(list(itertools.chain.from_iterable(found)), bases)
     table = tables.rows(study)
     folder = Path(runs[0]) / "report" if to is None else Path(to)
     command = ["intervmerge", "report", *map(str, runs), *(["--to", str(to)] if to else [])]
     command += [word for base in bases for word in ("--base", base)]
     # everything is made before anything is written
-    sections = _sections(study, table)
+    sections = [*_of_grids(list(grids.values())), *_sections(study, table)]
     content: dict[str, str | bytes] = {}
     for section in sections:
         if section.file is not None:
@@ -141,6 +148,19 @@ class Section:
         return wide, narrow
 
 
+def _of_grids(grids: Sequence[Grid]) -> list[Section]:
+    found = []
+    for grid in grids:
+        name = re.sub(r"[^\w-]", "_", str(grid.about.get("name", "study")))
+        text = (
+            "Mean over seeds; whiskers are the standard deviation, lines the merge and the experts."
+        )
+        for number, make in enumerate(drawings_of(grid)):
+            section = _section(f"{name}-{number}", title_of(grid), text, make)
+            found += [section] if section else []
+    return found
+
+
 def _sections(study: Study, table: Sequence[Row]) -> list[Section]:
     several = len({row.method for row in table if row.method}) > 1
     found = [
@@ -169,7 +189,7 @@ def _sections(study: Study, table: Sequence[Row]) -> list[Section]:
             partial(figures.training_curves, study, table),
         ),
     ]
-    for number, run in enumerate(study.runs):
+    for number, run in enumerate(study.runs if len(study.runs) <= _FEW else []):
         of = f" ({run.folder.resolve().name})" if len(study.runs) > 1 else ""
         features = run.features
         agreement = any("agreement_after" in row for row in features.values())

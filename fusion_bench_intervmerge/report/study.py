@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from ..errors import ConfigError
 from ..files import whole_file
 from . import tables
 from .drawing import to_png, to_svg
+from .figures import WIDE
 from .runs import REPORT, Result, Run, Study, gather, read_run
-from .study_figures import draw
+from .study_figures import Draw, draw
 from .tables import Row
 from .words import NONE, count, percent, readable
 
@@ -95,7 +96,7 @@ def read_study(folder: str | Path) -> Grid:
             runs.append(run)
             continue
         setting = {axis: label for axis, label in job_labels.items() if axis not in _ALONE}
-        method = ", ".join(v for axis, v in setting.items() if axis != "base") or "repair"
+        method = setting_name({a: v for a, v in setting.items() if a != "base"}) or "repair"
         labels[method] = {axis: label for axis, label in setting.items() if axis != "base"}
         runs.append(_renamed(run, method, setting.get("base")))
     if not runs:
@@ -118,21 +119,39 @@ def write_study(folder: str | Path, console: Console | None = None) -> None:
         "study.md": to_markdown(grid, head, lines),
         "study.csv": stream.getvalue(),
     }
-    for number, figure in enumerate(draw(grid.about, grid.settings(), grid.reference)):
+    for number, make in enumerate(drawings(grid)):
         name = "study" if number == 0 else f"study_{number + 1}"
+        figure = make(WIDE)
         content[f"{name}.png"], content[f"{name}.svg"] = to_png(figure), to_svg(figure)
     for name, value in content.items():
         with whole_file(Path(folder) / name) as temporary:
             temporary.write_bytes(value if isinstance(value, bytes) else value.encode())
             temporary.chmod(0o644)
-    shown = Table(title=title(grid), title_justify="left")
-    for i, name in enumerate(head):
-        shown.add_column(name, justify="right" if i else "left", no_wrap=True)
-    for line in lines:
-        shown.add_row(*line)
     console = console or Console()
-    console.print(shown)
+    console.print(title(grid), style="bold")
+    if not grid.about.get("columns"):
+        console.print(tables.to_terminal(grid.study, grid.rows, console.width))
+    else:
+        shown = Table()
+        for i, name in enumerate(head):
+            shown.add_column(name, justify="right" if i else "left")
+        for line in lines:
+            shown.add_row(*line)
+        console.print(shown)
     console.print(f"Table and figure: {Path(folder) / 'study.md'}, study.png", soft_wrap=True)
+
+
+def setting_name(labels: Mapping[str, str]) -> str:
+    """A setting for people: labels that say nothing alone, as numbers, follow their axis' name."""
+    return ", ".join(
+        label if label[:1].isalpha() else f"{axis.rpartition('.')[2]} {label}"
+        for axis, label in labels.items()
+    )
+
+
+def drawings(grid: Grid) -> list[Draw]:
+    """The study's figures, for any width in inches."""
+    return draw(grid.about, grid.settings(), grid.reference)
 
 
 def title(grid: Grid) -> str:
@@ -186,7 +205,7 @@ def _across(grid: Grid) -> tuple[list[str], list[list[str]]]:
         merges = {c: grid.reference("merge", c) for c in columns}
         lines["merge alone"] = {c: percent(r.average.mean) for c, r in merges.items() if r}
     for labels, row in settings:
-        name = ", ".join(v for a, v in labels.items() if a != axis and a != "base")
+        name = setting_name({a: v for a, v in labels.items() if a not in (axis, "base")})
         shown = percent(row.average.mean, row.average.std)
         lines.setdefault(name, {})[labels[axis]] = shown
     head = ["setting", *(readable(c) for c in columns)]

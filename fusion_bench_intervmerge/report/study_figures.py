@@ -26,11 +26,11 @@ from .words import percent, readable
 
 Settings = Sequence[tuple[dict[str, str], Row]]
 Reference = Callable[..., Row | None]
-WIDTH = 7.2
+Draw = Callable[[float], Figure]
 
 
-def draw(about: Mapping[str, Any], settings: Settings, reference: Reference) -> list[Figure]:
-    """The figures that fit the study; none where no setting is finished.
+def draw(about: Mapping[str, Any], settings: Settings, reference: Reference) -> list[Draw]:
+    """The figures that fit the study, for any width in inches; none before a setting is finished.
 
     Args:
         about: see ``study.Grid``.
@@ -39,17 +39,26 @@ def draw(about: Mapping[str, Any], settings: Settings, reference: Reference) -> 
     """
     if not settings:
         return []
-    with style():
-        average, tasks = (_curves, _curves_by_task) if about.get("x") else (_side_by_side, _gains)
-        wanted = [average, tasks] if about.get("by_task") else [average]
-        return [make(about, settings, reference) for make in wanted]
+    average, tasks = (_curves, _curves_by_task) if about.get("x") else (_side_by_side, _gains)
+    wanted = [average, tasks] if about.get("by_task") else [average]
+
+    def bound(make: Callable[..., Figure]) -> Draw:
+        def drawn(width: float) -> Figure:
+            with style():
+                return make(about, settings, reference, width)
+
+        return drawn
+
+    return [bound(make) for make in wanted]
 
 
-def _side_by_side(about: Mapping[str, Any], settings: Settings, reference: Reference) -> Figure:
+def _side_by_side(
+    about: Mapping[str, Any], settings: Settings, reference: Reference, width: float
+) -> Figure:
     """Average accuracy of each setting, a panel a base."""
     bases = list(dict.fromkeys(labels["base"] for labels, _ in settings))
     names = list(dict.fromkeys(row.method or "" for _, row in settings))
-    figure, axes = canvas(WIDTH, 0.3 * len(names) + 0.95, 1, len(bases), sharey=True)
+    figure, axes = canvas(width, 0.3 * len(names) + 0.95, 1, len(bases), sharey=True)
     for base, panel in zip(bases, axes[0], strict=True):
         for labels, row in settings:
             if labels["base"] != base:
@@ -75,9 +84,11 @@ def _side_by_side(about: Mapping[str, Any], settings: Settings, reference: Refer
     return figure
 
 
-def _curves(about: Mapping[str, Any], settings: Settings, reference: Reference) -> Figure:
+def _curves(
+    about: Mapping[str, Any], settings: Settings, reference: Reference, width: float
+) -> Figure:
     """Average accuracy along the axis ``x``, a curve a series."""
-    figure, axes = canvas(WIDTH, 3.7)
+    figure, axes = canvas(width, 3.7)
     panel = axes[0, 0]
     series = _series(about, settings)
     colours = Colours(list(series))
@@ -99,14 +110,16 @@ def _curves(about: Mapping[str, Any], settings: Settings, reference: Reference) 
     return figure
 
 
-def _curves_by_task(about: Mapping[str, Any], settings: Settings, reference: Reference) -> Figure:
+def _curves_by_task(
+    about: Mapping[str, Any], settings: Settings, reference: Reference, width: float
+) -> Figure:
     """The same, a panel a task, each with the merge's and the expert's accuracy."""
     series = _series(about, settings)
     colours = Colours(list(series))
     tasks = list(settings[0][1].accuracy)
-    columns = min(4, len(tasks))
+    columns = min(4 if width > 5 else 2, len(tasks))
     lines = math.ceil(len(tasks) / columns)
-    figure, axes = canvas(WIDTH, 1.75 * lines + 0.6, lines, columns, sharex=True)
+    figure, axes = canvas(width, 1.75 * lines + 0.6, lines, columns, sharex=True)
     for task, panel in zip(tasks, axes.flat, strict=False):
         for name, points in series.items():
             stats = [row.accuracy[task] for _, row in points]
@@ -130,7 +143,9 @@ def _curves_by_task(about: Mapping[str, Any], settings: Settings, reference: Ref
     return figure
 
 
-def _gains(about: Mapping[str, Any], settings: Settings, reference: Reference) -> Figure:
+def _gains(
+    about: Mapping[str, Any], settings: Settings, reference: Reference, width: float
+) -> Figure:
     """What each setting gains over the merge, task by task, in percentage points."""
     names = [row.method or "" for _, row in settings]
     tasks = [*settings[0][1].accuracy, "average"]
@@ -141,7 +156,7 @@ def _gains(about: Mapping[str, Any], settings: Settings, reference: Reference) -
             own = [*row.accuracy.values(), row.average]
             its = [*merge.accuracy.values(), merge.average]
             gains[i] = [100 * (a.mean - b.mean) for a, b in zip(own, its, strict=True)]
-    figure, axes = canvas(WIDTH, 0.32 * len(names) + 0.9)
+    figure, axes = canvas(width, 0.32 * len(names) + 0.9)
     panel = axes[0, 0]
     limit = float(np.nanmax(np.abs(gains))) if np.isfinite(gains).any() else 1.0
     panel.imshow(gains, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
