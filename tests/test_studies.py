@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from test_command import COMMAND, QUIET, ROOT, TINY, compose, fusion_bench
+import torch
+from test_command import COMMAND, QUIET, ROOT, TINY, compose, fusion_bench, in_process
 
 from fusion_bench_intervmerge.errors import ConfigError
 from fusion_bench_intervmerge.report.study import read_study, table, write_study
@@ -161,7 +162,7 @@ def study(tmp_path_factory):
 def test_a_study_writes_its_table_and_figures(study):
     text = (study / "study.md").read_text()
     assert text.startswith("# The part's size, by task (Figure 6)")
-    assert "transductive" in text and "| Experts |" in text and "| size 0.0625 |" in text
+    assert "Transductive" in text and "| Experts |" in text and "| size 0.0625 |" in text
     with open(study / "study.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     sizes = [line["size"] for line in lines if line["kind"] == "repair"]
@@ -217,3 +218,26 @@ def test_a_study_is_reported_like_any_run(study, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "The part&#39;s size, by task (Figure 6)" in page or "The part's size" in page
     assert page.count('<section id="part_size-') == 2
+
+
+# -- what the runs of a study share ---------------------------------------
+
+
+def test_coefficients_of_adamerging_are_found_once_a_pool(tmp_path, caplog):
+    """The second run takes the first one's; another method, or `resume: never`, does not."""
+
+    def run(name, *overrides):
+        chosen = ["method=intervmerge/adamerging_task", "method.base.num_workers=0", *overrides]
+        kept = caplog.text.count("are those of an earlier run")
+        result = in_process(*chosen, *SMALL, folder=tmp_path / name)
+        found = result["merged_model"].metadata["coefficients"]["coefficients"]
+        return found, caplog.text.count("are those of an earlier run") > kept
+
+    caplog.set_level("INFO", logger="fusion_bench_intervmerge")
+    own = f"method.base.lr={time.time_ns() % 10**9 / 10**12}"  # a method nobody ran before
+    first, kept = run("first", own, "method.coefficients.train=false")
+    assert not kept and first.shape == (2,)
+    second, kept = run("second", own, "method.coefficients.train=false")
+    assert kept and torch.equal(first, second)
+    _, kept = run("third", own, "method.coefficients.train=false", "method.resume=never")
+    assert not kept

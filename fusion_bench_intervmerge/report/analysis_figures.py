@@ -318,8 +318,8 @@ def _along(
             panel.tick_params(labelbottom=True)
             if ylabel in ("accuracy", "agreement"):
                 _in_percent(panel.yaxis)
-            else:
-                panel.set_ylim(bottom=0)
+        if ylabel not in ("accuracy", "agreement"):
+            figure.axes[0].set_ylim(bottom=0)  # of all: once every curve is there
         axis_names(figure, figure.axes, xlabel, ylabel)
         handles = [Line2D([], [], **looks.line(name), label=readable(name)) for name in names]
         place_legend(figure, handles, width - 0.6, gap=0.6)

@@ -73,8 +73,10 @@ def _side_by_side(
         panel.set_yticks(range(len(names)), names)
         panel.tick_params(axis="y", labelcolor=INK)
         panel.set_ylim(len(names) - 0.4, -0.6)
-        panel.margins(x=0.22)
         _vertical_references(panel, reference("merge", base), reference("experts"))
+        left, right = panel.get_xlim()
+        # room for the last number; there is no accuracy beyond 100
+        panel.set_xlim(left, max(right + 0.06 * (right - left), 100) if right > 80 else right * 1.1)
         panel.grid(axis="y", visible=False)
         panel.grid(axis="x", visible=True)
         panel.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}%"))
@@ -103,6 +105,7 @@ def _curves(
     merge = reference("merge", bases[0]) if len(bases) == 1 else None
     _horizontal_references(panel, [("merge", merge), ("experts", reference("experts"))])
     _number_axis(panel, about, [at for points in series.values() for at, _ in points])
+    panel.margins(y=0.1)
     panel.set_xlabel(about.get("xlabel") or str(about["x"]).replace("_", " "))
     panel.set_ylabel("average accuracy over tasks")
     _percent_axis(panel)
@@ -230,9 +233,10 @@ def _horizontal_references(panel: Axes, rows: Sequence[tuple[str, Row | None]]) 
         mean = 100 * row.average.mean
         panel.axhline(mean, color=MUTED, lw=1, ls=(0, (4, 3)) if name == "merge" else "-", zorder=1)
         panel.annotate(
-            f"{readable(row.base or row.kind)} {mean:.1f}", (0, mean),
-            xycoords=("axes fraction", "data"), xytext=(3, 3), textcoords="offset points",
-            fontsize=7.5, color=MUTED,
+            f"{readable(row.base or row.kind)} {mean:.1f}", (1, mean),
+            xycoords=("axes fraction", "data"), xytext=(-3, -3 if name == "merge" else 3),
+            textcoords="offset points", fontsize=7.5, color=MUTED, ha="right",
+            va="top" if name == "merge" else "bottom",
         )  # fmt: skip
 
 

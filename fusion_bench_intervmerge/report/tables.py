@@ -176,7 +176,7 @@ def to_terminal(study: Study, table: Sequence[Row], width: int) -> Table:
         last = i + 1 == len(table) or table[i + 1].base != row.base
         shown.add_row(row.label, *cells[i], end_section=last)
     if not tasks:
-        shown.caption = "The terminal is too narrow for the tasks: see table.md."
+        shown.caption = "The terminal is too narrow for the tasks; the written table has them."
     return shown
 
 
