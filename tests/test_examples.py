@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_command import in_process
+from test_command import compose, in_process
 
 from fusion_bench_intervmerge.report.cli import main as report
 
@@ -45,7 +45,8 @@ def run(command, cwd, **environment):
 
 
 def test_no_example_is_forgotten():
-    assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == {*SCRIPTS, *SHELL}
+    names = {path.name for path in EXAMPLES.iterdir() if path.is_file()}
+    assert names == {*SCRIPTS, *SHELL, "study.sh"}
 
 
 @pytest.fixture(scope="module")
@@ -67,21 +68,25 @@ def test_a_python_example(name, shown):
     assert f"\n{SCRIPTS[name][1]}" in shown[name], shown[name]
 
 
+def commands(name, arguments, folder):
+    """What a shell example calls: the shell's own work for real, its commands written down."""
+    for command in ("fusion_bench", "intervmerge"):
+        (folder / command).write_text(RECORDER)
+        (folder / command).chmod(0o755)
+    run(
+        ["bash", str(EXAMPLES / name), *arguments],
+        folder,
+        PATH=f"{folder}:{os.environ['PATH']}",
+        RECORD=str(folder / "record"),
+        RUN=str(folder / "run" / "log"),
+    )
+    return [line.split("\0") for line in (folder / "record").read_text().split("\0\n")[:-1]]
+
+
 @pytest.mark.parametrize("name", SHELL)
 def test_a_shell_example(name, tmp_path):
-    """The shell's own work for real; the commands that it gives, in this process."""
-    for command in ("fusion_bench", "intervmerge"):
-        (tmp_path / command).write_text(RECORDER)
-        (tmp_path / command).chmod(0o755)
-    run(
-        ["bash", str(EXAMPLES / name), *SHELL[name]],
-        tmp_path,
-        PATH=f"{tmp_path}:{os.environ['PATH']}",
-        RECORD=str(tmp_path / "record"),
-        RUN=str(tmp_path / "run" / "log"),
-    )
-    for line in (tmp_path / "record").read_text().split("\0\n")[:-1]:
-        command, *words = line.split("\0")
+    """The commands that it gives run in this process."""
+    for command, *words in commands(name, SHELL[name], tmp_path):
         if command == "intervmerge":
             assert report(words) == 0
             continue
@@ -89,3 +94,19 @@ def test_a_shell_example(name, tmp_path):
         in_process(*words, folder=log_dir.parent)
         if "method=intervmerge" not in words:  # which has no task pool here
             assert (log_dir.parent / "log" / "program_report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        ([], "outputs/studies/clip-vit-tiny_TA8/tokens"),
+        (["[blocks,quick]"], "outputs/studies/quick/clip-vit-tiny_TA8/blocks"),
+        (["data", "clip-vit-b32_TA8", "method.steps=1"], "outputs/studies/clip-vit-b32_TA8/data"),
+    ],
+)
+def test_the_study_example(arguments, folder, tmp_path):
+    """test_studies.py runs such commands; here they are composed, and report where runs lie."""
+    (command, *words), report_words = commands("study.sh", arguments, tmp_path)
+    assert command == "fusion_bench" and report_words == ["intervmerge", "report", folder]
+    config = compose(*words, return_hydra_config=True)
+    assert config.hydra.sweep.dir == folder

@@ -134,7 +134,7 @@ def _curves_by_task(
         for row, dashes in ((merge, (0, (4, 3))), (experts, "-")):
             if row is not None:
                 panel.axhline(100 * row.accuracy[task].mean, color=MUTED, lw=1, ls=dashes, zorder=1)
-        _number_axis(panel, about, [at for points in series.values() for at, _ in points])
+        _number_axis(panel, about, [at for points in series.values() for at, _ in points], most=3)
         panel.set_title(readable(task), fontsize=8.5)
         _percent_axis(panel)
     for spare in axes.flat[len(tasks) :]:
@@ -196,11 +196,15 @@ def _series(about: Mapping[str, Any], settings: Settings) -> dict[str, list[tupl
     return {name: sorted(points, key=lambda p: p[0]) for name, points in found.items()}
 
 
-def _number_axis(panel: Axes, about: Mapping[str, Any], values: Sequence[float]) -> None:
+def _number_axis(
+    panel: Axes, about: Mapping[str, Any], values: Sequence[float], most: int = 8
+) -> None:
+    """Ticks at the values themselves, ``most`` of them."""
     if about["x"] == "extra_parameters":
         parameter_axis(panel, values)
         return
     ticks = sorted(set(values))
+    ticks = ticks[:: math.ceil(len(ticks) / most)]
     if about.get("log"):
         panel.set_xscale("log")
         panel.xaxis.set_minor_locator(NullLocator())
