@@ -210,7 +210,7 @@ def test_the_terminal_shows_as_much_as_fits(tmp_path: Path) -> None:
             console.print(to_terminal(study, rows(study), width))
         shown[width] = captured.get()
         assert "…" not in shown[width]
-    assert "digits" not in shown[80] and "table.md" in shown[80]
+    assert "digits" not in shown[80] and "the written table" in shown[80]
     assert "digits" in shown[150] and shown[150].count("±") == 3
     assert shown[200].count("±") == 27
 
