@@ -4,7 +4,8 @@
 
 * naive: the algorithm as published. One task a step; the student's weights are built anew from the
   pretrained weights and all task vectors, the expert's too; then expert, student, backward, Adam.
-  As published, gradients flow back to the coefficients whether these are trained or not.
+  As published, gradients flow back to the coefficients and to every copy of the weights, where they
+  add up unused, whether coefficients are trained or not.
 * ours: ``distill``, all of it: reading, the experts' features, the loop.
 * floor: what the arithmetic costs: one forward pass of the expert, one forward and backward pass of
   the frozen encoder with its edits, and nothing else.
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import lightning as L
 import torch
@@ -77,6 +79,9 @@ class Setting:
                 parameter.add_(1e-3 * torch.rand(1, generator=generator))
         return expert
 
+    def experts(self) -> dict[str, Callable[[], VisionTower]]:
+        return {name: partial(self.expert, name) for name in self.names}
+
     def vectors(self):
         for name in self.names:
             yield task_vector(self.expert(name), self.theta0)
@@ -90,13 +95,17 @@ class Setting:
 
 def naive(setting: Setting) -> Callable[[], float]:
     """Seconds an image of the published loop; each call is a step of one task."""
-    vectors = list(setting.vectors())
+    copies = [[t.clone() for t in setting.theta0], *setting.vectors()]
+    for copy_ in copies:
+        for tensor in copy_:
+            tensor.requires_grad_()
     model = setting.model()
-    coefficients = setting.coefficients().requires_grad_(True)
+    coefficients = setting.coefficients().requires_grad_()
     moving = [coefficients] if setting.trained else []
     optimizer = torch.optim.Adam([*model.edits.parameters(), *moving], lr=1e-3)
     names = list(model.tower.mergeable())
-    one_hot = torch.eye(len(vectors))
+    pretrained = torch.ones(1, len(names))  # its coefficient is always 1
+    one_hot = torch.eye(len(setting.names))[:, :, None].expand(-1, -1, len(names))
     turn = 0
 
     class Features(nn.Module):
@@ -110,23 +119,23 @@ def naive(setting: Setting) -> Callable[[], float]:
     features = Features()
 
     def weights(used: torch.Tensor) -> dict[str, torch.Tensor]:
+        scales = torch.cat([pretrained, used])
         return {
-            f"tower.model.{name}": setting.theta0[i]
-            + sum(used[t, i] * vector[i] for t, vector in enumerate(vectors))
+            f"tower.model.{name}": sum(scales[c, i] * copies[c][i] for c in range(len(copies)))
             for i, name in enumerate(names)
         }
 
     def step() -> float:
         nonlocal turn
-        task, turn = turn % len(vectors), turn + 1
+        task, turn = turn % len(setting.names), turn + 1
         started = time.perf_counter()
         images = setting.images[:BATCH]
         with torch.autocast("cpu", torch.bfloat16, enabled=setting.dtype == torch.bfloat16):
             student = weights(coefficients.clamp(0, 1))
             with model.for_task(setting.names[task]):
                 own = torch.func.functional_call(features, student, (images,))
-            expert_weights = weights(one_hot[task][:, None].expand(-1, len(names)))
             with torch.no_grad(), model.for_task(None):
+                expert_weights = weights(one_hot[task])
                 expert = torch.func.functional_call(features, expert_weights, (images,))
         loss = (own.float() - expert.float()).abs().mean()
         optimizer.zero_grad()
@@ -151,7 +160,7 @@ def ours(setting: Setting, steps: int, compile: bool = False) -> Callable[[], fl
         fresh = setting.images[torch.arange(steps * BATCH) % len(setting.images)]
         done = distill(
             setting.model(),
-            {name: lambda name=name: setting.expert(name) for name in setting.names},
+            setting.experts(),
             dict.fromkeys(setting.names, fresh),
             steps=steps,
             batch_size=BATCH,

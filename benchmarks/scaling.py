@@ -39,7 +39,7 @@ def once(size: str, tasks: int, rank: int, batch: int, unique: int | None, steps
     images = torch.randn(unique or steps * batch, 3, side, side)
     done = distill(
         setting.model(),
-        {name: lambda name=name: setting.expert(name) for name in setting.names},
+        setting.experts(),
         dict.fromkeys(setting.names, images),
         steps=steps,
         batch_size=batch,
@@ -58,7 +58,7 @@ def surgery(size: str, steps: int = 1000) -> float:
     setting.sites = {"output": {"function": "surgery", "rank": 16}}
     done = distill(
         setting.model(),
-        {name: lambda name=name: setting.expert(name) for name in setting.names},
+        setting.experts(),
         dict.fromkeys(setting.names, torch.randn(512, 3, 32, 32)),
         steps=steps,
         fabric=L.Fabric(accelerator="auto", devices=1),
@@ -70,14 +70,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="b32")
     parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--only", choices=("distillation", "surgery"), help="not the other")
     parser.add_argument("--json", help="where to write the numbers")
     arguments = parser.parse_args()
-    settings = [BASE | line for line in LINES]
+    settings = [BASE | line for line in LINES if arguments.only != "surgery"]
     best = [float("inf")] * len(settings)
     for _ in range(arguments.turns):
         for i, setting in enumerate(settings):
             best[i] = min(best[i], once(arguments.size, **setting))
-    seconds = min(surgery(arguments.size) for _ in range(arguments.turns))
+    turns = 0 if arguments.only == "distillation" else arguments.turns
+    seconds = min((surgery(arguments.size) for _ in range(turns)), default=None)
     table = Table(title=f"{arguments.size}: distillation, end to end")
     for column in ("tasks", "rank", "images a step", "steps", "images a task", "ms an image"):
         table.add_column(column, justify="right")
@@ -86,8 +88,10 @@ def main() -> None:
         shown = [setting["tasks"], setting["rank"], setting["batch"], setting["steps"], seen]
         table.add_row(*map(str, shown), f"{taken:.1f}")
     console = Console()
-    console.print(table)
-    console.print(f"Surgery r=16, 8 tasks, 1,000 steps, features in hand: {seconds:.1f} s")
+    if settings:
+        console.print(table)
+    if seconds is not None:
+        console.print(f"Surgery r=16, 8 tasks, 1,000 steps, features in hand: {seconds:.1f} s")
     if arguments.json:
         facts = {"threads": torch.get_num_threads(), "torch": torch.__version__}
         facts |= {"machine": platform.machine(), "settings": vars(arguments)}

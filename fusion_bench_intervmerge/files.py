@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,17 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def write_files(folder: Path, content: Mapping[str, str | bytes]) -> None:
+    """Write files by name, each whole or not at all."""
+    for name, value in content.items():
+        with whole_file(folder / name) as temporary:
+            temporary.write_bytes(value if isinstance(value, bytes) else value.encode())
+            temporary.chmod(0o644)  # temporary files are for their owner alone
+
+
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Write a JSON file, whole or not at all."""
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
-        temporary.chmod(0o644)
+    write_files(path.parent, {path.name: json.dumps(value, indent=indent) + "\n"})
 
 
 def _flush(file: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
+from hydra.errors import ConfigCompositionException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -56,7 +57,7 @@ class GridSweeper(Sweeper):
 
     Args:
         axes: name -> label -> overrides, a string or a list of them; or name -> a choice in
-            Hydra's syntax. A choice on the command line replaces an axis that sets nothing else.
+            Hydra's syntax. What the command line says of a key replaces the axis that varies it.
         also: label -> overrides of single jobs beside the product, of methods of their own:
             ``method.KEY=VALUE`` on the command line is not for them.
         study: what a collected grid is about (``fusion_bench_intervmerge.report.study``): title,
@@ -91,32 +92,38 @@ class GridSweeper(Sweeper):
         folder.mkdir(parents=True, exist_ok=True)
         jobs = self.jobs(arguments)
         index = {"study": self.study, "jobs": [{"folder": j.folder, **j._asdict()} for j in jobs]}
-        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        from fusion_bench_intervmerge.files import write_json  # torch comes with it
+
+        write_json(folder / INDEX, index)
         waiting = [overrides for job in jobs if (overrides := self._unfinished(job, folder))]
         log.info("%d of %d runs are finished in %s", len(jobs) - len(waiting), len(jobs), folder)
         results = self.launcher.launch(waiting, initial_job_idx=0) if waiting else []
-        try:
-            for result in results:
-                _ = result.return_value  # raises what the job raised
-        finally:
-            if self.study:
-                from fusion_bench_intervmerge.report.study import write_study
+        if self.study and any((folder / job.folder / REPORT).is_file() for job in jobs):
+            from fusion_bench_intervmerge.report.study import write_study
 
-                write_study(folder)
+            write_study(folder)
+        for result in results:
+            _ = result.return_value  # raises what the job raised
         return [results]
 
     def jobs(self, arguments: Sequence[str]) -> list[Job]:
-        """Every run of the grid, finished or not."""
+        """Every run of the grid, finished or not.
+
+        Raises:
+            ConfigCompositionException: a key on the command line that an axis sets together with
+                others.
+        """
         axes = {name: self._values(value) for name, value in self.axes.items()}
         fixed = []
         for override in self._parser.parse_overrides(list(arguments)):
             key = override.get_key_element()
+            varying = self._axis_of(key, axes)
             if override.is_sweep_override():
-                mine = [n for n, values in axes.items() if _keys(values) == {key}]
-                for name in mine:
-                    del axes[name]
                 values = list(override.sweep_string_iterator())
-                axes[mine[0] if mine else key] = {v: [f"{key}={v}"] for v in values}
+                axes[varying or key] = {v: [f"{key}={v}"] for v in values}
+            elif varying:
+                value = override.get_value_element_as_str()
+                axes[varying] = {value: [f"{key}={value}"]}
             else:
                 fixed.append(f"{key}={override.get_value_element_as_str()}")
         found = [
@@ -139,6 +146,19 @@ class GridSweeper(Sweeper):
         if not override.is_sweep_override():
             return {value.partition("=")[2]: [value]}
         return {choice: [f"{key}={choice}"] for choice in override.sweep_string_iterator()}
+
+    def _axis_of(self, key: str, axes: Mapping[str, Mapping[str, Sequence[str]]]) -> str | None:
+        """The axis that varies this key and nothing else."""
+        for name, values in axes.items():
+            keys = {o.partition("=")[0].lstrip("+~") for group in values.values() for o in group}
+            if key.lstrip("+~") in keys:
+                if len(keys) == 1:
+                    return name
+                raise ConfigCompositionException(  # Hydra shows it without a traceback
+                    f"{key}: varies together with other keys in this grid's axis {name!r}; "
+                    f"allowed: hydra.sweeper.axes.{name} in its place"
+                )
+        return None
 
     def _unfinished(self, job: Job, folder: Path) -> list[str] | None:
         """The overrides to launch a job with; None where its report is there."""
@@ -169,7 +189,3 @@ def _plain(value: Any) -> dict[str, Any]:
 
 def _listed(overrides: Any) -> list[str]:
     return [overrides] if isinstance(overrides, str) else list(overrides or [])
-
-
-def _keys(values: Mapping[str, Sequence[str]]) -> set[str]:
-    return {override.partition("=")[0] for group in values.values() for override in group}

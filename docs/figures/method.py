@@ -184,29 +184,21 @@ def placement() -> Figure:
     left = 8.1
     head(axes, left, 4.72, "part", "of the width, 768 entries")
     scale = 2.45 / WIDTH
+
+    def bar(y: float, part: slice) -> None:
+        x, wide = left + 0.72, (part.stop - part.start) * scale
+        axes.add_patch(Rectangle((x, y), WIDTH * scale, 0.15, fc=FROZEN, ec=LINE, lw=0.6))
+        axes.add_patch(Rectangle((x + part.start * scale, y), wide, 0.15, fc=HUES[0], ec="none"))
+
     for block in range(BLOCKS):
         y = 3.78 - 0.19 * block
-        part = resolve_part({"size": 64, "shift": True}, WIDTH, block, "part")
-        axes.add_patch(Rectangle((left + 0.72, y), WIDTH * scale, 0.15, fc=FROZEN, ec=LINE, lw=0.6))
-        axes.add_patch(
-            Rectangle(
-                (left + 0.72 + part.start * scale, y), (part.stop - part.start) * scale, 0.15,
-                fc=HUES[0], ec="none",
-            )
-        )  # fmt: skip
+        bar(y, resolve_part({"size": 64, "shift": True}, WIDTH, block, "part"))
         if block in (0, 1, BLOCKS - 1):
             label(axes, left + 0.66, y + 0.07, f"block {block}", MUTED, ha="right", size=7.5)
     label(axes, left, 4.13, "{size: 64, shift: true}", ha="left", size=9.5, weight="bold")
     y = 0.72
     label(axes, left, y + 0.42, "[64, 320]", ha="left", size=9.5, weight="bold")
-    part = resolve_part([64, 320], WIDTH, 0, "part")
-    axes.add_patch(Rectangle((left + 0.72, y), WIDTH * scale, 0.15, fc=FROZEN, ec=LINE, lw=0.6))
-    axes.add_patch(
-        Rectangle(
-            (left + 0.72 + part.start * scale, y), (part.stop - part.start) * scale, 0.15,
-            fc=HUES[0], ec="none",
-        )
-    )  # fmt: skip
+    bar(y, resolve_part([64, 320], WIDTH, 0, "part"))
     label(axes, left + 0.66, y + 0.07, "every block", MUTED, ha="right", size=7.5)
     label(axes, left, 0.4, "The rest of the vector stays as it is.", MUTED, ha="left", size=8.5)
     return sheet

@@ -40,6 +40,7 @@ from .base_merge import run_adamerging, run_base
 from .diagnosis import diagnose, table
 from .experts import ExpertPool
 from .live import show_repair
+from .program import has_task_pool
 
 log = logging.getLogger(__name__)
 
@@ -297,7 +298,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         done: Distillation,
     ) -> dict[str, Any]:
         """Print how far the model got; keep the whole story beside FusionBench's report."""
-        dummy = self._without_task_pool()
+        dummy = self._program is not None and not has_task_pool(self._program)
         model.to(self.fabric.device)
         rows = {}
         for task, seen in done.images.items():
@@ -330,12 +331,6 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
                 write_json(Path(self.log_dir) / "intervmerge.json", report)
         show_repair(self.fabric, report["losses"], rows)
         return report
-
-    def _without_task_pool(self) -> bool:
-        pool = getattr(self._program, "taskpool", None)
-        return self._program is not None and (
-            pool is None or type(pool).__name__ == "DummyTaskPool"
-        )
 
     def _artifact_folder(self) -> Path:
         return Path(str(self.save_to).format(log_dir=self.log_dir or "."))

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from fusion_bench import BaseAlgorithm, BaseModelPool
 from fusion_bench.mixins import LightningFabricMixin
-from fusion_bench.taskpool import DummyTaskPool
 from omegaconf import OmegaConf
 from rich.console import Console
 from torch import Tensor
@@ -23,6 +22,7 @@ from ..files import write_json
 from ..model import InterventionModel
 from .diagnosis import table
 from .experts import ExpertPool
+from .program import has_task_pool
 
 
 class Analyser:
@@ -147,8 +147,7 @@ class AnalyseInterventionModel(LightningFabricMixin, BaseAlgorithm):
             analyser.write(Path(self.log_dir or "."), tasks)
             if "bias" in found:
                 Console().print(table(_rows(found, name)))
-        task_pool = getattr(self._program, "taskpool", None)
-        if task_pool is None or isinstance(task_pool, DummyTaskPool):
+        if not has_task_pool(self._program):
             return None
         # a tower of its own: the model's carries the edits' hooks
         merged = artifact.read(folder).tower.stock()

@@ -16,13 +16,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from .analysis import Analysis, Tasks, in_all, over_tasks
 from .drawing import (
     GRID,
     INK,
     MUTED,
+    PERCENT,
     PLATE,
     SURFACE,
     WIDE,
@@ -150,7 +151,7 @@ def closeness(bias: Tasks, agreement: Tasks | None, width: float = WIDE) -> Figu
             panel.grid(axis="x", visible=True)
             panel.spines["bottom"].set_visible(False)
             if tasks is agreement:
-                _in_percent(panel.xaxis)
+                panel.xaxis.set_major_formatter(PERCENT)
         place_legend(figure, [looks.handle(name) for name in names], width)
         freeze(figure)
     return figure
@@ -317,7 +318,7 @@ def _along(
             panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             panel.tick_params(labelbottom=True)
             if ylabel in ("accuracy", "agreement"):
-                _in_percent(panel.yaxis)
+                panel.yaxis.set_major_formatter(PERCENT)
         if ylabel not in ("accuracy", "agreement"):
             figure.axes[0].set_ylim(bottom=0)  # of all: once every curve is there
         axis_names(figure, figure.axes, xlabel, ylabel)
@@ -360,7 +361,3 @@ def _strokes(
 
 def _with_mean(values: np.ndarray) -> np.ndarray:
     return np.append(values, values.mean())
-
-
-def _in_percent(axis: Any) -> None:
-    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}%"))

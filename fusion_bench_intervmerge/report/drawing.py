@@ -37,6 +37,7 @@ _FAMILIES_IN_THE_DARK = ("#4db2f0", "#ff8b4a", "#33c79c", "#e69ac6", "#f2b632", 
 _TINTS = (1.0, 0.6, 0.42)
 WIDE, NARROW = 7.2, 3.7  # a page shows the one or the other
 _BROAD = 10.2  # where three panels stand side by side
+PERCENT = "{x:g}%"  # ticks of an axis whose numbers are percentages
 # behind text that may lie over grid lines
 PLATE = {"facecolor": SURFACE, "edgecolor": "none", "pad": 0.6}
 

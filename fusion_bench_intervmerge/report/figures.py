@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
 from .drawing import (
@@ -17,6 +17,7 @@ from .drawing import (
     HUES,
     INK,
     MUTED,
+    PERCENT,
     PLATE,
     SURFACE,
     WIDE,
@@ -62,7 +63,7 @@ def accuracy_vs_parameters(
             panel.set_title(readable(base) if len(bases) > 1 else "")
             panel.set_ylim(*_limits([r for r in table if r.kind != "pretrained"]))
             panel.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-            panel.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}%"))
+            panel.yaxis.set_major_formatter(PERCENT)
             # where panels share their heights, each says what it is
             panel.tick_params(labelleft=True)
             repairs = [r for r in table if r.base == base and r.extra_parameters]
@@ -118,7 +119,7 @@ def accuracy_by_task(study: Study, table: Sequence[Row], width: float = WIDE) ->
             panel.grid(axis="y", visible=False)
             panel.grid(axis="x", visible=True)
             panel.xaxis.set_major_locator(MaxNLocator(5 if width / columns > 3 else 3))
-            panel.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}%"))
+            panel.xaxis.set_major_formatter(PERCENT)
             panel.spines["bottom"].set_visible(False)
             panel.tick_params(axis="x", length=0)
             if len(bases) > 1:
@@ -195,7 +196,7 @@ def features(found: Mapping[str, Mapping[str, float]], width: float = WIDE) -> F
             panel.margins(x=0.14)
             panel.spines["bottom"].set_visible(False)
             if scale == 100:
-                panel.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}%"))
+                panel.xaxis.set_major_formatter(PERCENT)
     return figure
 
 

@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from ..files import whole_file
+from ..files import write_files
 from . import figures, tables
 from .analysis_figures import Drawing, drawings
 from .drawing import NARROW, WIDE, css_variables, to_inline_svg, to_png, to_svg
@@ -81,10 +81,7 @@ def write_report(
         content["table.md"] = tables.to_markdown(study, table)
         content["table.csv"] = tables.to_csv(study, table)
         content["table.json"] = json.dumps(tables.to_json(study, table), indent=2) + "\n"
-    for name, value in content.items():
-        with whole_file(folder / name) as temporary:
-            temporary.write_bytes(value if isinstance(value, bytes) else value.encode())
-            temporary.chmod(0o644)  # temporary files are for their owner alone
+    write_files(folder, content)
     if console is not None and table:
         console.print(tables.to_terminal(study, table, console.width))
     return folder

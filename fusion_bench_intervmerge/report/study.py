@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import ConfigError
-from ..files import whole_file
+from ..files import write_files
 from . import tables
 from .drawing import to_png, to_svg
 from .figures import WIDE
@@ -123,10 +123,7 @@ def write_study(folder: str | Path, console: Console | None = None) -> None:
         name = "study" if number == 0 else f"study_{number + 1}"
         figure = make(WIDE)
         content[f"{name}.png"], content[f"{name}.svg"] = to_png(figure), to_svg(figure)
-    for name, value in content.items():
-        with whole_file(Path(folder) / name) as temporary:
-            temporary.write_bytes(value if isinstance(value, bytes) else value.encode())
-            temporary.chmod(0o644)
+    write_files(Path(folder), content)
     console = console or Console()
     console.print(title(grid), style="bold")
     if not grid.about.get("columns"):

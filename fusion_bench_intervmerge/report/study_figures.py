@@ -10,15 +10,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from .drawing import (
     INK,
     MUTED,
+    PERCENT,
     SURFACE,
     Colours,
+    axis_names,
     canvas,
+    keep_panels,
     parameter_axis,
+    place_legend,
     style,
 )
 from .tables import Row
@@ -79,7 +83,7 @@ def _side_by_side(
         panel.set_xlim(left, max(right + 0.06 * (right - left), 100) if right > 80 else right * 1.1)
         panel.grid(axis="y", visible=False)
         panel.grid(axis="x", visible=True)
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}%"))
+        panel.xaxis.set_major_formatter(PERCENT)
         panel.xaxis.set_major_locator(MaxNLocator(6))
         panel.set_title(readable(base) if len(bases) > 1 else "")
     axes[0, 0].set_xlabel("average accuracy over tasks")
@@ -106,10 +110,9 @@ def _curves(
     _horizontal_references(panel, [("merge", merge), ("experts", reference("experts"))])
     _number_axis(panel, about, [at for points in series.values() for at, _ in points])
     panel.margins(y=0.1)
-    panel.set_xlabel(about.get("xlabel") or str(about["x"]).replace("_", " "))
-    panel.set_ylabel("average accuracy over tasks")
+    axis_names(figure, [panel], _axis_name(about), "average accuracy over tasks")
     _percent_axis(panel)
-    _legend(figure, series, colours)
+    _legend(figure, series, colours, width)
     return figure
 
 
@@ -123,7 +126,8 @@ def _curves_by_task(
     columns = min(4 if width > 5 else 2, len(tasks))
     lines = math.ceil(len(tasks) / columns)
     figure, axes = canvas(width, 1.75 * lines + 0.6, lines, columns, sharex=True)
-    for task, panel in zip(tasks, axes.flat, strict=False):
+    panels = keep_panels(axes, len(tasks))
+    for task, panel in zip(tasks, panels, strict=True):
         for name, points in series.items():
             stats = [row.accuracy[task] for _, row in points]
             panel.errorbar([at for at, _ in points], [100 * s.mean for s in stats],
@@ -137,12 +141,10 @@ def _curves_by_task(
         _number_axis(panel, about, [at for points in series.values() for at, _ in points], most=3)
         panel.set_title(readable(task), fontsize=8.5)
         _percent_axis(panel)
-    for spare in axes.flat[len(tasks) :]:
-        spare.remove()
-    figure.supxlabel(about.get("xlabel") or str(about["x"]), fontsize=8.5, color=MUTED)
+    axis_names(figure, panels, _axis_name(about), "accuracy")
     lines_of = [Line2D([], [], color=MUTED, lw=1, ls=(0, (4, 3)), label="the merge"),
                 Line2D([], [], color=MUTED, lw=1, label="the expert")]  # fmt: skip
-    _legend(figure, series if len(series) > 1 else {}, colours, lines_of)
+    _legend(figure, series if len(series) > 1 else {}, colours, width, lines_of)
     return figure
 
 
@@ -209,11 +211,15 @@ def _number_axis(
         panel.set_xscale("log")
         panel.xaxis.set_minor_locator(NullLocator())
     panel.xaxis.set_major_locator(FixedLocator(ticks))
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    panel.xaxis.set_major_formatter("{x:g}")
+
+
+def _axis_name(about: Mapping[str, Any]) -> str:
+    return about.get("xlabel") or str(about["x"]).replace("_", " ")
 
 
 def _percent_axis(panel: Axes) -> None:
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}%"))
+    panel.yaxis.set_major_formatter(PERCENT)
     panel.yaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
@@ -248,11 +254,11 @@ def _legend(
     figure: Figure,
     series: Mapping[str, Any],
     colours: Colours,
+    width: float,
     more: Sequence[Line2D] = (),
 ) -> None:
     handles = [Line2D([], [], color=colours.colour(n), marker=colours.marker(n), lw=1.6, ms=5.5,
                       label=readable(n)) for n in series]  # fmt: skip
     handles += more
     if len(handles) > 1:
-        figure.legend(handles=handles, loc="outside upper left", ncols=4, frameon=False,
-                      columnspacing=1.4, handletextpad=0.5, borderpad=0.1)  # fmt: skip
+        place_legend(figure, handles, width, gap=0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -40,7 +41,7 @@ class Orthonormal(nn.Module):
         return R.clone()  # torch stores what comes back, not a copy of it
 
 
-class Function(nn.Module):
+class Function(nn.Module, ABC):
     """An edit z -> z' of vectors of one width.
 
     A subclass names its formula in its docstring, creates its tensors in ``reset_parameters``
@@ -83,9 +84,9 @@ class Function(nn.Module):
         self.activation = activation
         self.reset_parameters(generator, identity=init == "identity")
 
+    @abstractmethod
     def reset_parameters(self, generator: torch.Generator | None, identity: bool) -> None:
         """Create the tensors of the formula at their initial values."""
-        raise NotImplementedError  # pragma: no cover - every form has its own tensors
 
     def folded(self) -> Function:
         """An equal function that needs least at inference: the same outputs, bit for bit."""
