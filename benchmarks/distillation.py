@@ -216,6 +216,23 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     return {name: min(taken) for name, taken in seconds.items()}
 
 
+def profile(arguments: argparse.Namespace, shown: int = 12) -> Table:
+    """Which operators a run of ours spends its time in."""
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    setting = Setting(arguments.size, arguments.tasks, arguments.rank, arguments.trained, dtype)
+    run = ours(setting, arguments.steps, arguments.compile)
+    with torch.profiler.profile() as profiler:
+        run()
+    events = sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    table = Table(title="where ours spends its time")
+    for column in ("operator", "calls", "share of time"):
+        table.add_column(column, justify="right")
+    for event in events[:shown]:
+        table.add_row(event.key, str(event.count), f"{event.self_cpu_time_total / total:.1%}")
+    return table
+
+
 def peak_gib(way: str) -> float:
     """Peak resident memory of one way, in a process of its own."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", way, "--turns", "1"]
@@ -234,9 +251,13 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true", help="ours with compiled MLPs")
     parser.add_argument("--memory", action="store_true", help="peak memory too")
+    parser.add_argument("--profile", action="store_true", help="only where ours spends its time")
     parser.add_argument("--json", help="where to write the numbers")
     parser.add_argument("--only", choices=("naive", "ours", "floor"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.profile:
+        Console().print(profile(arguments))
+        return
     seconds = measure(arguments)
     if arguments.only:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
