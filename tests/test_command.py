@@ -66,8 +66,6 @@ def test_the_plugin_is_found_from_any_directory(where, tmp_path):
     ).stdout  # fmt: skip
     assert "fusion_bench_intervmerge.fusion.IntervMergeAlgorithm" in shown
     assert "tanganke/clip-vit-base-patch32_dtd" in shown
-    searched = fusion_bench("--info", "searchpath", cwd=cwd).stdout
-    assert "pkg://fusion_bench_intervmerge_config" in searched
 
 
 def compose(*overrides, **options):
@@ -302,16 +300,16 @@ def test_an_old_style_base_runs_nested(tmp_path):
     assert result["report"]["average"]["accuracy"] > 0
 
 
-FAMILIES = ["clip-vit-tiny_TA8", "openclip-vit-tiny_TA8"]
+FAMILIES = {"clip-vit-tiny_TA8": [0, 1], "openclip-vit-tiny_TA8": [0]}  # and their seeds
 
 
 @pytest.fixture(scope="module")
 def comparisons(tmp_path_factory):
     """The demonstration, short, in both families."""
     folders = {}
-    for family in FAMILIES:
+    for family, seeds in FAMILIES.items():
         folder = tmp_path_factory.mktemp("comparison")
-        overrides = ["method=intervmerge/compare", "method.seeds=[0,1]", "method.steps=25"]
+        overrides = ["method=intervmerge/compare", f"method.seeds={seeds}", "method.steps=25"]
         pools = [f"modelpool={family}", f"taskpool={family}"]
         in_process(*overrides, *pools, folder=folder)
         folders[family] = folder / "log"
@@ -326,7 +324,7 @@ def comparison(request, comparisons):
 def test_both_families_reach_the_same_accuracies(comparisons):
     reports = [json.loads((f / "program_report.json").read_text()) for f in comparisons.values()]
     tasks = reports[0]["comparison"]["tasks"]
-    for name in reports[0]["comparison"]["models"]:
+    for name in reports[1]["comparison"]["models"]:
         for task in tasks:
             # 480 images: rounding may turn one or two of them
             theirs = pytest.approx(reports[1][name][task]["accuracy"], abs=2.5 / 480)
@@ -339,8 +337,9 @@ def test_a_comparison_evaluates_every_model_alike(comparison):
     assert set(about) == set(report) - {"comparison"}
     average = {name: report[name]["average"]["accuracy"] for name in about}
     assert average["experts"] > average["task_arithmetic"] + 0.2
-    for seed in (0, 1):
-        name = f"task_arithmetic/intervmerge_r4/seed{seed}"
+    repairs = [name for name in about if name.startswith("task_arithmetic/intervmerge_r4/seed")]
+    assert len(repairs) in (1, 2)
+    for name in repairs:
         assert average[name] > average["task_arithmetic"]
         assert about[name]["extra_parameters"] == 8 * 6 * (2 * 64 * 4 + 4)
         assert about[name]["extra_parameters"] == report[name]["model_info"]["trainable_params"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -25,6 +26,8 @@ from . import training
 from .recipe import Recipe
 from .tasks import SIZE, TASKS
 from .tokenizer import write_tokenizer
+
+log = logging.getLogger(__name__)
 
 POOL = "clip-vit-tiny_TA8"
 
@@ -93,9 +96,12 @@ def _build(recipe: Recipe, folder: Path) -> None:
         sum(recipe.sizes().values()) + recipe.finetuning.steps * recipe.finetuning.batch_size
     ) + (recipe.pretraining.steps * recipe.pretraining.batch_size)
     title = f"building the embedded pool, once, in {folder.parent}"
+    log.info("%s; this takes a few minutes", title)
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with (
-        tqdm(total=work, desc=title, bar_format=bar_format, mininterval=1) as bar,
+        tqdm(  # none in a log file
+            total=work, desc=title, bar_format=bar_format, mininterval=1, disable=None
+        ) as bar,
         # Workers are started first: they import torch while the images are drawn.
         _Workers(min(_cpus(), len(TASKS))) as workers,
     ):
