@@ -220,7 +220,8 @@ def read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(
                 f"coefficients.{key}", f"{filled[key]!r}", ", ".join(map(str, allowed))
             )
-    if not 0 < filled["keep"] <= 1:
+    keep = filled["keep"]
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
         raise ConfigError("coefficients.keep", f"{filled['keep']!r}", "a fraction in (0, 1]")
     return filled
 

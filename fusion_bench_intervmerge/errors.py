@@ -1,4 +1,4 @@
-"""The one error a user's input can raise: what is wrong, where, and what is allowed."""
+"""The error of a bad setting: what is wrong, where, and what is allowed."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class GridSweeper(Sweeper):
         axes: name -> label -> overrides, a string or a list of them; or name -> a choice in
             Hydra's syntax. What the command line says of a key replaces the axis that varies it.
         also: label -> overrides of single jobs beside the product, of methods of their own:
-            ``method.KEY=VALUE`` on the command line is not for them.
+            ``method.KEY=VALUE`` and ``method@KEY=VALUE`` on the command line are not for them.
         study: what a collected grid is about (``fusion_bench_intervmerge.report.study``): title,
             figure; null collects nothing.
     """
@@ -92,7 +92,7 @@ class GridSweeper(Sweeper):
         folder.mkdir(parents=True, exist_ok=True)
         jobs = self.jobs(arguments)
         index = {"study": self.study, "jobs": [{"folder": j.folder, **j._asdict()} for j in jobs]}
-        from fusion_bench_intervmerge.files import write_json  # torch comes with it
+        from fusion_bench_intervmerge.files import write_json
 
         write_json(folder / INDEX, index)
         waiting = [overrides for job in jobs if (overrides := self._unfinished(job, folder))]
@@ -134,7 +134,7 @@ class GridSweeper(Sweeper):
             for labels in itertools.product(*axes.values())
         ]
         # These are of other methods, which settings of the grid's method do not fit.
-        apart = [override for override in fixed if not override.startswith("method.")]
+        apart = [o for o in fixed if not o.startswith(("method.", "method@"))]
         also = [Job({"also": name}, [*apart, *_listed(o)]) for name, o in self.also.items()]
         return also + found
 

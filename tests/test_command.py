@@ -283,6 +283,11 @@ def test_a_new_task_joins_a_saved_model(run, tmp_path):
     )
     again = InterventionModel.from_pretrained(tmp_path / "eight")
     assert again.tasks == [*model.tasks, left]
+    about = again.metadata
+    assert about["method"] == model.metadata["method"] and about["transductive"]
+    assert about["images"].startswith(f"{model.metadata['images']}; {left}: 100% of the test split")
+    (added,) = about["extended"]
+    assert added["tasks"] == [left] and added["method"]["interventions"]["attention"]["rank"] == 4
     after = again.edits[model.tasks[0]].state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
@@ -372,6 +377,8 @@ EDIT = "interventions.attention"
         (["modelpool=clip-vit-b32_TA8"], "modelpool.models._pretrained_: cannot be had"),
         (["+method.data.cache=1"], "data.cache: no such setting"),
         (["method.data.split=all"], "data.split: there is no split 'all'; allowed: test"),
+        (["method.save_every=0"], "save_every: 0; allowed: 1 or more"),
+        (["+method.coefficients.keep=abc"], "coefficients.keep: 'abc'; allowed: a fraction"),
         (["method.resume=maybe"], "resume: 'maybe'; allowed: auto, never"),
         (["method.optimizer.lr=-1"], "optimizer: Invalid learning rate"),
         (["+method.coefficients.init=base"], "coefficients.init: `base` is no AdaMerging"),
@@ -411,7 +418,7 @@ def test_live_models_stay_as_they_are():
     models |= {task: load().model for task, load in fine_tuned(hf_tower).items()}
     before = {n: {k: t.clone() for k, t in m.state_dict().items()} for n, m in models.items()}
     pool = ExpertPool(BaseModelPool(dict(models)))
-    pool._projection = hf_tower().projection
+    pool._projection = hf_tower().projection  # of a live `_pretrained_` it cannot be had
     method = IntervMergeAlgorithm(
         {"attention": {}}, base=TaskArithmeticAlgorithm(scaling_factor=0.3)
     )

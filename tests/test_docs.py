@@ -37,6 +37,11 @@ def test_the_tables_of_the_settings_are_what_the_code_says():
     assert settings.render(PAGE) == PAGE, "python docs/settings.py writes them anew"
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.stem)
+def test_no_page_waits_for_something(page):
+    assert not re.search(r"^[A-Z]+$", page.read_text(), re.M)
+
+
 @pytest.mark.parametrize("file", METHODS, ids=lambda f: f.stem)
 def test_every_key_that_a_method_takes_is_on_the_page(file):
     """Read off the code by another way than the page is written."""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fusion_bench_intervmerge.errors import ConfigError
 from fusion_bench_intervmerge.interventions import FUNCTION_NAMES, build_function
+from fusion_bench_intervmerge.interventions.functions import function_class
 
 PUBLISHED = ["noreft", "loreft", "direft", "consreft", "lobireft", "nodireft"]
 
@@ -160,3 +161,15 @@ def test_says_in_one_line_what_is_wrong(arguments, message):
     with pytest.raises(ConfigError) as error:
         build_function(**({"name": "noreft", "width": 8, "rank": 2} | arguments))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_form_of_another_package_is_known_by_its_name():
+    class Halved(function_class("loreft")):
+        """A form of a form; torch's own subclasses of it are none."""
+
+        name = "halved"
+
+    built = build_function("halved", 8, 2)
+    assert isinstance(built, Halved) and function_class("halved") is Halved
+    with pytest.raises(ConfigError, match=r"no function 'quartered'; allowed: .*halved"):
+        function_class("quartered")

@@ -55,7 +55,8 @@ def test_parts_may_be_shares_of_the_width():
     assert fit(part={"size": 0.0001}).width == 1
     even = fit(part={"size": "even", "shift": True})
     assert even.width == 64 and even.parts[11] == slice(704, 768)
-    assert fit(part={"size": "even"}, blocks="every_4").width == 256
+    spread = fit(part={"size": "even", "shift": True}, blocks="every_4")
+    assert spread.parts == {0: slice(0, 256), 4: slice(256, 512), 8: slice(512, 768)}
 
 
 @given(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -79,6 +80,26 @@ def test_folders_are_names_whatever_varies():
     assert len({job.folder for job in long}) == 2
     (job,) = jobs(axes={"part": {"{a: [1, 2]}/../b": "p=1"}})
     assert "/" not in job.folder
+
+
+def test_what_is_of_the_grids_method_is_not_for_the_runs_beside_it():
+    beside, run = jobs(
+        also={"a": "m=1"}, arguments=["method@method.base=ties", "method.x=1", "k=v"]
+    )
+    assert beside.overrides == ["k=v", "m=1"]
+    assert run.overrides == ["method@method.base=ties", "method.x=1", "k=v"]
+
+
+def test_another_base_for_a_study_as_the_guide_writes_it():
+    chosen = ["method@method.base=ties_merging"]
+    beside = 'hydra.sweeper.also.references="method=intervmerge/merges"'
+    whole = compose("+experiment=blocks", *chosen, beside, return_hydra_config=True)
+    first, *runs = jobs(
+        chosen, axes=dict(whole.hydra.sweeper.axes), also=dict(whole.hydra.sweeper.also)
+    )
+    assert "ties_merging" in compose("+experiment=blocks", *first.overrides).method.bases
+    base = compose("+experiment=blocks", *runs[0].overrides).method.base
+    assert base._target_.endswith("TiesMergingAlgorithm")
 
 
 def test_a_single_value_holds_for_all_runs():
@@ -208,13 +229,21 @@ def test_a_study_holds_what_its_runs_reported(study):
 
 
 def test_a_half_finished_study_says_so(study, tmp_path):
-    import shutil
-
     half = tmp_path / "half"
     shutil.copytree(study, half)
     (half / "size=0.5,seed=0/program_report.json").unlink()
     write_study(half)
     assert "5 of 6 runs" in (half / "study.md").read_text()
+
+
+def test_a_seed_is_no_setting_by_whatever_name_it_varies(study, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(study, other)
+    text = (other / "study.json").read_text()
+    (other / "study.json").write_text(text.replace('"seed":', '"method.seed":'))
+    assert [labels for labels, _ in read_study(other).settings()] == [
+        labels for labels, _ in read_study(study).settings()
+    ]
 
 
 def test_no_study_is_one_line(tmp_path):

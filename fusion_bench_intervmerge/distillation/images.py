@@ -91,10 +91,6 @@ class ImageStore:
                 self._kept[task][fitting] = states[: len(fitting)].cpu()
             yield part, images
 
-    def keeps_all(self, task: str) -> bool:
-        """Whether no image of the task has to be read again."""
-        return len(self._kept.get(task, ())) == len(self.schedules[task].unique)
-
     def stream(self, plan: Sequence[Mapping[str, Tensor]], prepare: Prepare) -> Iterator[Tensor]:
         """States for one forward pass after another.
 

@@ -38,11 +38,11 @@ FP16_SCALE = 2.0**12
 
 
 class DistillationError(RuntimeError):
-    """Training cannot go on; the message says what was kept."""
+    """Training cannot go on; the message says what was kept, if anything was."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user stopped the run; its state is on disk."""
+    """The user stopped the run; with a state folder, its state is on disk."""
 
 
 @dataclass
@@ -126,8 +126,8 @@ def distill(
 
     Raises:
         ConfigError: settings that do not fit.
-        DistillationError: the loss is not finite; the last good state is kept.
-        Interrupted: on Ctrl-C, after the state was kept.
+        DistillationError: the loss is not finite; with a state folder the last good state is kept.
+        Interrupted: on Ctrl-C; with a state folder, after the state was kept.
     """
     fabric = fabric or L.Fabric(devices=1, accelerator="auto")
     tasks = list(experts)
@@ -375,10 +375,12 @@ class _Trainer:
                     bad = self.tasks[int((~torch.isfinite(losses)).nonzero()[0])]
                     if keep is not None and step > saved:
                         keep.save(current(step), trained, optimizer)
-                    where = f" in {keep.folder}" if keep is not None else ""
+                    where = ""
+                    if keep is not None and step > 0:
+                        where = f"; the state before it is kept in {keep.folder}"
                     raise DistillationError(
-                        f"the loss of task {bad!r} is not finite at step {step}; the state before "
-                        f"it is kept{where}; a smaller optimizer.lr may help"
+                        f"the loss of task {bad!r} is not finite at step {step}{where}; "
+                        "a smaller optimizer.lr may help"
                     )
                 optimizer.step()
                 history.append(losses)

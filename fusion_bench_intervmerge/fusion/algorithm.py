@@ -18,7 +18,6 @@ import torch
 from fusion_bench import BaseAlgorithm, BaseModelPool
 from fusion_bench.constants import RuntimeConstants
 from fusion_bench.mixins import LightningFabricMixin, SimpleProfilerMixin
-from omegaconf import OmegaConf
 from rich.console import Console
 from torch import nn
 
@@ -40,7 +39,7 @@ from .base_merge import run_adamerging, run_base
 from .diagnosis import diagnose, table
 from .experts import ExpertPool
 from .live import show_repair
-from .program import has_task_pool
+from .program import has_task_pool, plain
 
 log = logging.getLogger(__name__)
 
@@ -93,17 +92,19 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.interventions = _plain(interventions)
+        self.interventions = plain(interventions)
         self.base: Any = base
-        self.coefficients: Any = _plain(coefficients)
+        self.coefficients: Any = plain(coefficients)
         self.loss, self.steps, self.seed = loss, steps, seed
-        self.data = DATA | (_plain(data) or {})
-        self.optimizer = _plain(optimizer) or {"_target_": "torch.optim.Adam", "lr": 3e-3}
+        self.data = DATA | (plain(data) or {})
+        self.optimizer = plain(optimizer) or {"_target_": "torch.optim.Adam", "lr": 3e-3}
         self.save_to, self.resume, self.save_every = save_to, resume, save_every
         self.extend, self.compile = extend, compile
         for key in self.data:
             if key not in DATA:
                 raise ConfigError(f"data.{key}", "no such setting", ", ".join(DATA))
+        if not isinstance(save_every, int) or isinstance(save_every, bool) or save_every < 1:
+            raise ConfigError("save_every", f"{save_every!r}", "1 or more")
         if resume not in ("auto", "never"):
             raise ConfigError("resume", f"{resume!r}", "auto, never")
         read_interventions(self.interventions)
@@ -131,13 +132,26 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             with self.profile("distillation"):
                 model, done = self.repair(pool, merged, mixture)
         report = self._report(pool, model, done)
-        model.metadata |= {"images": report["images_used"], "method": report["method"]}
+        self._remember(model, done, report)
         if self.save_to is not None and self.fabric.is_global_zero:
             folder = self._artifact_folder()
             model.save_pretrained(folder)
             log.info("the model is saved in %s", folder)
         self.print_profile_summary()
         return model
+
+    def _remember(
+        self, model: InterventionModel, done: Distillation, report: Mapping[str, Any]
+    ) -> None:
+        """Keep with the model what it was trained on, earlier trainings included."""
+        seen, now = model.metadata, {key: report[key] for key in ("method", "transductive")}
+        if self.extend is None:
+            model.metadata |= {"images": report["images_used"], **now}
+            return
+        before = seen.get("images") or "images that are not known"
+        seen["images"] = f"{before}; {', '.join(done.images)}: {report['images_used']}"
+        seen["transductive"] = seen.get("transductive", False) or now["transductive"]
+        seen["extended"] = [*seen.get("extended", []), {"tasks": list(done.images), **now}]
 
     def merge(self, pool: ExpertPool) -> tuple[VisionTower, Mixture | None]:
         """The merged encoder, and the mixture it came from where ``coefficients`` are set."""
@@ -186,11 +200,12 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         tasks: Sequence[str],
         mixture: Mixture | None,
     ) -> Distillation:
+        images = {task: pool.images(task, self.data["split"]) for task in tasks}
         run = self._identity(pool, model, tasks)
         return distill(
             model,
             {task: partial(pool.tower, task) for task in tasks},
-            {task: pool.images(task, self.data["split"]) for task in tasks},
+            images,
             steps=self._steps,
             batch_size=self.data["batch_size"],
             fraction=self.data["fraction"],
@@ -202,7 +217,10 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             mixture=mixture,
             seed=self.seed,
             fabric=self.fabric,
-            state_folder=cache_root() / "states" / run if self.resume == "auto" else None,
+            # Nothing tells one live model from another, so their runs are not continued.
+            state_folder=None
+            if self.resume == "never" or pool.pool.has_instance_models
+            else cache_root() / "states" / run,
             run=run,
             save_every=self.save_every,
         )
@@ -264,19 +282,23 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
     def _identity(self, pool: ExpertPool, model: InterventionModel, tasks: Sequence[str]) -> str:
         """A digest of everything the trained numbers depend on."""
         facts = {
-            "settings": self._settings(),
+            "settings": self._settings(model),
+            "model_seed": model.seed,
             "steps": self._steps,
             "merged": model.tower.digest(),
             "experts": {task: pool.identity(task) for task in tasks},
+            "images": {task: pool.images_identity(task, self.data["split"]) for task in tasks},
             "precision": str(getattr(self.fabric._precision, "precision", "")),
             "processes": self.fabric.world_size,
             "compile": self.compile,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, model: InterventionModel) -> dict[str, Any]:
         return {
-            "interventions": self.interventions,
+            "interventions": self.interventions
+            if self.extend is None  # else the saved model's own hold
+            else {site: config.to_dict() for site, config in model.interventions.items()},
             "base": self._base_settings(),
             "coefficients": self.coefficients,
             "loss": self.loss,
@@ -288,7 +310,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
     def _base_settings(self) -> Any:
         """The base's config; of a method object nothing but its kind can be told."""
         if self.base is None or isinstance(self.base, Mapping):
-            return _plain(self.base)
+            return plain(self.base)
         return repr(type(self.base))
 
     def _report(
@@ -309,7 +331,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             rows[task] = diagnose(model, task, images, seen[:count], expert, head)
         extra = model.extra_parameters()
         report = {
-            "method": self._settings(),
+            "method": self._settings(model),
             "images_used": self.images_used,
             # Evaluated on the test split, edits trained on its images are a transductive result.
             "transductive": self.data["split"] == "test",
@@ -352,7 +374,3 @@ def _suggested_task_pool() -> str:
         if chosen and "/" not in chosen:
             return f"taskpool={chosen}"
     return "taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8"
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from fusion_bench import BaseAlgorithm, BaseModelPool
 from fusion_bench.mixins import LightningFabricMixin
-from omegaconf import OmegaConf
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
@@ -22,7 +21,7 @@ from ..files import write_json
 from ..model import InterventionModel
 from .diagnosis import table
 from .experts import ExpertPool
-from .program import has_task_pool
+from .program import has_task_pool, plain
 
 
 class Analyser:
@@ -37,16 +36,23 @@ class Analyser:
         images: images a task, the same for every encoder.
         split: which split they are of.
         device: where the encoders run.
+        where: the config key of ``images``, for errors.
 
     Raises:
         ConfigError: an analysis that does not exist, or no images.
     """
 
-    def __init__(self, analyses: Any, images: int, split: str, device: torch.device):
-        names = OmegaConf.to_container(analyses) if OmegaConf.is_config(analyses) else analyses
-        self.names = read_analyses(names)  # type: ignore[arg-type]
+    def __init__(
+        self,
+        analyses: Any,
+        images: int,
+        split: str,
+        device: torch.device,
+        where: str = "analysis_images",
+    ):
+        self.names = read_analyses(plain(analyses))
         if not isinstance(images, int) or isinstance(images, bool) or images < 1:
-            raise ConfigError("analysis_images", f"{images!r}", "1 or more")
+            raise ConfigError(where, f"{images!r}", "1 or more")
         self.images, self.split, self.device = images, split, device
         self.found: dict[str, dict[str, Any]] = {}
 
@@ -133,7 +139,9 @@ class AnalyseInterventionModel(LightningFabricMixin, BaseAlgorithm):
             ConfigError: a setting or a pool that does not fit, in one line.
         """
         pool, folder = ExpertPool(modelpool), Path(self.path)
-        analyser = Analyser(self.analyses, self.images, self.split, self.fabric.device)
+        analyser = Analyser(
+            self.analyses, self.images, self.split, self.fabric.device, where="images"
+        )
         model = InterventionModel.from_pretrained(folder)
         tasks = [task for task in pool.tasks if task in model.tasks]
         if not tasks:
@@ -169,7 +177,6 @@ def _rows(found: Mapping[str, Any], name: str) -> dict[str, dict[str, float]]:
 
 def _about(model: InterventionModel, name: str, tasks: Sequence[str]) -> dict[str, Any]:
     """What a comparison's report says of its models."""
-    settings = model.metadata.get("method")
     repair = {
         "kind": "repair",
         "base": MERGED,
@@ -177,7 +184,7 @@ def _about(model: InterventionModel, name: str, tasks: Sequence[str]) -> dict[st
         "seed": model.seed,
         "extra_parameters": model.extra_parameters()["total"],
         "images_used": model.metadata.get("images"),
-        "transductive": settings["data"]["split"] == "test" if settings else None,
+        "transductive": model.metadata.get("transductive"),
     }
     merge = {"kind": "merge", "base": MERGED, "method": "none", "extra_parameters": 0}
     return {"tasks": list(tasks), "models": {MERGED: merge, name: repair}}

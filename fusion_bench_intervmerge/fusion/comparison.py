@@ -11,7 +11,6 @@ from typing import Any
 
 from fusion_bench import BaseAlgorithm, BaseModelPool
 from fusion_bench.mixins import LightningFabricMixin
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..encoders import VisionTower
@@ -23,6 +22,7 @@ from .base_merge import run_adamerging
 from .experts import ExpertPool
 from .individual import IndividualExperts
 from .live import show_comparison
+from .program import plain
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
                 "bases", "there is no merge to repair", "a FusionBench method or more"
             )
         self.bases, self.methods, self.seeds = bases, methods, list(seeds)
-        self.coefficients: Any = _plain(coefficients) or {}
+        self.coefficients: Any = plain(coefficients) or {}
         self.steps, self.data, self.references = steps, data, references
         self.analyses, self.analysis_images = analyses, analysis_images
         self._losses: dict[str, dict[str, list[float]]] = {}
@@ -96,7 +96,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
                 "seconds": time.perf_counter() - started,
             }
             for method_name, config in self.methods.items():
-                settings = {k: v for k, v in _plain(config).items() if not k.startswith("_")}
+                settings = {k: v for k, v in plain(config).items() if not k.startswith("_")}
                 if settings.get("coefficients"):
                     if start is None:
                         continue
@@ -132,7 +132,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         """The merged encoder, and the coefficients that stand for it, if any do."""
         start = self.coefficients.get(name)
         settings: dict[str, Any] = {"interventions": {"attention": {}}, "base": base}
-        if start is not None and start["init"] == "base":
+        if start is not None and start.get("init") == "base":
             found = run_adamerging(base, pool.pool, self.fabric, self._program)
             start = {**start, "init": found.tolist()}
             settings["coefficients"] = {**start, "train": False}
@@ -173,7 +173,3 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         algorithm = IntervMergeAlgorithm(**settings)
         algorithm._program, algorithm._fabric_instance = self._program, self.fabric
         return algorithm
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value) if isinstance(value, DictConfig) else value

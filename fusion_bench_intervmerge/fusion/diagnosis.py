@@ -53,21 +53,20 @@ def diagnose(
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> Table:
     """The tasks' diagnosis as a table for the terminal."""
-    agreement = all("agreement_after" in row for row in rows.values())
+    agreement = any("agreement_after" in row for row in rows.values())
     shown = Table()
     shown.add_column("task")
     headers = ["bias, merged", "bias, repaired"]
     headers += ["agreement, merged", "agreement, repaired"] if agreement else []
     for header in headers:
         shown.add_column(header, justify="right")
-    average = {
-        name: sum(row[name] for row in rows.values()) / len(rows)
-        for name in next(iter(rows.values()))
-        if all(name in row for row in rows.values())
-    }
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    known = {name: [row[name] for row in rows.values() if name in row] for name in names}
+    average = {name: sum(values) / len(values) for name, values in known.items()}
     for task, row in [*rows.items(), ("average", average)]:
         cells = [f"{row['bias_before']:.4f}", f"{row['bias_after']:.4f}"]
         if agreement:
-            cells += [f"{row['agreement_before']:.1%}", f"{row['agreement_after']:.1%}"]
+            shares = (row.get(f"agreement_{when}") for when in ("before", "after"))
+            cells += ["-" if share is None else f"{share:.1%}" for share in shares]
         shown.add_row(task, *cells, end_section=task == list(rows)[-1])
     return shown

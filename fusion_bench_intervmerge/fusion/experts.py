@@ -138,9 +138,16 @@ class ExpertPool:
         )
 
     def identity(self, name: str) -> str:
-        """What the config says of a model: enough to tell one run's models from another's."""
+        """What the config says of a model: enough to tell one run's models from another's.
+
+        Of a live module nothing can be told.
+        """
         config = self.pool._models[name]
         return "a live module" if isinstance(config, nn.Module) else str(config)
+
+    def images_identity(self, task: str, split: str) -> str:
+        """What the config says of a split's images."""
+        return str((getattr(self.pool, f"_{SPLITS[split][1]}", None) or {}).get(task))
 
     def _load(self, name: str) -> nn.Module:
         return _fetch(lambda: self.pool.load_model(name), f"modelpool.models.{name}")
@@ -153,8 +160,16 @@ class ExpertPool:
     def _visual_projection(self) -> nn.Linear | None:
         # Only Hugging Face's vision models come without their projection.
         if self._projection is None and hasattr(self.pool, "load_clip_model"):
-            name = "_pretrained_" if self.pool.has_pretrained else self.tasks[0]
-            clip = _fetch(lambda: self.pool.load_clip_model(name), f"modelpool.models.{name}")
+            where = "modelpool.models._pretrained_"
+            config = self.pool._models.get("_pretrained_")
+            if config is None or isinstance(config, nn.Module):
+                problem = "is missing" if config is None else "is a live module"
+                raise ConfigError(
+                    where,
+                    f"{problem}, so that the visual projection cannot be had",
+                    "the id or the folder of a whole CLIP; experts may be live modules",
+                )
+            clip = _fetch(lambda: self.pool.load_clip_model("_pretrained_"), where)
             self._projection = copy.deepcopy(clip.visual_projection)
         return self._projection
 

@@ -67,7 +67,9 @@ def resolve_tokens(tokens: str | Sequence[int], num_tokens: int, where: str) -> 
     return _index(_positions(tokens, num_tokens, where, "token position", allowed))
 
 
-def resolve_part(part: object, width: int, block: int, where: str, num_edited: int = 1) -> Index:
+def resolve_part(
+    part: object, width: int, block: int, where: str, edited: Sequence[int] = ()
+) -> Index:
     """Entries of the width that an edit in ``block`` touches.
 
     Args:
@@ -75,7 +77,8 @@ def resolve_part(part: object, width: int, block: int, where: str, num_edited: i
         width: of the site.
         block: index of the block.
         where: the config key, for errors.
-        num_edited: in how many blocks there is an edit; ``size: even`` divides the width by it.
+        edited: the blocks with an edit, ``block`` among them. ``size: even`` divides the width
+            among them, and ``shift`` then goes by the place among them.
 
     Raises:
         ConfigError: a span outside the width, overlapping spans, or a malformed part.
@@ -88,7 +91,8 @@ def resolve_part(part: object, width: int, block: int, where: str, num_edited: i
             if key not in ("size", "start", "shift"):
                 raise ConfigError(f"{where}.{key}", "no such setting", "size, start, shift")
         even = part.get("size") == "even"
-        size: Any = _entries(1 / num_edited if even else part.get("size"), width, at_least=1)
+        share = 1 / max(len(edited), 1) if even else part.get("size")
+        size: Any = _entries(share, width, at_least=1)
         start: Any = _entries(part.get("start", 0), width, at_least=0)
         if not _is_int(size) or not 1 <= size <= width:
             allowed = f"1 to {width}, a share of the width like 0.25, or even"
@@ -96,7 +100,8 @@ def resolve_part(part: object, width: int, block: int, where: str, num_edited: i
         if not _is_int(start) or not 0 <= start < width:
             allowed = f"0 to {width - 1}, or a share of the width like 0.25"
             raise ConfigError(f"{where}.start", f"{part.get('start')!r} does not fit", allowed)
-        start += block * size if part.get("shift", False) else 0
+        place = edited.index(block) if even and edited else block
+        start += place * size if part.get("shift", False) else 0
         return _index([(start + offset) % width for offset in range(size)])
     if not isinstance(part, Sequence) or isinstance(part, str) or not part:
         raise ConfigError(where, f"{part!r} is no part", allowed)
@@ -156,9 +161,7 @@ class Placement:
         else:
             blocks = resolve_blocks(config.blocks, num_blocks, f"{where}.blocks")
             tokens = resolve_tokens(config.tokens, num_tokens, f"{where}.tokens")
-        parts = {
-            b: resolve_part(config.part, width, b, f"{where}.part", len(blocks)) for b in blocks
-        }
+        parts = {b: resolve_part(config.part, width, b, f"{where}.part", blocks) for b in blocks}
         return cls(
             blocks=blocks,
             tokens=tokens,

@@ -95,7 +95,7 @@ def read_study(folder: str | Path) -> Grid:
         if "also" in job_labels:
             runs.append(run)
             continue
-        setting = {axis: label for axis, label in job_labels.items() if axis not in _ALONE}
+        setting = {a: v for a, v in job_labels.items() if a.rpartition(".")[2] not in _ALONE}
         method = setting_name({a: v for a, v in setting.items() if a != "base"}) or "repair"
         labels[method] = {axis: label for axis, label in setting.items() if axis != "base"}
         runs.append(_renamed(run, method, setting.get("base")))

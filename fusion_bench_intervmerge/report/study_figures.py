@@ -16,6 +16,7 @@ from .drawing import (
     INK,
     MUTED,
     PERCENT,
+    PLATE,
     SURFACE,
     Colours,
     axis_names,
@@ -245,7 +246,7 @@ def _horizontal_references(panel: Axes, rows: Sequence[tuple[str, Row | None]]) 
         panel.annotate(
             f"{readable(row.base or row.kind)} {mean:.1f}", (1, mean),
             xycoords=("axes fraction", "data"), xytext=(-3, -3 if name == "merge" else 3),
-            textcoords="offset points", fontsize=7.5, color=MUTED, ha="right",
+            textcoords="offset points", fontsize=7.5, color=MUTED, ha="right", bbox=PLATE,
             va="top" if name == "merge" else "bottom",
         )  # fmt: skip
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
 
 import torch
 
@@ -26,7 +27,7 @@ def function_class(name: str, where: str = "function") -> type[Function]:
         ConfigError: no form has that name.
     """
     if name not in FUNCTION_NAMES:
-        others = {c.name: c for c in Function.__subclasses__() if c.name not in FUNCTION_NAMES}
+        others = {c.name: c for c in _subclasses(Function) if c.name not in FUNCTION_NAMES}
         if name in others:
             return others[name]
         allowed = ", ".join((*FUNCTION_NAMES, *others))
@@ -40,6 +41,15 @@ def function_class(name: str, where: str = "function") -> type[Function]:
         and value.__module__ == module.__name__
     )
     return found
+
+
+def _subclasses(cls: type) -> Iterator[type[Function]]:
+    child: type[Function]
+    for child in cls.__subclasses__():
+        if child.__name__.startswith("Parametrized"):  # torch's, of a form with an orthonormal R
+            continue
+        yield child
+        yield from _subclasses(child)
 
 
 def build_function(

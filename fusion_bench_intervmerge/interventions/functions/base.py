@@ -89,7 +89,7 @@ class Function(nn.Module, ABC):
         """Create the tensors of the formula at their initial values."""
 
     def folded(self) -> Function:
-        """An equal function that needs least at inference: the same outputs, bit for bit."""
+        """An equal function that needs least at inference: the same outputs within rounding."""
         return copy.deepcopy(self)
 
     def tensors(self) -> dict[str, Tensor]:
