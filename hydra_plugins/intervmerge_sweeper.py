@@ -118,14 +118,13 @@ class GridSweeper(Sweeper):
         for override in self._parser.parse_overrides(list(arguments)):
             key = override.get_key_element()
             varying = self._axis_of(key, axes)
-            if override.is_sweep_override():
-                values = list(override.sweep_string_iterator())
+            sweep = override.is_sweep_override()
+            values = override.sweep_string_iterator() if sweep else []
+            values = list(values) or [override.get_value_element_as_str()]
+            if sweep or varying:
                 axes[varying or key] = {v: [f"{key}={v}"] for v in values}
-            elif varying:
-                value = override.get_value_element_as_str()
-                axes[varying] = {value: [f"{key}={value}"]}
             else:
-                fixed.append(f"{key}={override.get_value_element_as_str()}")
+                fixed.append(f"{key}={values[0]}")
         found = [
             Job(
                 dict(zip(axes, labels, strict=True)),

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
 from test_command import COMMAND, QUIET, ROOT, TINY, compose, fusion_bench, in_process
 
 from fusion_bench_intervmerge.errors import ConfigError
@@ -33,8 +36,6 @@ SMALL = [
 
 
 def jobs(arguments=(), **settings):
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     sweeper = GridSweeper(**settings)
     sweeper._parser = OverridesParser.create()
     return sweeper.jobs(list(arguments))
@@ -138,6 +139,20 @@ def test_every_study_composes_and_all_its_runs_do(study):
     quick = compose(f"+experiment=[{study},quick]", return_hydra_config=True)
     short = jobs(axes=dict(quick.hydra.sweeper.axes), also=dict(quick.hydra.sweeper.also))
     assert len(short) < len(found) and quick.method.steps == 10
+
+
+def test_a_grid_without_a_finished_run_says_what_its_job_said(tmp_path):
+    sweeper = GridSweeper(study={"title": "t"})
+    sweeper.config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "grid")}}})
+    sweeper._unfinished = lambda job, folder: job.overrides  # composing is the command's
+
+    class Launcher:
+        def launch(self, overrides, initial_job_idx):
+            return [JobReturn(status=JobStatus.FAILED, _return_value=ValueError("its own"))]
+
+    sweeper.launcher, sweeper._parser = Launcher(), OverridesParser.create()
+    with pytest.raises(ValueError, match="its own"):
+        sweeper.sweep(["x=1,2"])
 
 
 # -- a grid that is killed ------------------------------------------------
