@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import artifact
 from .encoders import VisionTower
@@ -121,25 +122,62 @@ class InterventionModel(TaskAwareModel):
             raise ConfigError("tasks", f"{task!r} is there already", "a new name")
         digest = hashlib.sha256(f"{self.seed} {task}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        sites = {}
+        sites = nn.ModuleDict()
         for site, config in self.interventions.items():
-            placement = self.placements[site]
+            # What is solved in closed form has no start: it is not there before.
+            blocks = [] if config.init == "regression" else self.placements[site].blocks
             sites[site] = nn.ModuleDict(
-                {
-                    str(block): build_function(
-                        config.function,
-                        placement.width,
-                        config.rank,
-                        copies=placement.copies,
-                        activation=config.activation,
-                        init=config.init,
-                        generator=generator,
-                        where=f"interventions.{site}",
-                    )
-                    for block in placement.blocks
-                }
+                {str(b): self._build(site, config.rank, config.init, generator) for b in blocks}
             )
-        self.edits[task] = nn.ModuleDict(sites).to(self.tower.device)
+        self.edits[task] = sites.to(self.tower.device)
+
+    def set_rank(self, task: str, site: str, block: int, rank: int) -> Function | None:
+        """Replace one edit by a fresh one of another rank; the other edits stay.
+
+        Args:
+            task, site, block: which edit.
+            rank: 1 to the width of the part, or 0: no edit there.
+
+        Returns:
+            The new edit, at its published start; None at rank 0.
+
+        Raises:
+            ValueError: a task, site or block that is not edited, or a rank that does not fit.
+        """
+        self.check_task(task)
+        if site not in self.placements or block not in self.placements[site].blocks:
+            raise ValueError(f"block {block} is not edited at the site {site!r}")
+        blocks = self.edits[task][site]
+        if str(block) in blocks:
+            del blocks[str(block)]
+        if rank == 0:
+            return None
+        function = self._build(site, rank, "reference", torch.Generator().manual_seed(0))
+        blocks[str(block)] = function.to(self.tower.device)
+        return function
+
+    def ranks(self) -> dict[str, dict[str, dict[int, int]]]:
+        """Task -> site -> block -> rank of its edit; blocks without an edit are left out."""
+        return {
+            task: {
+                site: {int(block): function.rank for block, function in blocks.items()}
+                for site, blocks in sites.items()
+            }
+            for task, sites in self.edits.items()
+        }
+
+    def _build(self, site: str, rank: int, init: str, generator: torch.Generator) -> Function:
+        config, placement = self.interventions[site], self.placements[site]
+        return build_function(
+            config.function,
+            placement.width,
+            rank,
+            copies=placement.copies,
+            activation=config.activation,
+            init=init,
+            generator=generator,
+            where=f"interventions.{site}",
+        )
 
     def drop_task(self, task: str) -> None:
         """Remove a task's edits; the other tasks' features stay what they are."""
@@ -156,9 +194,8 @@ class InterventionModel(TaskAwareModel):
             for site, blocks in folded.edits[task].items():
                 for block, function in blocks.items():
                     blocks[block] = function.folded()
-                    name = blocks[block].name
-                config = self.interventions[site].to_dict() | {"function": name}
-                folded.interventions[site] = InterventionConfig.from_mapping(config)
+                    config = self.interventions[site].to_dict() | {"function": blocks[block].name}
+                    folded.interventions[site] = InterventionConfig.from_mapping(config)
         return folded
 
     def extra_parameters(self) -> dict[str, Any]:
@@ -279,18 +316,19 @@ class InterventionModel(TaskAwareModel):
             return z
         if (site, block) == self._left_out:
             return z
-        functions = [self._function(task, site, block) for task in route.tasks]
-        if len(functions) == 1:
+        found = [self._function(task, site, block) for task in route.tasks]
+        functions = [function for function in found if function is not None]
+        if not functions:
+            return z
+        if len(found) == 1:
             return placement.apply(z, block, functions[0])
         if (site, block) not in route.gathered:
-            route.gathered[site, block] = _stack(functions, route.ids)
+            route.gathered[site, block] = _stack(found, route.ids)
         tensors = {n: t.to(z.dtype) for n, t in route.gathered[site, block].items()}
 
         def edit(vectors: Tensor) -> Tensor:
             # one leading entry a set of tensors: an image, or all images of a task
-            grouped = (
-                vectors if route.ids is not None else vectors.unflatten(0, (len(functions), -1))
-            )
+            grouped = vectors if route.ids is not None else vectors.unflatten(0, (len(found), -1))
             if placement.copies is not None:
                 grouped = grouped.unsqueeze(-2)
             elif route.ids is None:
@@ -301,8 +339,9 @@ class InterventionModel(TaskAwareModel):
             tensors = {name: tensor.unsqueeze(1) for name, tensor in tensors.items()}
         return placement.apply(z, block, edit)
 
-    def _function(self, task: str, site: str, block: int) -> Function:
-        return self.edits[task][site][str(block)]
+    def _function(self, task: str, site: str, block: int) -> Function | None:
+        blocks = self.edits[task][site]
+        return blocks[str(block)] if str(block) in blocks else None  # noqa: SIM401 (a ModuleDict)
 
     def _functions(self) -> Iterator[Function]:
         for edits in self.edits.values():
@@ -440,11 +479,28 @@ class InterventionModel(TaskAwareModel):
         return self.tower.val_preprocess
 
 
-def _stack(functions: Sequence[Function], ids: Tensor | None) -> dict[str, Tensor]:
-    """The functions' tensors side by side: a set a task, or one an image where ``ids`` names it."""
-    by_task = [function.tensors() for function in functions]
-    stacked = {name: torch.stack([t[name] for t in by_task]) for name in by_task[0]}
+def _stack(functions: Sequence[Function | None], ids: Tensor | None) -> dict[str, Tensor]:
+    """The functions' tensors side by side: a set a task, or one an image where ``ids`` names it.
+
+    Ranks may differ, and a task may have no edit: rows of zeros take part in no formula.
+    """
+    by_task = [{} if function is None else function.tensors() for function in functions]
+    largest = max((t for t in by_task if t), key=lambda t: sum(x.numel() for x in t.values()))
+    stacked = {
+        name: torch.stack([_padded(tensors.get(name), tensor) for tensors in by_task])
+        for name, tensor in largest.items()
+    }
     return stacked if ids is None else {name: tensor[ids] for name, tensor in stacked.items()}
+
+
+def _padded(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """The tensor with zeros behind it in every dimension, up to another's shape."""
+    if tensor is None:
+        return torch.zeros_like(like)
+    if tensor.shape == like.shape:
+        return tensor
+    missing = [large - own for large, own in zip(like.shape, tensor.shape, strict=True)]
+    return F.pad(tensor, [n for count in reversed(missing) for n in (0, count)])
 
 
 def _count(module: nn.Module) -> int:

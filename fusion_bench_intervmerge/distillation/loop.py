@@ -22,12 +22,12 @@ from ..coefficients import Mixture
 from ..encoders import VisionTower
 from ..errors import ConfigError
 from ..model import InterventionModel
-from .images import ImageStore
 from .losses import Representations, loss_function
 from .memory import keep_freed_memory
 from .progress import progress_bar
 from .schedule import Schedule
 from .state import Progress, StateFolder
+from .store import ImageStore
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,7 @@ def distill(
     steps: int = 1000,
     batch_size: int = 16,
     fraction: float = 1.0,
+    at_most: int | None = None,
     loss: str = "output",
     optimizer: MakeOptimizer | None = None,
     mixture: Mixture | None = None,
@@ -108,6 +109,7 @@ def distill(
         steps: steps a task.
         batch_size: images a task and step, over all processes.
         fraction: share of each dataset that may be seen, in (0, 1].
+        at_most: most images of a task that may be seen; None for no limit.
         loss: ``output`` or ``blocks`` (SurgeryV2).
         optimizer: makes the optimizer of a list of parameters; Adam at 3e-3 by default.
         mixture: merging coefficients to train along with the edits.
@@ -143,6 +145,7 @@ def distill(
             steps=steps,
             batch_size=batch_size,
             fraction=fraction,
+            at_most=at_most,
             seed=seed,
         )
         for task in tasks

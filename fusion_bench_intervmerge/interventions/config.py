@@ -33,7 +33,8 @@ class InterventionConfig:
         share_tokens: one edit for all chosen tokens, or one for each (the paper's patch tokens).
         activation: ``relu``, ``gelu``, ``silu`` or ``tanh`` between down and up, for noreft,
             loreft, direft and nodireft.
-        init: ``reference`` draws the published start, ``identity`` starts as the merged encoder.
+        init: ``reference`` draws the published start, ``identity`` starts as the merged encoder,
+            ``regression`` has no edits until ``solve`` finds them in closed form.
     """
 
     function: str = "noreft"

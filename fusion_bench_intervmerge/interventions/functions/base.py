@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,28 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "tanh": torch.tanh,
 }
+
+
+class ClosedForms(Protocol):
+    """What a form may ask when it is solved instead of trained: ``solving.Regression``.
+
+    Tensors have a leading entry a token position with ``copies``, else a leading 1; k is the width.
+    """
+
+    def affine(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The best z + W2'(W1 z + b): W1, W2 (_, rank, k), b (_, rank); W2 has orthonormal rows."""
+
+    def affine_gains(self) -> Tensor:
+        """(_, k), what each further rank of it gains."""
+
+    def constant(self) -> Tensor:
+        """The best z + v: (_, k)."""
+
+    def replacement(self, rank: int) -> tuple[Tensor, Tensor]:
+        """The best z + R'(b - R z): R (_, rank, k) with orthonormal rows, b (_, rank)."""
+
+    def replacement_gains(self) -> Tensor:
+        """(_, k), what each further rank of it gains."""
 
 
 class Orthonormal(nn.Module):
@@ -87,6 +110,35 @@ class Function(nn.Module, ABC):
     @abstractmethod
     def reset_parameters(self, generator: torch.Generator | None, identity: bool) -> None:
         """Create the tensors of the formula at their initial values."""
+
+    @classmethod
+    def solved(cls, forms: ClosedForms, rank: int) -> dict[str, Tensor]:
+        """The formula's tensors at which the edit comes closest to a target, in closed form.
+
+        Forms that have a solution override this and ``gains``.
+        """
+        raise TypeError(f"{cls.name} has no closed solution")
+
+    @classmethod
+    def gains(cls, forms: ClosedForms) -> Tensor:
+        """(_, number of ranks), what each further rank takes off the mean squared distance."""
+        raise TypeError(f"{cls.name} has no closed solution")
+
+    @classmethod
+    def is_solvable(cls) -> bool:
+        """Whether the form has a closed solution (without an activation)."""
+        return cls.solved.__func__ is not Function.solved.__func__  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the formula's tensors, R as its orthonormal value."""
+        for name, tensor in tensors.items():
+            own = getattr(self, name)
+            value = tensor.to(own).view_as(own)
+            if name in self._parameters:
+                own.copy_(value)
+            else:
+                setattr(self, name, value)
 
     def folded(self) -> Function:
         """An equal function that needs least at inference: the same outputs within rounding."""

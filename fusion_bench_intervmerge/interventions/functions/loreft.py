@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from .base import Function, linear, linear_transposed
+from .base import ClosedForms, Function, linear, linear_transposed
 from .nodireft import NodiReFT
 
 
@@ -29,6 +29,15 @@ class LoReFT(Function):
         if self.activation is None:
             return z + linear_transposed(linear(z, W1 - R, b), R)
         return z + linear_transposed(self._activate(linear(z, W1, b)) - linear(z, R), R)
+
+    @classmethod
+    def solved(cls, forms: ClosedForms, rank: int) -> dict[str, Tensor]:
+        W1, W2, b = forms.affine(rank)
+        return {"R": W2, "W1": W1 + W2, "b": b}
+
+    @classmethod
+    def gains(cls, forms: ClosedForms) -> Tensor:
+        return forms.affine_gains()
 
     def folded(self) -> Function:
         if self.activation is not None:

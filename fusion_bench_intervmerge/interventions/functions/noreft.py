@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import Function, linear, linear_transposed
+from .base import ClosedForms, Function, linear, linear_transposed
 from .nodireft import NodiReFT
 
 
@@ -26,6 +26,15 @@ class NoReFT(Function):
         if self.activation is None:
             return z + linear_transposed(linear(z, W1 - W2, b), W2)
         return z + linear_transposed(self._activate(linear(z, W1, b)) - linear(z, W2), W2)
+
+    @classmethod
+    def solved(cls, forms: ClosedForms, rank: int) -> dict[str, Tensor]:
+        W1, W2, b = forms.affine(rank)
+        return {"W1": W1 + W2, "W2": W2, "b": b}
+
+    @classmethod
+    def gains(cls, forms: ClosedForms) -> Tensor:
+        return forms.affine_gains()
 
     def folded(self) -> Function:
         if self.activation is not None:
