@@ -451,6 +451,19 @@ def finish(tmp_path, experts, datasets, run="r"):
     return distill(model, experts, datasets, steps=10, batch_size=4, state_folder=tmp_path, run=run)
 
 
+def test_a_finished_training_is_found_until_it_is_cleared(experts, datasets, tmp_path, monkeypatch):
+    """Killed between the training's end and the save, nothing is trained twice."""
+    first = finish(tmp_path, experts, datasets)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, "_step", None)  # no step is left to be done
+        found = finish(tmp_path, experts, datasets)
+    assert found.resumed_at == 10 and torch.equal(found.losses, first.losses)
+    for task, features in first.expert_features.items():
+        assert torch.equal(found.expert_features[task], features)
+    found.clear()
+    assert not tmp_path.exists() and finish(tmp_path, experts, datasets).resumed_at == 0
+
+
 def test_a_torn_state_is_reported_and_the_older_one_used(experts, datasets, tmp_path, caplog):
     undisturbed = finish(tmp_path / "other", experts, datasets)
     interrupted(tmp_path, experts, datasets)
@@ -488,6 +501,7 @@ def test_a_full_disk_is_reported_and_training_goes_on(
             save_every=2,
         )
     assert len(done.losses) == 4 and "No space left on device" in caplog.text
+    done.clear()
     assert not list(tmp_path.rglob("*"))
 
 

@@ -56,6 +56,7 @@ class Distillation:
         seconds: wall-clock time of ``features`` (reading images, experts' features) and ``steps``.
         expert_features: task -> (images seen, projection_dim).
         resumed_at: the step a stopped run went on from, 0 for a fresh one.
+        states: the run's states on disk, if it kept any; see ``clear``.
     """
 
     losses: Tensor
@@ -63,6 +64,15 @@ class Distillation:
     seconds: dict[str, float]
     expert_features: dict[str, Tensor]
     resumed_at: int = 0
+    states: StateFolder | None = None
+
+    def clear(self) -> None:
+        """Remove the run's states from the disk, once its result is kept elsewhere.
+
+        Until then the same call finds the finished training and returns at once.
+        """
+        if self.states is not None:
+            self.states.clear()
 
     def by_task(self) -> dict[str, list[float]]:
         """Task -> its loss at each step, for a report."""
@@ -117,7 +127,8 @@ def distill(
         compile: compile the MLPs, whose elementwise parts are then one kernel; it pays in long runs
             of wide encoders.
         fabric: device, precision, processes and loggers; one device by default.
-        state_folder: where to keep the state of a run that may be stopped; ``None``: nowhere.
+        state_folder: where to keep the state of a run that may be stopped; ``None``: nowhere. It
+            is kept after the last step as well, until ``Distillation.clear``.
         run: identifies the run; only a state of the same run is continued.
         save_every: steps between two states.
         log_every: steps between two entries in the logs.
@@ -160,9 +171,9 @@ def distill(
         make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=3e-3))
         optim = make(list(trained.values()))
         states = StateFolder(state_folder, run) if state_folder is not None else None
-        progress = (states and states.load(trained, optim)) or Progress(
-            0, torch.empty(0, len(tasks))
-        )
+        progress = Progress(0, torch.empty(0, len(tasks)))
+        if states is not None:
+            progress = states.load(progress, steps, trained, optim)
         if progress.step:
             log.info("going on from step %d of %d", progress.step, steps)
         resumed_at = progress.step
@@ -170,14 +181,13 @@ def distill(
         finished = time.perf_counter()
     if mixture is not None:
         mixture.write(model.tower)
-    if states is not None and fabric.is_global_zero:
-        states.clear()
     return Distillation(
         losses=progress.losses,
         images={task: schedule.unique for task, schedule in schedules.items()},
         seconds={"features": ready - started, "steps": finished - ready},
         expert_features={task: t["output"].float() for task, t in targets.items()},
         resumed_at=resumed_at,
+        states=states if fabric.is_global_zero else None,
     )
 
 
@@ -392,7 +402,8 @@ class _Trainer:
                         f"loss/{t}": float(v) for t, v in zip(self.tasks, losses, strict=True)
                     }
                     self.fabric.log_dict({"loss/mean": mean, **scalars}, step=step + 1)
-                if keep is not None and ((step + 1) % save_every == 0 or stopped.is_set()):
+                due = (step + 1) % save_every == 0 or step + 1 == steps or stopped.is_set()
+                if keep is not None and due:
                     keep.save(current(step + 1), trained, optimizer)
                     saved = step + 1
                 if stopped.is_set():

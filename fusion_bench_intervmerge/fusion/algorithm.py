@@ -137,6 +137,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             folder = self._artifact_folder()
             model.save_pretrained(folder)
             log.info("the model is saved in %s", folder)
+        done.clear()
         self.print_profile_summary()
         return model
 
