@@ -446,6 +446,21 @@ def interrupted(tmp_path, experts, datasets, run="r", steps=10):
         )
 
 
+def test_ctrl_c_is_one_line_wherever_it_comes(experts, datasets, tmp_path, monkeypatch):
+    def pressed(*args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match=r"^stopped while reading the experts' features$"):
+        finish(tmp_path, experts | {"bees": pressed}, datasets)
+    interrupted(tmp_path, experts, datasets)
+    with pytest.raises(Interrupted, match=r"features; the same command goes on from step 6$"):
+        finish(tmp_path, experts | {"bees": pressed}, datasets)
+    # the second Ctrl-C, which does not wait for the step's end
+    monkeypatch.setattr(loop._Trainer, "_step", pressed)
+    with pytest.raises(Interrupted, match="^stopped while training; the same .* from step 6$"):
+        finish(tmp_path, experts, datasets)
+
+
 def finish(tmp_path, experts, datasets, run="r"):
     model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
     return distill(model, experts, datasets, steps=10, batch_size=4, state_folder=tmp_path, run=run)

@@ -43,7 +43,20 @@ class DistillationError(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user stopped the run; with a state folder, its state is on disk."""
+    """The user stopped the run; the message, one line, says what goes on from where."""
+
+
+@contextmanager
+def interruptible(doing: str, states: StateFolder | None = None) -> Iterator[None]:
+    """Ctrl-C inside becomes an ``Interrupted`` that says what was being done, and what is kept."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        kept = None if states is None else states.newest()
+        more = "" if kept is None else f"; the same command goes on from step {kept}"
+        raise Interrupted(f"stopped while {doing}{more}") from None
 
 
 @dataclass
@@ -139,7 +152,8 @@ def distill(
     Raises:
         ConfigError: settings that do not fit.
         DistillationError: the loss is not finite; with a state folder the last good state is kept.
-        Interrupted: on Ctrl-C; with a state folder, after the state was kept.
+        Interrupted: on Ctrl-C; while it trains, after the step's end and with its state kept. A
+            second Ctrl-C does not wait for that.
     """
     fabric = fabric or L.Fabric(devices=1, accelerator="auto")
     tasks = list(experts)
@@ -165,19 +179,21 @@ def distill(
         if fabric.device.type == "cpu":
             stack.enter_context(keep_freed_memory())
         started = time.perf_counter()
-        targets = trainer.read_experts(experts, store)
+        states = StateFolder(state_folder, run) if state_folder is not None else None
+        with interruptible("reading the experts' features", states):
+            targets = trainer.read_experts(experts, store)
         ready = time.perf_counter()
         trained = trainer.trained()
         make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=3e-3))
         optim = make(list(trained.values()))
-        states = StateFolder(state_folder, run) if state_folder is not None else None
         progress = Progress(0, torch.empty(0, len(tasks)))
         if states is not None:
             progress = states.load(progress, steps, trained, optim)
         if progress.step:
             log.info("going on from step %d of %d", progress.step, steps)
         resumed_at = progress.step
-        trainer.run(optim, trained, store, targets, progress, states, save_every, log_every)
+        with interruptible("training", states):
+            trainer.run(optim, trained, store, targets, progress, states, save_every, log_every)
         finished = time.perf_counter()
     if mixture is not None:
         mixture.write(model.tower)
@@ -408,7 +424,8 @@ class _Trainer:
                     saved = step + 1
                 if stopped.is_set():
                     current(step + 1)
-                    where = "; the same command goes on from there" if keep is not None else ""
+                    kept = keep is not None and keep.newest() == step + 1
+                    where = "; the same command goes on from there" if kept else ""
                     raise Interrupted(f"stopped after step {step + 1} of {steps}{where}")
         current(steps)
 

@@ -112,6 +112,10 @@ class StateFolder:
                 return state.progress
         return start
 
+    def newest(self) -> int | None:
+        """The step of the newest state, sound or not."""
+        return next((int(path.stem.removeprefix("step-")) for path in self._files()), None)
+
     def clear(self) -> None:
         """Remove the states, once what the run was for is kept elsewhere."""
         # also what a killed process was in the middle of writing
