@@ -16,7 +16,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from conftest import TASKS, fine_tuned, hf_tower, openclip_tower, relative
+from conftest import TASKS, acts, fine_tuned, hf_tower, openclip_tower, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -96,10 +96,12 @@ class PublishedOrder:
 
 
 def published(model, golden, golden_tower, loss="output"):
+    """The losses of the published training; it has to move every number and help every batch."""
+    start = {name: p.detach().clone() for name, p in model.edits.named_parameters()}
     # The published runs went through their batches in order; ours are shuffled by design.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "Schedule", PublishedOrder)
-        return distill(
+        losses = distill(
             model,
             {"a": lambda: golden_tower("expert")},
             {"a": golden["encoder.images"].flatten(0, 1)},
@@ -108,6 +110,10 @@ def published(model, golden, golden_tower, loss="output"):
             loss=loss,
             optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
         ).losses[:, 0]
+    for name, parameter in model.edits.named_parameters():
+        assert (parameter - start[name]).abs().max() > 5e-3, name
+    assert (losses[-6:] < 0.95 * losses[:6]).all()
+    return losses
 
 
 def test_intervmerge_follows_the_published_curve(golden, golden_tower):
@@ -118,6 +124,7 @@ def test_intervmerge_follows_the_published_curve(golden, golden_tower):
     with torch.no_grad():
         trained = model.encode(golden["encoder.images"][0], "a")
     assert relative(trained, golden["encoder.features.trained"]) < 1e-4
+    assert acts(golden["encoder.features.plain"], trained)
 
 
 def test_surgery_follows_the_published_curve(golden, golden_tower):
@@ -135,6 +142,7 @@ def test_surgery_follows_the_published_curve(golden, golden_tower):
     with torch.no_grad():
         trained = model.encode(golden["encoder.images"][0], "a")
     assert relative(trained, golden["surgery.features.trained"]) < 1e-4
+    assert acts(golden["encoder.features.plain"], trained)
 
 
 def test_surgery_v2_follows_the_published_curve(golden, golden_tower):
@@ -148,6 +156,7 @@ def test_surgery_v2_follows_the_published_curve(golden, golden_tower):
     with torch.no_grad():
         trained = model.encode(golden["encoder.images"][0], "a")
     assert relative(trained, golden["surgery_v2.features.trained"]) < 1e-4
+    assert acts(golden["encoder.features.plain"], trained)
 
 
 # -- invariants ------------------------------------------------------------
@@ -457,7 +466,7 @@ def test_ctrl_c_is_one_line_wherever_it_comes(experts, datasets, tmp_path, monke
         finish(tmp_path, experts | {"bees": pressed}, datasets)
     # the second Ctrl-C, which does not wait for the step's end
     monkeypatch.setattr(loop._Trainer, "_step", pressed)
-    with pytest.raises(Interrupted, match="^stopped while training; the same .* from step 6$"):
+    with pytest.raises(Interrupted, match=r"^stopped while training; the same .* from step 6$"):
         finish(tmp_path, experts, datasets)
 
 

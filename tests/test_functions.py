@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import relative
+from conftest import acts, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,7 +39,9 @@ def test_gives_the_published_numbers(name, golden):
             if tensor == "b":
                 value = value - golden.get(f"functions.{name}.b2", torch.zeros(3))
             setattr(function, tensor, value if tensor == "R" else torch.nn.Parameter(value))
-    assert relative(function(golden["functions.z"]), golden[f"functions.{name}.output"]) < 1e-5
+    z, expected = golden["functions.z"], golden[f"functions.{name}.output"]
+    assert relative(function(z), expected) < 1e-5
+    assert acts(z, expected)
 
 
 @pytest.mark.parametrize("name", FUNCTION_NAMES)
