@@ -324,7 +324,7 @@ class InterventionModel(TaskAwareModel):
             return placement.apply(z, block, functions[0])
         if (site, block) not in route.gathered:
             route.gathered[site, block] = _stack(found, route.ids)
-        tensors = {n: t.to(z.dtype) for n, t in route.gathered[site, block].items()}
+        tensors = functions[0].prepared(route.gathered[site, block], z.dtype)
 
         def edit(vectors: Tensor) -> Tensor:
             # one leading entry a set of tensors: an image, or all images of a task

@@ -101,6 +101,11 @@ def relative(value: Tensor, reference: Tensor) -> float:
     return float(((value - reference).abs().max() / reference.abs().max()).detach())
 
 
+def acts(before: Tensor, after: Tensor) -> bool:
+    """Whether an edit moves what it is given: where it does not, every formula would agree."""
+    return float((after - before).abs().max()) > 0.1
+
+
 def perturbed(model):
     """The model with edits moved away from their starting values."""
     moved = copy.deepcopy(model)

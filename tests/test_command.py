@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fusion_bench_intervmerge import InterventionModel
+from fusion_bench_intervmerge.cache import CACHE_VARIABLE
+from fusion_bench_intervmerge.distillation import Interrupted, loop
 from fusion_bench_intervmerge.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -460,6 +463,52 @@ def test_a_stopped_run_knows_its_images():
         return method._identity(ExpertPool(BaseModelPool(models, **sets)), model, ["bees"])
 
     assert identity("a", "b") == identity("a", "c") != identity("b", "b")
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        # what safetensors and the folder's own files say on a full disk, which no test can be given
+        (SafetensorError("I/O error: No space left on device"), "No space left on device"),
+        (ConfigError("model", "cannot be written (No space left)"), "No space left"),
+        (KeyboardInterrupt(), "stopped while saving the model; the same command goes on from step"),
+    ],
+)
+def test_a_training_outlives_a_save_that_failed(failure, said, tmp_path, monkeypatch):
+    from fusion_bench_intervmerge.fusion.embedded import ensure_pool
+
+    pool = ensure_pool()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / pool.name).symlink_to(pool)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))  # states of its own
+
+    def run(name, *more):
+        command = ["method=intervmerge", "method.steps=3", "modelpool=clip-vit-tiny_TA8"]
+        command += [
+            "modelpool.tasks=[colours,counting]",
+            f"method.save_to={tmp_path / name}",
+            *more,
+        ]
+        in_process(*command, folder=tmp_path)
+        return tmp_path / name
+
+    undisturbed = run("undisturbed", "method.resume=never")
+    with monkeypatch.context() as patch:
+
+        def fail(*args):
+            raise failure
+
+        patch.setattr("fusion_bench_intervmerge.artifact.write", fail)
+        with pytest.raises((ConfigError, Interrupted)) as error:
+            run("saved")
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert "the same command goes on" in str(error.value) and not (tmp_path / "saved").exists()
+    monkeypatch.setattr(loop._Trainer, "_step", None)  # no step is left to be done
+    saved = run("saved")
+    for file in (undisturbed / "interventions").iterdir():
+        assert file.read_bytes() == (saved / "interventions" / file.name).read_bytes()
+    assert json.loads((tmp_path / "log" / "intervmerge.json").read_text())["resumed_at"] == 3
+    assert not list((tmp_path / "cache" / "states").iterdir()), "the artifact stands"
 
 
 def test_a_live_pretrained_model_is_one_line():

@@ -16,7 +16,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from conftest import TASKS, fine_tuned, hf_tower, openclip_tower, relative
+from conftest import TASKS, acts, fine_tuned, hf_tower, openclip_tower, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -96,10 +96,12 @@ class PublishedOrder:
 
 
 def published(model, golden, golden_tower, loss="output"):
+    """The losses of the published training; it has to move every number and help every batch."""
+    start = {name: p.detach().clone() for name, p in model.edits.named_parameters()}
     # The published runs went through their batches in order; ours are shuffled by design.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "Schedule", PublishedOrder)
-        return distill(
+        losses = distill(
             model,
             {"a": lambda: golden_tower("expert")},
             {"a": golden["encoder.images"].flatten(0, 1)},
@@ -108,6 +110,10 @@ def published(model, golden, golden_tower, loss="output"):
             loss=loss,
             optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
         ).losses[:, 0]
+    for name, parameter in model.edits.named_parameters():
+        assert (parameter - start[name]).abs().max() > 5e-3, name
+    assert (losses[-6:] < 0.95 * losses[:6]).all()
+    return losses
 
 
 def test_intervmerge_follows_the_published_curve(golden, golden_tower):
@@ -118,6 +124,7 @@ def test_intervmerge_follows_the_published_curve(golden, golden_tower):
     with torch.no_grad():
         trained = model.encode(golden["encoder.images"][0], "a")
     assert relative(trained, golden["encoder.features.trained"]) < 1e-4
+    assert acts(golden["encoder.features.plain"], trained)
 
 
 def test_surgery_follows_the_published_curve(golden, golden_tower):
@@ -135,6 +142,7 @@ def test_surgery_follows_the_published_curve(golden, golden_tower):
     with torch.no_grad():
         trained = model.encode(golden["encoder.images"][0], "a")
     assert relative(trained, golden["surgery.features.trained"]) < 1e-4
+    assert acts(golden["encoder.features.plain"], trained)
 
 
 def test_surgery_v2_follows_the_published_curve(golden, golden_tower):
@@ -148,6 +156,7 @@ def test_surgery_v2_follows_the_published_curve(golden, golden_tower):
     with torch.no_grad():
         trained = model.encode(golden["encoder.images"][0], "a")
     assert relative(trained, golden["surgery_v2.features.trained"]) < 1e-4
+    assert acts(golden["encoder.features.plain"], trained)
 
 
 # -- invariants ------------------------------------------------------------
@@ -446,9 +455,37 @@ def interrupted(tmp_path, experts, datasets, run="r", steps=10):
         )
 
 
+def test_ctrl_c_is_one_line_wherever_it_comes(experts, datasets, tmp_path, monkeypatch):
+    def pressed(*args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match=r"^stopped while reading the experts' features$"):
+        finish(tmp_path, experts | {"bees": pressed}, datasets)
+    interrupted(tmp_path, experts, datasets)
+    with pytest.raises(Interrupted, match=r"features; the same command goes on from step 6$"):
+        finish(tmp_path, experts | {"bees": pressed}, datasets)
+    # the second Ctrl-C, which does not wait for the step's end
+    monkeypatch.setattr(loop._Trainer, "_step", pressed)
+    with pytest.raises(Interrupted, match=r"^stopped while training; the same .* from step 6$"):
+        finish(tmp_path, experts, datasets)
+
+
 def finish(tmp_path, experts, datasets, run="r"):
     model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
     return distill(model, experts, datasets, steps=10, batch_size=4, state_folder=tmp_path, run=run)
+
+
+def test_a_finished_training_is_found_until_it_is_cleared(experts, datasets, tmp_path, monkeypatch):
+    """Killed between the training's end and the save, nothing is trained twice."""
+    first = finish(tmp_path, experts, datasets)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, "_step", None)  # no step is left to be done
+        found = finish(tmp_path, experts, datasets)
+    assert found.resumed_at == 10 and torch.equal(found.losses, first.losses)
+    for task, features in first.expert_features.items():
+        assert torch.equal(found.expert_features[task], features)
+    found.clear()
+    assert not tmp_path.exists() and finish(tmp_path, experts, datasets).resumed_at == 0
 
 
 def test_a_torn_state_is_reported_and_the_older_one_used(experts, datasets, tmp_path, caplog):
@@ -488,6 +525,7 @@ def test_a_full_disk_is_reported_and_training_goes_on(
             save_every=2,
         )
     assert len(done.losses) == 4 and "No space left on device" in caplog.text
+    done.clear()
     assert not list(tmp_path.rglob("*"))
 
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import TASKS, hf_tower, openclip_tower, perturbed, relative
+from conftest import TASKS, acts, hf_tower, openclip_tower, perturbed, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.transformer import VisionTransformer
@@ -62,6 +62,7 @@ def test_intervmerge_gives_the_published_features(golden, golden_tower):
         images = golden["encoder.images"][0]
         assert relative(model.encode(images, "a"), golden["encoder.features.intervened"]) < 1e-5
         assert relative(model.encode(images), golden["encoder.features.plain"]) < 1e-5
+    assert acts(golden["encoder.features.plain"], golden["encoder.features.intervened"])
 
 
 def test_surgery_v2_gives_the_published_features_and_block_means(golden, golden_tower):

@@ -1,7 +1,18 @@
 """Training of edits and coefficients: which images, experts' features, losses, the loop."""
 
-from .loop import Distillation, DistillationError, Interrupted, distill
+from .loop import Distillation, DistillationError, Interrupted, distill, interruptible
 from .losses import LOSSES
 from .schedule import Schedule
+from .state import Progress, StateFolder
 
-__all__ = ["LOSSES", "Distillation", "DistillationError", "Interrupted", "Schedule", "distill"]
+__all__ = [
+    "LOSSES",
+    "Distillation",
+    "DistillationError",
+    "Interrupted",
+    "Progress",
+    "Schedule",
+    "StateFolder",
+    "distill",
+    "interruptible",
+]

@@ -43,7 +43,20 @@ class DistillationError(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user stopped the run; with a state folder, its state is on disk."""
+    """The user stopped the run; the message, one line, says what goes on from where."""
+
+
+@contextmanager
+def interruptible(doing: str, states: StateFolder | None = None) -> Iterator[None]:
+    """Ctrl-C inside becomes an ``Interrupted`` that says what was being done, and what is kept."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        kept = None if states is None else states.newest()
+        more = "" if kept is None else f"; the same command goes on from step {kept}"
+        raise Interrupted(f"stopped while {doing}{more}") from None
 
 
 @dataclass
@@ -56,6 +69,7 @@ class Distillation:
         seconds: wall-clock time of ``features`` (reading images, experts' features) and ``steps``.
         expert_features: task -> (images seen, projection_dim).
         resumed_at: the step a stopped run went on from, 0 for a fresh one.
+        states: the run's states on disk, if it kept any; see ``clear``.
     """
 
     losses: Tensor
@@ -63,6 +77,15 @@ class Distillation:
     seconds: dict[str, float]
     expert_features: dict[str, Tensor]
     resumed_at: int = 0
+    states: StateFolder | None = None
+
+    def clear(self) -> None:
+        """Remove the run's states from the disk, once its result is kept elsewhere.
+
+        Until then the same call finds the finished training and returns at once.
+        """
+        if self.states is not None:
+            self.states.clear()
 
     def by_task(self) -> dict[str, list[float]]:
         """Task -> its loss at each step, for a report."""
@@ -119,7 +142,8 @@ def distill(
         compile: compile the MLPs, whose elementwise parts are then one kernel; it pays in long runs
             of wide encoders.
         fabric: device, precision, processes and loggers; one device by default.
-        state_folder: where to keep the state of a run that may be stopped; ``None``: nowhere.
+        state_folder: where to keep the state of a run that may be stopped; ``None``: nowhere. It
+            is kept after the last step as well, until ``Distillation.clear``.
         run: identifies the run; only a state of the same run is continued.
         save_every: steps between two states.
         log_every: steps between two entries in the logs.
@@ -130,7 +154,8 @@ def distill(
     Raises:
         ConfigError: settings that do not fit.
         DistillationError: the loss is not finite; with a state folder the last good state is kept.
-        Interrupted: on Ctrl-C; with a state folder, after the state was kept.
+        Interrupted: on Ctrl-C; while it trains, after the step's end and with its state kept. A
+            second Ctrl-C does not wait for that.
     """
     fabric = fabric or L.Fabric(devices=1, accelerator="auto")
     tasks = list(experts)
@@ -157,30 +182,31 @@ def distill(
         if fabric.device.type == "cpu":
             stack.enter_context(keep_freed_memory())
         started = time.perf_counter()
-        targets = trainer.read_experts(experts, store)
+        states = StateFolder(state_folder, run) if state_folder is not None else None
+        with interruptible("reading the experts' features", states):
+            targets = trainer.read_experts(experts, store)
         ready = time.perf_counter()
         trained = trainer.trained()
         make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=3e-3))
         optim = make(list(trained.values()))
-        states = StateFolder(state_folder, run) if state_folder is not None else None
-        progress = (states and states.load(trained, optim)) or Progress(
-            0, torch.empty(0, len(tasks))
-        )
+        progress = Progress(0, torch.empty(0, len(tasks)))
+        if states is not None:
+            progress = states.load(progress, steps, trained, optim)
         if progress.step:
             log.info("going on from step %d of %d", progress.step, steps)
         resumed_at = progress.step
-        trainer.run(optim, trained, store, targets, progress, states, save_every, log_every)
+        with interruptible("training", states):
+            trainer.run(optim, trained, store, targets, progress, states, save_every, log_every)
         finished = time.perf_counter()
     if mixture is not None:
         mixture.write(model.tower)
-    if states is not None and fabric.is_global_zero:
-        states.clear()
     return Distillation(
         losses=progress.losses,
         images={task: schedule.unique for task, schedule in schedules.items()},
         seconds={"features": ready - started, "steps": finished - ready},
         expert_features={task: t["output"].float() for task, t in targets.items()},
         resumed_at=resumed_at,
+        states=states if fabric.is_global_zero else None,
     )
 
 
@@ -395,12 +421,14 @@ class _Trainer:
                         f"loss/{t}": float(v) for t, v in zip(self.tasks, losses, strict=True)
                     }
                     self.fabric.log_dict({"loss/mean": mean, **scalars}, step=step + 1)
-                if keep is not None and ((step + 1) % save_every == 0 or stopped.is_set()):
+                due = (step + 1) % save_every == 0 or step + 1 == steps or stopped.is_set()
+                if keep is not None and due:
                     keep.save(current(step + 1), trained, optimizer)
                     saved = step + 1
                 if stopped.is_set():
                     current(step + 1)
-                    where = "; the same command goes on from there" if keep is not None else ""
+                    kept = keep is not None and keep.newest() == step + 1
+                    where = "; the same command goes on from there" if kept else ""
                     raise Interrupted(f"stopped after step {step + 1} of {steps}{where}")
         current(steps)
 

@@ -19,6 +19,7 @@ from fusion_bench import BaseAlgorithm, BaseModelPool
 from fusion_bench.constants import RuntimeConstants
 from fusion_bench.mixins import LightningFabricMixin, SimpleProfilerMixin
 from rich.console import Console
+from safetensors import SafetensorError
 from torch import nn
 
 from ..cache import cache_root
@@ -29,7 +30,7 @@ from ..coefficients import (
     task_vector,
     trim,
 )
-from ..distillation import Distillation, distill
+from ..distillation import Distillation, distill, interruptible
 from ..encoders import VisionTower
 from ..errors import ConfigError
 from ..files import write_json
@@ -127,18 +128,29 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         if self.extend is not None:
             model, done = self._extend(pool, Path(self.extend))
         else:
-            with self.profile("merging"):
+            with self.profile("merging"), interruptible("merging the experts"):
                 merged, mixture = self.merge(pool)
             with self.profile("distillation"):
                 model, done = self.repair(pool, merged, mixture)
-        report = self._report(pool, model, done)
+        with interruptible("measuring the repair", done.states):
+            report = self._report(pool, model, done)
         self._remember(model, done, report)
         if self.save_to is not None and self.fabric.is_global_zero:
-            folder = self._artifact_folder()
-            model.save_pretrained(folder)
-            log.info("the model is saved in %s", folder)
+            self._save(model, done)
+        done.clear()
         self.print_profile_summary()
         return model
+
+    def _save(self, model: InterventionModel, done: Distillation) -> None:
+        folder = self._artifact_folder()
+        try:
+            with interruptible("saving the model", done.states):
+                model.save_pretrained(folder)
+        except (ConfigError, SafetensorError) as error:
+            kept = done.states is not None and done.states.newest() is not None
+            more = "; the training is kept, the same command goes on to the save" if kept else ""
+            raise ConfigError("save_to", f"the model was not saved ({error}){more}") from None
+        log.info("the model is saved in %s", folder)
 
     def _remember(
         self, model: InterventionModel, done: Distillation, report: Mapping[str, Any]

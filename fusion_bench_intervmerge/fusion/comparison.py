@@ -13,6 +13,7 @@ from fusion_bench import BaseAlgorithm, BaseModelPool
 from fusion_bench.mixins import LightningFabricMixin
 from torch import nn
 
+from ..distillation import StateFolder
 from ..encoders import VisionTower
 from ..errors import ConfigError
 from ..files import write_json
@@ -72,6 +73,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         self.steps, self.data, self.references = steps, data, references
         self.analyses, self.analysis_images = analyses, analysis_images
         self._losses: dict[str, dict[str, list[float]]] = {}
+        self._states: list[StateFolder] = []
 
     def run(self, modelpool: BaseModelPool) -> dict[str, Any]:
         """Returns every model by name, and ``comparison``: what each is."""
@@ -118,6 +120,8 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         if self.log_dir is not None and self.fabric.is_global_zero:
             # apart from the report, which FusionBench prints whole
             write_json(Path(self.log_dir) / "losses.json", self._losses, indent=None)
+        for states in self._states:
+            states.clear()
         models["comparison"] = {"tasks": pool.tasks, "models": about}
         return models
 
@@ -154,11 +158,14 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
             tower, mixture = copy.deepcopy(merged), None
         model, done = algorithm.repair(pool, tower, mixture)
         self._losses[name] = done.by_task()
+        if done.states is not None:
+            self._states.append(done.states)
         return model, {
             "kind": "repair",
             "seed": seed,
             "extra_parameters": model.extra_parameters()["total"],
             "seconds": time.perf_counter() - started,
+            "resumed_at": done.resumed_at,
             "images_used": algorithm.images_used,
             "transductive": algorithm.data["split"] == "test",
             "final_loss": float(done.losses[-1].mean()),

@@ -197,9 +197,9 @@ def allocate_ranks(
         assert function is not None
         costs[site] = sum(parameter.numel() for parameter in function.parameters())
         model.set_rank(task, site, block, 0)
-    flat = {(task, *place): g for task, of in gains.items() for place, g in of.items()}
-    ranks = allocate(flat, {place: costs[place[1]] for place in flat}, budget)
-    return {task: {place: ranks[(task, *place)] for place in of} for task, of in gains.items()}
+    flat = {(task, place): g for task, of in gains.items() for place, g in of.items()}
+    ranks = allocate(flat, {key: costs[key[1][0]] for key in flat}, budget)
+    return {task: {place: ranks[task, place] for place in of} for task, of in gains.items()}
 
 
 class _Sweep:

@@ -47,18 +47,31 @@ class Orthonormal(nn.Module):
     """Keeps the rows of R orthonormal while any optimizer moves them.
 
     R = L^-1 X with L L' = X X' (Cholesky QR): the rows of R span the rows of X. An X that is
-    orthonormal already comes back as it is, so an R that was read from a file stays that R.
+    orthonormal already comes back as it is, so an R that was read from a file stays that R. An X
+    whose rows do not span r directions (zero or equal rows) has no such R and is taken as it is.
     torch's own ``orthogonal`` parametrization was not taken because it keeps a second tensor of
     the size of R and leaves a loaded R only through a QR that may flip its signs.
     """
 
     def forward(self, X: Tensor) -> Tensor:
-        # cholesky_ex does not make a GPU wait to look for failure. Rows that span nothing
-        # (R = 0, "no direction") stay as they are.
         wide = X.to(torch.promote_types(X.dtype, torch.float32))
-        factor, failed = torch.linalg.cholesky_ex(wide @ wide.mT)
+        gram = wide @ wide.mT
+        dependent = self._dependent(gram.detach())
+        # The gradient of a failed factorisation is not a number, even where nothing depends on it.
+        gram = torch.where(dependent, torch.eye(gram.shape[-1]).to(gram), gram)
+        factor, _ = torch.linalg.cholesky_ex(gram)
         rows = torch.linalg.solve_triangular(factor, wide, upper=False).to(X.dtype)
-        return torch.where((failed != 0)[..., None, None], X, rows)
+        return torch.where(dependent, X, rows)
+
+    @staticmethod
+    def _dependent(gram: Tensor) -> Tensor:
+        """Whether a row lies within rounding of the others' span: (..., 1, 1)."""
+        # cholesky_ex does not make a GPU wait to look for failure
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        lengths = gram.diagonal(dim1=-2, dim2=-1)
+        left = factor.diagonal(dim1=-2, dim2=-1).square()
+        lost = left < 10 * torch.finfo(gram.dtype).eps * lengths
+        return ((failed != 0) | lost.any(dim=-1))[..., None, None]
 
     def right_inverse(self, R: Tensor) -> Tensor:
         return R.clone()  # torch stores what comes back, not a copy of it
@@ -68,9 +81,9 @@ class Function(nn.Module, ABC):
     """An edit z -> z' of vectors of one width.
 
     A subclass names its formula in its docstring, creates its tensors in ``reset_parameters``
-    and applies them in ``edit``. The tensors are arguments of ``edit`` so that the same formula
-    serves one task (tensors as stored), one edit a token position, and a batch of images of
-    different tasks (tensors gathered per image).
+    and applies them (or sums of them, see ``terms``) in ``edit``. The tensors are arguments of
+    ``edit`` so that the same formula serves one task (tensors as stored), one edit a token
+    position, and a batch of images of different tasks (tensors gathered per image).
 
     Args:
         width: k, the number of entries of a vector that the function sees.
@@ -83,7 +96,7 @@ class Function(nn.Module, ABC):
     """
 
     name: str
-    # The formula: vectors z (..., n, width) and its tensors by name -> (..., n, width).
+    # The formula: vectors z (..., n, width) and its ``terms`` by name -> (..., n, width).
     edit: Callable[..., Tensor]
     takes_activation = False
     identity_start = True
@@ -149,6 +162,18 @@ class Function(nn.Module, ABC):
         names = [*self._parameters, *getattr(self, "parametrizations", {})]
         return {name: getattr(self, name) for name in names}
 
+    def terms(self, **tensors: Tensor) -> dict[str, Tensor]:
+        """What ``edit`` takes: the tensors of the formula, or sums of them.
+
+        Sums are formed here, in the tensors' own type: rounded to that of the vectors first, two
+        tensors that are almost equal would leave little but their rounding.
+        """
+        return tensors
+
+    def prepared(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The ``terms`` of these tensors, for vectors of a type."""
+        return {name: term.to(dtype) for name, term in self.terms(**tensors).items()}
+
     def forward(self, z: Tensor) -> Tensor:
         """Apply the edit.
 
@@ -158,7 +183,7 @@ class Function(nn.Module, ABC):
         Returns:
             The edited vectors, in z's shape and dtype.
         """
-        tensors = {name: tensor.to(z.dtype) for name, tensor in self.tensors().items()}
+        tensors = self.prepared(self.tensors(), z.dtype)
         if self.copies is None:
             return self.edit(z, **tensors)
         return self.edit(z.unsqueeze(-2), **tensors).squeeze(-2)

@@ -25,10 +25,14 @@ class LoReFT(Function):
             weight, bias = self.R.detach().clone(), torch.zeros_like(bias)
         self.W1, self.b = nn.Parameter(weight), nn.Parameter(bias)
 
-    def edit(self, z: Tensor, R: Tensor, W1: Tensor, b: Tensor) -> Tensor:
-        if self.activation is None:
-            return z + linear_transposed(linear(z, W1 - R, b), R)
-        return z + linear_transposed(self._activate(linear(z, W1, b)) - linear(z, R), R)
+    def terms(self, R: Tensor, W1: Tensor, b: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"down": W1 if self.activation else W1 - R, "R": R, "b": b}
+
+    def edit(self, z: Tensor, down: Tensor, R: Tensor, b: Tensor) -> Tensor:
+        inner = self._activate(linear(z, down, b))
+        if self.activation:
+            inner = inner - linear(z, R)
+        return z + linear_transposed(inner, R)
 
     @classmethod
     def solved(cls, forms: ClosedForms, rank: int) -> dict[str, Tensor]:
