@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import artifact
 from .encoders import VisionTower
-from .encoders.base import fill
+from .encoders.base import check_fit
 from .errors import ConfigError
 from .interventions import (
     Function,
@@ -202,7 +202,7 @@ class InterventionModel(TaskAwareModel):
         Raises:
             ConfigError: the folder cannot be written to.
         """
-        edits = {task: module.state_dict() for task, module in self.edits.items()}
+        edits = {task: self._tensors(task) for task in self.tasks}
         artifact.write(
             artifact.Artifact(
                 self.tower,
@@ -226,11 +226,28 @@ class InterventionModel(TaskAwareModel):
         try:
             model = cls(saved.tower, saved.tasks, saved.interventions, saved.seed)
             for task, edits in saved.edits.items():
-                fill(model.edits[task], edits, f"interventions/{task}.safetensors")
+                model._load(task, edits)
         except ValueError as error:
             raise artifact.ArtifactError(f"{folder}: {error}") from None
         model.metadata = saved.metadata
         return model
+
+    def _tensors(self, task: str) -> dict[str, Tensor]:
+        """The tensors of a task's formulas, named ``<site>.<block>.<tensor>``."""
+        return {
+            f"{site}.{block}.{name}": tensor
+            for site, blocks in self.edits[task].items()
+            for block, function in blocks.items()
+            for name, tensor in function.tensors().items()
+        }
+
+    def _load(self, task: str, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what ``_tensors`` gave; ValueError where it does not fit."""
+        check_fit(self._tensors(task), tensors, f"interventions/{task}.safetensors")
+        for site, blocks in self.edits[task].items():
+            for block, function in blocks.items():
+                names = function.tensors()
+                function.load({name: tensors[f"{site}.{block}.{name}"] for name in names})
 
     # -- the task of a forward pass ----------------------------------------------------------------
 

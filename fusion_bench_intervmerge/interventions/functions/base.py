@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,20 @@ class Orthonormal(nn.Module):
     """Keeps the rows of R orthonormal while any optimizer moves them.
 
     R = L^-1 X with L L' = X X' (Cholesky QR): the rows of R span the rows of X. An X that is
-    orthonormal already comes back as it is, so an R that was read from a file stays that R.
-    torch's own ``orthogonal`` parametrization was not taken because it keeps a second tensor of
-    the size of R and leaves a loaded R only through a QR that may flip its signs.
+    orthonormal already comes back as it is but for rounding. torch's own ``orthogonal``
+    parametrization was not taken because it keeps a second tensor of the size of R from the start
+    and leaves a loaded R only through a QR that may flip its signs.
+
+    Attributes:
+        loaded: R as a file had it. Until X moves away from it, R is this to the bit, so that a
+            model that was saved and loaded computes what it computed before.
     """
+
+    loaded: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("loaded", None, persistent=False)
 
     def forward(self, X: Tensor) -> Tensor:
         # cholesky_ex does not make a GPU wait to look for failure. Rows that span nothing
@@ -35,7 +46,12 @@ class Orthonormal(nn.Module):
         wide = X.to(torch.promote_types(X.dtype, torch.float32))
         factor, failed = torch.linalg.cholesky_ex(wide @ wide.mT)
         rows = torch.linalg.solve_triangular(factor, wide, upper=False).to(X.dtype)
-        return torch.where((failed != 0)[..., None, None], X, rows)
+        rows = torch.where((failed != 0)[..., None, None], X, rows)
+        if self.loaded is None:
+            return rows
+        # the value is X, the gradient that of the rows
+        as_loaded = X.detach() - (rows.detach() - rows)
+        return torch.where((self.loaded == X).all(), as_loaded, rows)
 
     def right_inverse(self, R: Tensor) -> Tensor:
         return R.clone()  # torch stores what comes back, not a copy of it
@@ -96,6 +112,17 @@ class Function(nn.Module, ABC):
         """The tensors of the formula by name; R as its orthonormal value."""
         names = [*self._parameters, *getattr(self, "parametrizations", {})]
         return {name: getattr(self, name) for name in names}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of the formula, as ``tensors`` names them."""
+        parametrized: Any = getattr(self, "parametrizations", {})
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if name in parametrized:
+                    parametrized[name].original.copy_(tensor)
+                    parametrized[name][0].loaded = parametrized[name].original.clone()
+                else:
+                    getattr(self, name).copy_(tensor)
 
     def forward(self, z: Tensor) -> Tensor:
         """Apply the edit.
