@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +25,10 @@ from torch import Tensor
 from .encoders import VisionTower, tower_from_spec
 from .files import whole_folder
 from .interventions import InterventionConfig, read_interventions
+from .interventions.functions.base import Orthonormal
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)  # 1 held, instead of R, what R is computed from
 
 
 class ArtifactError(ValueError):
@@ -41,6 +44,8 @@ class Artifact:
         interventions: site -> settings.
         seed: where the edits' starting values came from.
         edits: task -> its edits' tensors, named ``<site>.<block>.<tensor>``.
+        ranks: task -> site -> block -> rank of the edit there, where they are not all as the
+            settings say; no edit where nothing is named.
         extra_parameters: how many numbers the edits are, as trained and ``folded``.
         metadata: JSON values; tensors under ``coefficients``.
     """
@@ -49,6 +54,7 @@ class Artifact:
     interventions: Mapping[str, InterventionConfig]
     seed: int
     edits: Mapping[str, Mapping[str, Tensor]]
+    ranks: Mapping[str, Mapping[str, Mapping[int, int]]] | None = None
     extra_parameters: Mapping[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -81,6 +87,7 @@ def write(artifact: Artifact, folder: Path) -> None:
             "tasks": artifact.tasks,
             "interventions": {s: c.to_dict() for s, c in artifact.interventions.items()},
             "seed": artifact.seed,
+            "ranks": artifact.ranks,
             "merged_digest": artifact.tower.digest(),
             "metadata": metadata,
         }
@@ -112,10 +119,13 @@ def read(folder: Path) -> Artifact:
             "(their digest differs from config.json's)"
         )
     edits = {task: _read(folder / "interventions" / f"{task}.safetensors") for task in tasks}
+    if config["format"] == 1:
+        edits = {task: _from_format_1(tensors) for task, tensors in edits.items()}
     metadata = dict(config.get("metadata", {}))
     if (folder / "coefficients.safetensors").exists():
         metadata["coefficients"] = _read(folder / "coefficients.safetensors")
-    return Artifact(tower, interventions, seed, edits, metadata=metadata)
+    ranks = config.get("ranks")
+    return Artifact(tower, interventions, seed, edits, ranks, metadata=metadata)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -131,9 +141,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{folder}: no artifact here (there is no config.json)") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    if not isinstance(config, dict) or config.get("format") not in READABLE:
         found = config.get("format") if isinstance(config, dict) else None
-        raise ArtifactError(f"{path}: format {found!r}; this version reads format {FORMAT}")
+        known = " and ".join(map(str, READABLE))
+        raise ArtifactError(f"{path}: format {found!r}; this version reads formats {known}")
     return config
 
 
@@ -144,6 +155,19 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ArtifactError(f"{path}: missing") from None
     except SafetensorError as error:
         raise ArtifactError(f"{path}: torn or no safetensors file ({error})") from None
+
+
+def _from_format_1(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An edit's tensors by the names of its formula."""
+    kept = re.compile(r"(.*\.)parametrizations\.(R)\.original")
+    named = {}
+    for name, tensor in tensors.items():
+        if match := kept.fullmatch(name):
+            # a copy: rounding depends on how the memory is aligned, which in files is by chance
+            named["".join(match.groups())] = Orthonormal()(tensor.clone())
+        else:
+            named[name] = tensor
+    return named
 
 
 def _for_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

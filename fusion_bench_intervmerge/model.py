@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 
 from . import artifact
 from .encoders import VisionTower
-from .encoders.base import fill
+from .encoders.base import check_fit
 from .errors import ConfigError
 from .interventions import (
     Function,
@@ -34,14 +36,35 @@ class _Route:
     """Whose edits the running forward pass applies.
 
     Attributes:
+        model: the model that has them; a shallow copy shares its hooks.
         tasks: the tasks that occur in the batch.
         ids: for each image the index of its task in ``tasks``; None when there is one task, and
             when the tasks follow one another in equal groups of images.
     """
 
+    model: InterventionModel
     tasks: list[str]
     ids: Tensor | None = None
     gathered: dict[tuple[str, int], dict[str, Tensor]] = field(default_factory=dict)
+
+
+# What a forward pass is told beside its images, by ``InterventionModel._hooks``. It belongs to the
+# running code and not to the model, so that threads may encode for different tasks at once.
+T = TypeVar("T")
+_ROUTES: ContextVar[Mapping[object, _Route]] = ContextVar("routes", default=MappingProxyType({}))
+_LEFT_OUT: ContextVar[Mapping[object, tuple[str, int]]] = ContextVar(
+    "left_out", default=MappingProxyType({})
+)
+
+
+@contextmanager
+def _told(variable: ContextVar[Mapping[object, T]], hooks: object, value: T) -> Iterator[None]:
+    """One model's entry in a context variable, for the code inside."""
+    token = variable.set({**variable.get(), hooks: value})
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 class InterventionModel(TaskAwareModel):
@@ -84,8 +107,9 @@ class InterventionModel(TaskAwareModel):
         }
         self.edits: Any = nn.ModuleDict()
         self.metadata: dict[str, Any] = {}
-        self._route: _Route | None = None
-        self._left_out: tuple[str, int] | None = None
+        # What the hooks on the tower know their model by: a shallow copy shares it with the tower,
+        # a deep copy has its own on both.
+        self._hooks = object()
         self._hook_sites()
         for task in tasks:
             self.add_task(task)
@@ -215,13 +239,14 @@ class InterventionModel(TaskAwareModel):
         Raises:
             ConfigError: the folder cannot be written to.
         """
-        edits = {task: module.state_dict() for task, module in self.edits.items()}
+        edits = {task: self._tensors(task) for task in self.tasks}
         artifact.write(
             artifact.Artifact(
                 self.tower,
                 self.interventions,
                 self.seed,
                 edits,
+                self._unequal_ranks(),
                 self.extra_parameters(),
                 self.metadata,
             ),
@@ -238,46 +263,85 @@ class InterventionModel(TaskAwareModel):
         saved = artifact.read(Path(folder))
         try:
             model = cls(saved.tower, saved.tasks, saved.interventions, saved.seed)
+            model._set_ranks(saved.ranks)
             for task, edits in saved.edits.items():
-                fill(model.edits[task], edits, f"interventions/{task}.safetensors")
+                model._load(task, edits)
         except ValueError as error:
             raise artifact.ArtifactError(f"{folder}: {error}") from None
         model.metadata = saved.metadata
         return model
 
+    def _places(self) -> list[tuple[str, int]]:
+        """Every (site, block) that may have an edit."""
+        return [(site, block) for site, p in self.placements.items() for block in p.blocks]
+
+    def _unequal_ranks(self) -> dict[str, dict[str, dict[int, int]]] | None:
+        """``ranks``, where they are not all as the settings say."""
+        ranks = self.ranks()
+        for task in self.tasks:
+            for site, block in self._places():
+                if ranks[task][site].get(block) != self.interventions[site].rank:
+                    return ranks
+        return None
+
+    def _set_ranks(self, ranks: Mapping[str, Mapping[str, Mapping[Any, int]]] | None) -> None:
+        """Give every edit its rank: the settings' where ``ranks`` is None."""
+        for task in self.tasks:
+            for site, block in self._places():
+                rank = self.interventions[site].rank
+                if ranks is not None:
+                    rank = {int(b): r for b, r in ranks[task][site].items()}.get(block, 0)
+                function = self._function(task, site, block)
+                if rank != (function.rank if function is not None else 0):
+                    self.set_rank(task, site, block, rank)
+
+    def _tensors(self, task: str) -> dict[str, Tensor]:
+        """The tensors of a task's formulas, named ``<site>.<block>.<tensor>``."""
+        return {
+            f"{site}.{block}.{name}": tensor
+            for site, blocks in self.edits[task].items()
+            for block, function in blocks.items()
+            for name, tensor in function.tensors().items()
+        }
+
+    def _load(self, task: str, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what ``_tensors`` gave; ValueError where it does not fit."""
+        check_fit(self._tensors(task), tensors, f"interventions/{task}.safetensors")
+        for site, blocks in self.edits[task].items():
+            for block, function in blocks.items():
+                names = function.tensors()
+                function.load({name: tensors[f"{site}.{block}.{name}"] for name in names})
+
     # -- the task of a forward pass ----------------------------------------------------------------
 
-    @contextmanager
     def for_task(
         self, task: str | Sequence[str] | None, batch: int | None = None
-    ) -> Iterator[None]:
-        """Apply a task's edits in every forward pass inside; ``None``: the merged encoder."""
-        outer, self._route = self._route, self._make_route(task, batch)
-        try:
-            yield
-        finally:
-            self._route = outer
+    ) -> AbstractContextManager[None]:
+        """Apply a task's edits in every forward pass inside; ``None``: the merged encoder.
 
-    @contextmanager
-    def without_edit(self, site: str, block: int) -> Iterator[None]:
+        It holds for the running thread alone; a thread that is started inside knows no task.
+        """
+        return _told(_ROUTES, self._hooks, self._make_route(task, batch))
+
+    def without_edit(self, site: str, block: int) -> AbstractContextManager[None]:
         """Leave one edit out in every forward pass inside, for all tasks; the others stay.
 
         Args:
             site: an edited site.
             block: an edited block there; 0 at the site ``output``.
         """
-        outer, self._left_out = self._left_out, (site, block)
-        try:
-            yield
-        finally:
-            self._left_out = outer
+        return _told(_LEFT_OUT, self._hooks, (site, block))
+
+    @property
+    def _route(self) -> _Route | None:
+        return _ROUTES.get().get(self._hooks)
 
     def _make_route(self, task: str | Sequence[str] | None, batch: int | None) -> _Route:
         if task is None:
-            return _Route([])
+            return _Route(self, [])
         if isinstance(task, str):
             self.check_task(task)
-            return _Route([task])
+            return _Route(self, [task])
         if batch is not None and len(task) != batch:
             raise ValueError(
                 f"{len(task)} tasks are named for {batch} images; one an image is needed"
@@ -286,12 +350,12 @@ class InterventionModel(TaskAwareModel):
         for name in tasks:
             self.check_task(name)
         if len(tasks) == 1:
-            return _Route(tasks)
+            return _Route(self, tasks)
         order = {name: index for index, name in enumerate(tasks)}
         ids = torch.tensor([order[name] for name in task])
         if torch.equal(ids, torch.arange(len(tasks)).repeat_interleave(len(ids) // len(tasks))):
-            return _Route(tasks)
-        return _Route(tasks, ids.to(self.tower.device))
+            return _Route(self, tasks)
+        return _Route(self, tasks, ids.to(self.tower.device))
 
     def check_task(self, task: str) -> None:
         if task not in self.edits:
@@ -303,18 +367,14 @@ class InterventionModel(TaskAwareModel):
         for site, placement in self.placements.items():
             for block in placement.blocks:
                 module = self.tower.site(site, block)
-                module.register_forward_hook(partial(self._after_site, site, block))
-
-    def _after_site(self, site: str, block: int, module: nn.Module, args: Any, output: Any) -> None:
-        if self._route is not None and self._route.tasks:
-            self.apply_edit(site, block, self.tower.site_tensor(output))
+                module.register_forward_hook(partial(_after_site, self._hooks, site, block))
 
     def apply_edit(self, site: str, block: int, z: Tensor) -> Tensor:
         """Edit a site's tensor in place, for the tasks of the running forward pass."""
         route, placement = self._route, self.placements.get(site)
         if route is None or not route.tasks or placement is None or block not in placement.parts:
             return z
-        if (site, block) == self._left_out:
+        if (site, block) == _LEFT_OUT.get().get(self._hooks):
             return z
         found = [self._function(task, site, block) for task in route.tasks]
         functions = [function for function in found if function is not None]
@@ -477,6 +537,14 @@ class InterventionModel(TaskAwareModel):
     def val_preprocess(self) -> Any:
         """The images' preprocessing, where the tower carries one (OpenCLIP)."""
         return self.tower.val_preprocess
+
+
+def _after_site(
+    hooks: object, site: str, block: int, module: nn.Module, args: Any, output: Any
+) -> None:
+    route = _ROUTES.get().get(hooks)
+    if route is not None and route.tasks:
+        route.model.apply_edit(site, block, route.model.tower.site_tensor(output))
 
 
 def _stack(functions: Sequence[Function | None], ids: Tensor | None) -> dict[str, Tensor]:

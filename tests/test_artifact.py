@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TASKS, hf_tower, perturbed
+from conftest import TASKS, hf_tower, perturbed, relative
 from safetensors.torch import load_file, save_file
 from test_model import SETTINGS
 from transformers import CLIPVisionModelWithProjection
@@ -52,6 +53,101 @@ def test_the_folder_is_plain_files(tmp_path):
     assert set(edits) == {f"attention.{b}.{t}" for b in range(3) for t in ("W1", "W2", "b")}
 
 
+EVERY_R = {
+    "attention": {"function": "loreft", "rank": 3},
+    "mlp": {"function": "lobireft", "tokens": "patch", "share_tokens": False},
+    "block": {"function": "direft", "rank": 2, "blocks": [1]},
+    "output": {"function": "consreft", "rank": 4},
+}
+
+
+def trained(model):
+    """The model with an X of the orthonormal R that is far from R."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.edits.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def test_the_tensors_in_a_file_are_the_formulas(tmp_path, images):
+    model = trained(InterventionModel(hf_tower(), TASKS, EVERY_R))
+    model.save_pretrained(tmp_path / "m")
+    edits = load_file(tmp_path / "m" / "interventions" / "ants.safetensors")
+    assert {name.rpartition(".")[2] for name in edits} == {"R", "W1", "b"}
+    function = model.edits["ants"]["attention"]["1"]
+    assert torch.equal(edits["attention.1.R"], function.R)
+    original = function.parametrizations.R.original
+    assert (edits["attention.1.R"] - original).abs().max() > 0.1
+    R = edits["attention.1.R"]
+    torch.testing.assert_close(R @ R.mT, torch.eye(3), rtol=0, atol=1e-5)
+
+
+def test_saved_and_loaded_again_and_again_no_bit_changes(tmp_path, images):
+    model = trained(InterventionModel(hf_tower(), TASKS, EVERY_R))
+    model.save_pretrained(tmp_path / "once")
+    loaded = InterventionModel.from_pretrained(tmp_path / "once")
+    copy.deepcopy(loaded).save_pretrained(tmp_path / "twice")
+    InterventionModel.from_pretrained(tmp_path / "twice").fold().save_pretrained(tmp_path / "f")
+    folded = InterventionModel.from_pretrained(tmp_path / "f")
+    for task in TASKS:
+        first, second = (
+            (tmp_path / which / "interventions" / f"{task}.safetensors").read_bytes()
+            for which in ("once", "twice")
+        )
+        assert first == second
+        with torch.no_grad():
+            expected = model.encode(images, task)
+            assert torch.equal(loaded.encode(images, task), expected)
+            assert torch.equal(folded.encode(images, task), model.fold().encode(images, task))
+
+
+def test_a_loaded_model_trains_as_the_saved_one(tmp_path, images):
+    model = trained(InterventionModel(hf_tower(), ["ants"], EVERY_R))
+    model.save_pretrained(tmp_path / "m")
+    loaded = InterventionModel.from_pretrained(tmp_path / "m")
+    fresh = InterventionModel(hf_tower(), ["ants"], EVERY_R)  # X is the same R, but not loaded
+    with torch.no_grad():
+        for name, parameter in loaded.edits.named_parameters():
+            fresh.edits.get_parameter(name).copy_(parameter)
+    gradients = []
+    for each in (loaded, fresh):
+        each.encode(images, "ants").abs().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in each.edits.parameters()]))
+    assert relative(*gradients) < 1e-5
+    with torch.no_grad():
+        for parameter in loaded.edits.parameters():
+            parameter -= 0.1 * parameter.grad
+    R = loaded.edits["ants"]["attention"]["0"].R
+    torch.testing.assert_close(R @ R.mT, torch.eye(3), rtol=0, atol=1e-5)
+
+
+def as_format_1(model, folder):
+    """The artifact as version 1 of the format had it: modules' state dicts, one digest."""
+    model.save_pretrained(folder)
+    for task, edits in model.edits.items():
+        tensors = {name: t.contiguous() for name, t in edits.state_dict().items()}
+        save_file(tensors, folder / "interventions" / f"{task}.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    keys = ("tower", "tasks", "interventions", "seed", "metadata")
+    old = {"format": 1} | {key: config[key] for key in keys}
+    old["merged_digest"] = model.tower.digest()
+    (folder / "config.json").write_text(json.dumps(old, indent=2) + "\n")
+
+
+@pytest.mark.parametrize("sites", [EVERY_R, {"attention": {}}], ids=["R", "noreft"])
+def test_the_first_format_is_still_read(make_tower, sites, tmp_path, images):
+    model = trained(InterventionModel(make_tower(), TASKS, sites, seed=5))
+    as_format_1(model, tmp_path / "m")
+    edits = load_file(tmp_path / "m" / "interventions" / "ants.safetensors")
+    assert ("attention.0.parametrizations.R.original" in edits) == (sites is EVERY_R)
+    again = InterventionModel.from_pretrained(tmp_path / "m")
+    assert again.seed == 5
+    with torch.no_grad():
+        for task in (None, *TASKS):
+            assert torch.equal(again.encode(images, task), model.encode(images, task))
+
+
 def test_transformers_itself_reads_the_merged_encoder(images, tmp_path):
     InterventionModel(hf_tower(), TASKS, {"attention": {}}).save_pretrained(tmp_path / "m")
     stock = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "m" / "merged").eval()
@@ -72,7 +168,7 @@ def change(folder, **entries):
 
 def test_another_format(folder):
     change(folder, format=99)
-    with pytest.raises(ArtifactError, match="format 99; this version reads format 1"):
+    with pytest.raises(ArtifactError, match="format 99; this version reads formats 1 and 2"):
         InterventionModel.from_pretrained(folder)
 
 

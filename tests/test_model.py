@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -319,6 +321,61 @@ def test_a_copy_has_hooks_of_its_own(images):
         other = perturbed(model)
         assert not torch.equal(other.encode(images, "ants"), before)
         assert torch.equal(model.encode(images, "ants"), before)
+
+
+def test_a_shallow_copy_applies_the_edits_too(images):
+    model = perturbed(InterventionModel(hf_tower(), TASKS, EVERYWHERE))
+    shallow = copy.copy(model)
+    with torch.no_grad():
+        expected = {task: model.encode(images, task) for task in (None, *TASKS)}
+        for task, features in expected.items():
+            assert torch.equal(shallow.encode(images, task), features)
+            assert torch.equal(copy.deepcopy(shallow).encode(images, task), features)
+        with shallow.without_edit("attention", 0):
+            left_out = shallow.encode(images, "ants")
+        assert not torch.equal(left_out, expected["ants"])
+        with model.without_edit("attention", 0):
+            assert torch.equal(model.encode(images, "ants"), left_out)
+
+
+def test_a_model_run_inside_another_ones_forward_pass_keeps_its_own_task(images):
+    outer = perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}}))
+    inner = InterventionModel(outer.tower, TASKS, {"mlp": {"rank": 2}})  # on the same tower
+    with torch.no_grad():
+        expected = outer.encode(images, "ants"), inner.encode(images, "bees")
+        seen = []
+
+        def encode_inside(*_):
+            if not seen:
+                seen.append(None)
+                seen.append(copy.deepcopy(inner).encode(images, "bees"))
+
+        outer.tower.site("block", 1).register_forward_hook(encode_inside)
+        assert torch.equal(outer.encode(images, "ants"), expected[0])
+        assert torch.equal(seen[1], expected[1])
+        with outer.for_task("ants"), inner.for_task(None), outer.for_task("cats"):
+            pass
+        assert not outer.task_is_known and not inner.task_is_known
+
+
+def test_threads_do_not_see_each_others_task(images):
+    model = perturbed(InterventionModel(hf_tower(), TASKS, EVERYWHERE))
+    routes = [None, *TASKS, TASKS * 4, TASKS[::-1] * 4]
+
+    def encode(route):
+        with torch.no_grad():  # a thread's own, too
+            return model.encode(images, route)
+
+    expected = [encode(route) for route in routes]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # threads take turns within a forward pass
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(encode, routes * 40))
+    finally:
+        sys.setswitchinterval(interval)
+    wrong = [not torch.equal(f, e) for f, e in zip(found, expected * 40, strict=True)]
+    assert sum(wrong) == 0, f"{sum(wrong)} of {len(wrong)}"
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "items", 3])

@@ -349,7 +349,9 @@ class _Sweep:
             rank = 0  # no token here is read by anything
         function = self.model.set_rank(self.task, site, block, rank)
         if function is not None:
-            function.load(form.solved(regression, rank))
+            solved = form.solved(regression, rank)
+            alone = self._placement(site).copies is None
+            function.load({n: t.squeeze(0) if alone else t for n, t in solved.items()})
         return gains[:positive]
 
     def _placement(self, site: str) -> Placement:

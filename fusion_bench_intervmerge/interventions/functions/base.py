@@ -6,7 +6,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +47,21 @@ class Orthonormal(nn.Module):
     """Keeps the rows of R orthonormal while any optimizer moves them.
 
     R = L^-1 X with L L' = X X' (Cholesky QR): the rows of R span the rows of X. An X that is
-    orthonormal already comes back as it is, so an R that was read from a file stays that R. An X
-    whose rows do not span r directions (zero or equal rows) has no such R and is taken as it is.
-    torch's own ``orthogonal`` parametrization was not taken because it keeps a second tensor of
-    the size of R and leaves a loaded R only through a QR that may flip its signs.
+    orthonormal already comes back as it is but for rounding. An X whose rows do not span r
+    directions (zero or equal rows) has no such R and is taken as it is. torch's own ``orthogonal``
+    parametrization was not taken because it keeps a second tensor of the size of R from the start
+    and leaves a loaded R only through a QR that may flip its signs.
+
+    Attributes:
+        loaded: R as a file had it. Until X moves away from it, R is this to the bit, so that a
+            model that was saved and loaded computes what it computed before.
     """
+
+    loaded: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("loaded", None, persistent=False)
 
     def forward(self, X: Tensor) -> Tensor:
         wide = X.to(torch.promote_types(X.dtype, torch.float32))
@@ -61,7 +71,12 @@ class Orthonormal(nn.Module):
         gram = torch.where(dependent, torch.eye(gram.shape[-1]).to(gram), gram)
         factor, _ = torch.linalg.cholesky_ex(gram)
         rows = torch.linalg.solve_triangular(factor, wide, upper=False).to(X.dtype)
-        return torch.where(dependent, X, rows)
+        rows = torch.where(dependent, X, rows)
+        if self.loaded is None:
+            return rows
+        # the value is X, the gradient that of the rows
+        as_loaded = X.detach() - (rows.detach() - rows)
+        return torch.where((self.loaded == X).all(), as_loaded, rows)
 
     @staticmethod
     def _dependent(gram: Tensor) -> Tensor:
@@ -142,17 +157,6 @@ class Function(nn.Module, ABC):
         """Whether the form has a closed solution (without an activation)."""
         return cls.solved.__func__ is not Function.solved.__func__  # type: ignore[attr-defined]
 
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the formula's tensors, R as its orthonormal value."""
-        for name, tensor in tensors.items():
-            own = getattr(self, name)
-            value = tensor.to(own).view_as(own)
-            if name in self._parameters:
-                own.copy_(value)
-            else:
-                setattr(self, name, value)
-
     def folded(self) -> Function:
         """An equal function that needs least at inference: the same outputs within rounding."""
         return copy.deepcopy(self)
@@ -173,6 +177,17 @@ class Function(nn.Module, ABC):
     def prepared(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """The ``terms`` of these tensors, for vectors of a type."""
         return {name: term.to(dtype) for name, term in self.terms(**tensors).items()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of the formula, as ``tensors`` names them."""
+        parametrized: Any = getattr(self, "parametrizations", {})
+        for name, tensor in tensors.items():
+            if name in parametrized:
+                parametrized[name].original.copy_(tensor)
+                parametrized[name][0].loaded = parametrized[name].original.clone()
+            else:
+                getattr(self, name).copy_(tensor)
 
     def forward(self, z: Tensor) -> Tensor:
         """Apply the edit.
