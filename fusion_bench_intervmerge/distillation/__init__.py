@@ -3,5 +3,15 @@
 from .loop import Distillation, DistillationError, Interrupted, distill
 from .losses import LOSSES
 from .schedule import Schedule
+from .settings import DataSettings, MethodSettings
 
-__all__ = ["LOSSES", "Distillation", "DistillationError", "Interrupted", "Schedule", "distill"]
+__all__ = [
+    "LOSSES",
+    "DataSettings",
+    "Distillation",
+    "DistillationError",
+    "Interrupted",
+    "MethodSettings",
+    "Schedule",
+    "distill",
+]
