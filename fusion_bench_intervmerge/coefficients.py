@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from .encoders import VisionTower
 from .errors import ConfigError
-
-GRANULARITIES = ("task", "layer")
-TASK_VECTORS = ("plain", "ties")
+from .settings import Flag, Settings, shown
 
 
 class Mixture(nn.Module):
@@ -168,6 +167,8 @@ def initial_coefficients(
         init = torch.tensor(init)
     if not isinstance(init, Tensor):
         init = _read_coefficients(Path(init), where)
+    if not init.isfinite().all():
+        raise ConfigError(where, "some coefficients are not finite", "numbers")
     if init.shape == (tasks, 1):
         init = init[:, 0]
     if init.shape == (tasks,) and granularity == "layer":
@@ -181,49 +182,56 @@ def initial_coefficients(
     return init.float().clone()
 
 
-def read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Check ``coefficients`` of a method config and fill in what it leaves out.
+def _read_init(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    values = torch.tensor(value).flatten() if _is_numeric(value) else value
+    if isinstance(values, Tensor) and values.numel() and values.isfinite().all():
+        if values.numel() > 1 or 0 <= float(values) <= 1:
+            return value
+    elif isinstance(value, str) and value.strip() and "\0" not in value:
+        return value
+    raise ConfigError("", shown(value), "a number in [0, 1], mean, base, or a file")
 
-    Settings:
+
+def _is_numeric(value: Any) -> bool:
+    """A number, or lists of numbers of one length."""
+    if isinstance(value, list):
+        lengths = {len(entry) if isinstance(entry, list) else None for entry in value}
+        return len(lengths) == 1 and all(map(_is_numeric, value))
+    return isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
+
+
+class CoefficientSettings(Settings):
+    """``coefficients`` of a method config.
+
+    Args:
         granularity: ``task``, one coefficient a task, or ``layer``, one a task and parameter
             tensor.
-        init: where the coefficients start: a number; ``mean``, one over the number of tasks; a
-            file that AdaMerging saved, or a saved model's ``coefficients.safetensors``; ``base``,
-            which runs ``base``, then an AdaMerging method, first.
+        init: where the coefficients start: a number in [0, 1]; ``mean``, one over the number of
+            tasks; a file that AdaMerging saved, or a saved model's ``coefficients.safetensors``;
+            ``base``, which runs ``base``, then an AdaMerging method, first.
         train: train them along with the edits, clamped to [0, 1] where they act.
         task_vectors: ``plain``, or ``ties``: trimmed, and of the elected sign (Ties-Merging).
         keep: with ``ties``, the share of a task vector's entries that trimming keeps.
         dtype: ``float32``, or ``bfloat16``, which halves the memory of the task vectors.
+    """
+
+    granularity: Literal["task", "layer"] = "task"
+    init: Annotated[Any, BeforeValidator(_read_init)] = 0.3
+    train: Flag = True
+    task_vectors: Literal["plain", "ties"] = "plain"
+    keep: Annotated[float, Field(gt=0, le=1, description="a fraction in (0, 1]")] = 0.2
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+def read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Check ``coefficients`` of a method config and fill in what it leaves out.
 
     Raises:
         ConfigError: an unknown key or value.
     """
-    defaults: dict[str, Any] = {
-        "granularity": "task",
-        "init": 0.3,
-        "train": True,
-        "task_vectors": "plain",
-        "keep": 0.2,
-        "dtype": "float32",
-    }
-    for key in settings:
-        if key not in defaults:
-            raise ConfigError(f"coefficients.{key}", "no such setting", ", ".join(defaults))
-    filled = defaults | dict(settings)
-    for key, allowed in (
-        ("granularity", GRANULARITIES),
-        ("task_vectors", TASK_VECTORS),
-        ("dtype", ("float32", "bfloat16")),
-        ("train", (True, False)),
-    ):
-        if filled[key] not in allowed:
-            raise ConfigError(
-                f"coefficients.{key}", f"{filled[key]!r}", ", ".join(map(str, allowed))
-            )
-    keep = filled["keep"]
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
-        raise ConfigError("coefficients.keep", f"{filled['keep']!r}", "a fraction in (0, 1]")
-    return filled
+    return CoefficientSettings.read(settings, "coefficients").model_dump()
 
 
 def _read_coefficients(path: Path, where: str) -> Tensor:

@@ -3,13 +3,16 @@
 from .loop import Distillation, DistillationError, Interrupted, distill, interruptible
 from .losses import LOSSES
 from .schedule import Schedule
+from .settings import DataSettings, MethodSettings
 from .state import Progress, StateFolder
 
 __all__ = [
     "LOSSES",
+    "DataSettings",
     "Distillation",
     "DistillationError",
     "Interrupted",
+    "MethodSettings",
     "Progress",
     "Schedule",
     "StateFolder",

@@ -5,35 +5,37 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fusion_bench import BaseAlgorithm, BaseModelPool
 from fusion_bench.mixins import LightningFabricMixin
+from pydantic import Field, model_validator
 from torch import nn
+from typing_extensions import Self
 
-from ..distillation import StateFolder
+from ..analysis import read_analyses
+from ..coefficients import CoefficientSettings
+from ..distillation import DataSettings, MethodSettings, StateFolder
+from ..distillation.settings import check_method
 from ..encoders import VisionTower
-from ..errors import ConfigError
+from ..errors import ConfigError, named, unknown_key
 from ..files import write_json
+from ..settings import Flag, Seed, Settings, whole
 from .algorithm import IntervMergeAlgorithm
 from .analyse import Analyser
 from .base_merge import run_adamerging
 from .experts import ExpertPool
 from .individual import IndividualExperts
 from .live import show_comparison
-from .program import plain
+from .program import HOST_KEYS, split_settings
 
 log = logging.getLogger(__name__)
 
 
-class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
-    """Merge by each base, repair each merge by each method and seed, hand all to the task pool.
-
-    Every method gets the same images, steps and merged encoder. The report that FusionBench
-    writes then holds, by name, what its task pool says of each model, and under ``comparison``
-    what each one is.
+class ComparisonSettings(Settings):
+    """The settings of ``method=intervmerge/compare`` and its like.
 
     Args:
         bases: name -> config of a FusionBench method.
@@ -48,45 +50,97 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         analyses: names of analyses of every merge and its repairs at the first seed, ``all``, or
             null; ``analysis.json`` keeps what they find.
         analysis_images: images a task for them, of the test split.
+
+    Raises:
+        ConfigError: the first setting that does not fit, those of the methods included.
     """
 
-    def __init__(
-        self,
-        bases: Mapping[str, Any],
-        methods: Mapping[str, Any],
-        coefficients: Mapping[str, Any] | None = None,
-        seeds: Sequence[int] = (0,),
-        steps: int | None = None,
-        data: Mapping[str, Any] | None = None,
-        references: bool = True,
-        analyses: Any = None,
-        analysis_images: int = 256,
-        **kwargs: Any,
-    ):
-        super().__init__(**kwargs)
-        if not bases:
-            raise ConfigError(
-                "bases", "there is no merge to repair", "a FusionBench method or more"
-            )
-        self.bases, self.methods, self.seeds = bases, methods, list(seeds)
-        self.coefficients: Any = plain(coefficients) or {}
-        self.steps, self.data, self.references = steps, data, references
-        self.analyses, self.analysis_images = analyses, analysis_images
+    bases: Annotated[
+        dict[str, Any], Field(min_length=1, description="a FusionBench method or more, by name")
+    ]
+    methods: Annotated[
+        dict[str, dict[str, Any]], Field(description="settings of intervmerge or surgery, by name")
+    ]
+    coefficients: Annotated[
+        dict[str, dict[str, Any]] | None, Field(description="coefficients, by the base's name")
+    ] = None
+    seeds: Annotated[
+        list[Seed], Field(min_length=1, description="a list of whole numbers, 0 or more")
+    ] = Field(default=[0])
+    steps: Annotated[int | None, whole(0, 10**7, before="null, or ")] = None
+    data: Annotated[
+        dict[str, Any] | None, Field(description="null, or {split: validation, ...}")
+    ] = None
+    references: Flag = True
+    analyses: Any = None
+    analysis_images: Annotated[int, whole(1)] = 256
+
+    @model_validator(mode="after")
+    def _all_fit(self) -> Self:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ConfigError("seeds", f"{self.seeds} names a seed twice", "each seed once")
+        read_analyses(self.analyses)
+        for name, base in self.bases.items():
+            check_method(base, f"bases.{name}")
+        for name, start in (self.coefficients or {}).items():
+            if name not in self.bases:
+                raise unknown_key(name, self.bases, "base").under("coefficients")
+            CoefficientSettings.read(start, f"coefficients.{name}")
+        DataSettings.read(self.data or {}, "data")
+        for name in self.methods:
+            MethodSettings.read(self.method(name), f"methods.{name}")
+        return self
+
+    def method(self, name: str) -> dict[str, Any]:
+        """A method's settings, with those that hold for all."""
+        own = {k: v for k, v in self.methods[name].items() if k not in ("_target_", *HOST_KEYS)}
+        if self.steps is not None:
+            own["steps"] = self.steps
+        if self.data is not None and isinstance(own.get("data", {}), Mapping):
+            own["data"] = {**own.get("data", {}), **self.data}
+        return own
+
+
+class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
+    """Merge by each base, repair each merge by each method and seed, hand all to the task pool.
+
+    Every method gets the same images, steps and merged encoder. The report that FusionBench
+    writes then holds, by name, what its task pool says of each model, and under ``comparison``
+    what each one is.
+
+    Args:
+        bases, methods: as in ``ComparisonSettings``.
+        settings: the other ones of ``ComparisonSettings``.
+
+    Raises:
+        ConfigError: a setting that does not exist, or not with that value.
+    """
+
+    Settings = ComparisonSettings
+
+    def __init__(self, bases: Any = None, methods: Any = None, **settings: Any):
+        settings, host = split_settings(settings, bases=bases, methods=methods)
+        super().__init__(**host)
+        self.settings = ComparisonSettings.read(settings)
+        for method in self.settings.methods:
+            with named(f"methods.{method}"):
+                IntervMergeAlgorithm(**self.settings.method(method))
         self._losses: dict[str, dict[str, list[float]]] = {}
         self._states: list[StateFolder] = []
 
     def run(self, modelpool: BaseModelPool) -> dict[str, Any]:
         """Returns every model by name, and ``comparison``: what each is."""
         pool = ExpertPool(modelpool)
-        analyser = Analyser(self.analyses, self.analysis_images, "test", self.fabric.device)
+        settings = self.settings
+        analyser = Analyser(settings.analyses, settings.analysis_images, "test", self.fabric.device)
         models: dict[str, Any] = {}
         about: dict[str, dict[str, Any]] = {}
-        if self.references:
+        if settings.references:
             models["pretrained"] = pool.raw("_pretrained_")
             models["experts"] = IndividualExperts(pool)
             about["pretrained"] = {"kind": "pretrained"}
             about["experts"] = {"kind": "experts"}
-        for base_name, base in self.bases.items():
+        for base_name, base in settings.bases.items():
             started = time.perf_counter()
             merged, start = self._merge(pool, base_name, base)
             models[base_name] = copy.deepcopy(merged.stock())
@@ -97,16 +151,17 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
                 "extra_parameters": 0,
                 "seconds": time.perf_counter() - started,
             }
-            for method_name, config in self.methods.items():
-                settings = {k: v for k, v in plain(config).items() if not k.startswith("_")}
-                if settings.get("coefficients"):
+            for method_name in settings.methods:
+                own = settings.method(method_name)
+                if own.get("coefficients"):
                     if start is None:
                         continue
-                    settings["coefficients"] = {**start, "train": True}
-                for seed in self.seeds:
+                    own["coefficients"] = {**start, "train": True}
+                for seed in settings.seeds:
                     name = f"{base_name}/{method_name}/seed{seed}"
                     log.info("repairing: %s", name)
-                    models[name], about[name] = self._repair(name, pool, merged, settings, seed)
+                    with named(f"methods.{method_name}"):
+                        models[name], about[name] = self._repair(name, pool, merged, own, seed)
                     about[name] |= {"base": base_name, "method": method_name}
             if analyser.names and self.fabric.is_global_zero:
                 repaired = self._first_seed(models, base_name)
@@ -127,14 +182,14 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
 
     def _first_seed(self, models: Mapping[str, Any], base: str) -> dict[str, Any]:
         """Method -> its repair of a merge at the first seed."""
-        names = {m: f"{base}/{m}/seed{seed}" for m in self.methods for seed in self.seeds[:1]}
+        names = {m: f"{base}/{m}/seed{self.settings.seeds[0]}" for m in self.settings.methods}
         return {method: models[name] for method, name in names.items() if name in models}
 
     def _merge(
         self, pool: ExpertPool, name: str, base: Any
     ) -> tuple[VisionTower, dict[str, Any] | None]:
         """The merged encoder, and the coefficients that stand for it, if any do."""
-        start = self.coefficients.get(name)
+        start = (self.settings.coefficients or {}).get(name)
         settings: dict[str, Any] = {"interventions": {"attention": {}}, "base": base}
         if start is not None and start.get("init") == "base":
             found = run_adamerging(base, pool.pool, self.fabric, self._program)
@@ -167,16 +222,11 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
             "seconds": time.perf_counter() - started,
             "resumed_at": done.resumed_at,
             "images_used": algorithm.images_used,
-            "transductive": algorithm.data["split"] == "test",
+            "transductive": algorithm.data.split == "test",
             "final_loss": float(done.losses[-1].mean()),
         }
 
     def _algorithm(self, settings: Mapping[str, Any], seed: int) -> IntervMergeAlgorithm:
-        settings = {**settings, "seed": seed}
-        if self.steps is not None:
-            settings["steps"] = self.steps
-        if self.data is not None:
-            settings["data"] = {**(settings.get("data") or {}), **self.data}
-        algorithm = IntervMergeAlgorithm(**settings)
+        algorithm = IntervMergeAlgorithm(**{**settings, "seed": seed})
         algorithm._program, algorithm._fabric_instance = self._program, self.fabric
         return algorithm
