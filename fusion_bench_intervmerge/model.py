@@ -291,7 +291,7 @@ class InterventionModel(TaskAwareModel):
                 rank = self.interventions[site].rank
                 if ranks is not None:
                     rank = {int(b): r for b, r in ranks[task][site].items()}.get(block, 0)
-                function = self._function(task, site, block)
+                function = self.edit_at(task, site, block)
                 if rank != (function.rank if function is not None else 0):
                     self.set_rank(task, site, block, rank)
 
@@ -376,7 +376,7 @@ class InterventionModel(TaskAwareModel):
             return z
         if (site, block) == _LEFT_OUT.get().get(self._hooks):
             return z
-        found = [self._function(task, site, block) for task in route.tasks]
+        found = [self.edit_at(task, site, block) for task in route.tasks]
         functions = [function for function in found if function is not None]
         if not functions:
             return z
@@ -399,7 +399,8 @@ class InterventionModel(TaskAwareModel):
             tensors = {name: tensor.unsqueeze(1) for name, tensor in tensors.items()}
         return placement.apply(z, block, edit)
 
-    def _function(self, task: str, site: str, block: int) -> Function | None:
+    def edit_at(self, task: str, site: str, block: int) -> Function | None:
+        """A task's edit at a place; None where it has none."""
         blocks = self.edits[task][site]
         return blocks[str(block)] if str(block) in blocks else None  # noqa: SIM401 (a ModuleDict)
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from fusion_bench_intervmerge import InterventionModel
 from fusion_bench_intervmerge.cache import CACHE_VARIABLE
-from fusion_bench_intervmerge.distillation import Interrupted, loop
+from fusion_bench_intervmerge.checkpoint import Interrupted
+from fusion_bench_intervmerge.distillation import loop
 from fusion_bench_intervmerge.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]

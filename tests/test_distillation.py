@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from test_model import intervmerge, surgery_v2
 
 from fusion_bench_intervmerge import InterventionModel, distill
+from fusion_bench_intervmerge.checkpoint import Interrupted
 from fusion_bench_intervmerge.coefficients import Mixture, task_vector
-from fusion_bench_intervmerge.distillation import DistillationError, Interrupted, Schedule, loop
+from fusion_bench_intervmerge.distillation import DistillationError, Schedule, loop
 from fusion_bench_intervmerge.distillation.memory import keep_freed_memory
 from fusion_bench_intervmerge.errors import ConfigError
 
@@ -71,7 +72,7 @@ def test_tasks_and_seeds_have_schedules_of_their_own():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": 0}, "steps: 0"),
+        ({"steps": -1}, "steps: -1"),
         ({"batch_size": 0}, "data.batch_size: 0"),
         ({"fraction": 0}, "data.fraction: 0; allowed: a number in (0, 1]"),
         ({"fraction": 1.5}, "data.fraction: 1.5"),
@@ -90,7 +91,7 @@ def test_schedules_that_cannot_be(arguments, message):
 class PublishedOrder:
     """Batch s % 6 of eight images at step s, as the published curves were made."""
 
-    def __init__(self, task, num_images, *, steps, batch_size, fraction, seed):
+    def __init__(self, task, num_images, *, steps, batch_size, **others):
         self.unique = list(range(num_images))
         self.rows = torch.stack([torch.arange(8) + 8 * (step % 6) for step in range(steps)])
 
@@ -357,7 +358,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(experts, 
             save_every=100,
         )
     assert str(tmp_path) in str(error.value)
-    (state,) = tmp_path.glob("*.safetensors")
+    (checkpoint,) = tmp_path.glob("*.safetensors")
     assert all(torch.isfinite(t).all() for t in load_file(state).values())
     assert all(torch.isfinite(p).all() for p in model.edits.parameters())
 
@@ -507,12 +508,12 @@ def test_the_state_of_another_run_is_not_taken(experts, datasets, tmp_path):
 def test_a_full_disk_is_reported_and_training_goes_on(
     experts, datasets, tmp_path, caplog, monkeypatch
 ):
-    from fusion_bench_intervmerge.distillation import state
+    from fusion_bench_intervmerge import checkpoint
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(state, "save_file", full)  # a full disk cannot be had in a test
+    monkeypatch.setattr(checkpoint, "save_file", full)  # a full disk cannot be had in a test
     with caplog.at_level(logging.WARNING):
         model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
         done = distill(

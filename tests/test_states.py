@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fusion_bench_intervmerge.distillation import state
-from fusion_bench_intervmerge.distillation.state import Progress, StateFolder
+from fusion_bench_intervmerge import checkpoint
+from fusion_bench_intervmerge.checkpoint import Progress, StateFolder
 
 STEPS = 9
 
@@ -93,7 +93,7 @@ def rewritten(path, change):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     change(header, tensors)
     header.pop("digest")
-    save_file(tensors, path, {**header, "digest": state._digest(header, tensors)})
+    save_file(tensors, path, {**header, "digest": checkpoint._digest(header, tensors)})
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..checkpoint import Interrupted, Progress, StateFolder, interruptible
 from ..coefficients import Mixture
 from ..encoders import VisionTower
 from ..errors import ConfigError
@@ -26,7 +27,6 @@ from .losses import Representations, loss_function
 from .memory import keep_freed_memory
 from .progress import progress_bar
 from .schedule import Schedule
-from .state import Progress, StateFolder
 from .store import ImageStore
 
 log = logging.getLogger(__name__)
@@ -40,23 +40,6 @@ FP16_SCALE = 2.0**12
 
 class DistillationError(RuntimeError):
     """Training cannot go on; the message says what was kept, if anything was."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """The user stopped the run; the message, one line, says what goes on from where."""
-
-
-@contextmanager
-def interruptible(doing: str, states: StateFolder | None = None) -> Iterator[None]:
-    """Ctrl-C inside becomes an ``Interrupted`` that says what was being done, and what is kept."""
-    try:
-        yield
-    except Interrupted:
-        raise
-    except KeyboardInterrupt:
-        kept = None if states is None else states.newest()
-        more = "" if kept is None else f"; the same command goes on from step {kept}"
-        raise Interrupted(f"stopped while {doing}{more}") from None
 
 
 @dataclass
@@ -88,7 +71,9 @@ class Distillation:
             self.states.clear()
 
     def by_task(self) -> dict[str, list[float]]:
-        """Task -> its loss at each step, for a report."""
+        """Task -> its loss at each step, for a report; empty where nothing was trained."""
+        if not len(self.losses):
+            return {}
         return {
             task: [round(float(loss), 6) for loss in self.losses[:, column]]
             for column, task in enumerate(self.images)

@@ -20,7 +20,7 @@ class Schedule:
     Args:
         task: the task's name.
         num_images: how many images the task's split has.
-        steps: number of steps.
+        steps: number of steps; with 0 all images that may be seen are, and no step is made.
         batch_size: images a step.
         fraction, at_most: which images may be seen, as in ``choose_images``.
         seed: any integer.
@@ -45,13 +45,14 @@ class Schedule:
         seed: int = 0,
     ):
         for where, value in (("steps", steps), ("data.batch_size", batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(where, f"{value!r}", "a whole number from 1")
+            least = 0 if where == "steps" else 1
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(where, f"{value!r}", f"a whole number from {least}")
         subset = torch.tensor(
             choose_images(task, num_images, fraction=fraction, at_most=at_most, seed=seed)
         )
         order = generator_of(seed, "order", task)
-        needed = steps * batch_size
+        needed = steps * batch_size or len(subset)
         epochs = [
             subset[torch.randperm(len(subset), generator=order)]
             for _ in range(math.ceil(needed / len(subset)))
@@ -61,6 +62,5 @@ class Schedule:
         self.subset_size = len(subset)
         self.unique: list[int] = list(dict.fromkeys(seen.tolist()))
         position = {image: row for row, image in enumerate(self.unique)}
-        self.rows: Tensor = torch.tensor([position[i] for i in seen.tolist()]).view(
-            steps, batch_size
-        )
+        rows = torch.tensor([position[i] for i in seen.tolist()])
+        self.rows: Tensor = rows[: steps * batch_size].view(steps, batch_size)

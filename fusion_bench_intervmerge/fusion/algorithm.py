@@ -23,17 +23,20 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..cache import cache_root
+from ..checkpoint import interruptible
 from ..coefficients import (
     Mixture,
     initial_coefficients,
     task_vector,
     trim,
 )
-from ..distillation import Distillation, MethodSettings, distill, interruptible
+from ..distillation import Distillation, MethodSettings, distill
 from ..encoders import VisionTower
 from ..errors import ConfigError
 from ..files import write_json
+from ..interventions import read_interventions
 from ..model import InterventionModel
+from ..solving import solve
 from .base_merge import run_adamerging, run_base
 from .diagnosis import diagnose, table
 from .experts import ExpertPool
@@ -169,39 +172,64 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         tasks: Sequence[str],
         mixture: Mixture | None,
     ) -> Distillation:
-        images = {task: pool.images(task, self.data.split) for task in tasks}
+        """Solve what the settings say is solved, then train."""
+        settings, data = self.settings, self.data
+        experts = {task: partial(pool.tower, task) for task in tasks}
+        images = {task: pool.images(task, data.split) for task in tasks}
         run = self._identity(pool, model, tasks)
-        return distill(
+        # Nothing tells one live model from another, so their runs are not continued.
+        resume = settings.resume == "auto" and not pool.pool.has_instance_models
+        common: dict[str, Any] = {
+            "fraction": data.fraction,
+            "at_most": data.images,
+            "seed": settings.seed,
+            "num_workers": data.num_workers,
+            "cache_gb": data.cache_gb,
+            "fabric": self.fabric,
+            "state_folder": cache_root() / "states" / run if resume else None,
+            "run": run,
+        }
+        solved = None
+        if any(config.init == "regression" for config in model.interventions.values()):
+            solved = solve(model, experts, images, budget=settings.budget, **common)
+            if not self._steps:
+                return Distillation(
+                    torch.empty(0, len(tasks)),
+                    solved.images,
+                    solved.seconds,
+                    solved.expert_features,
+                    states=solved.states,
+                )
+        done = distill(
             model,
-            {task: partial(pool.tower, task) for task in tasks},
+            experts,
             images,
             steps=self._steps,
-            batch_size=self.data.batch_size,
-            fraction=self.data.fraction,
-            num_workers=self.data.num_workers,
-            cache_gb=self.data.cache_gb,
-            compile=self.settings.compile,
-            loss=self.settings.loss,
+            batch_size=data.batch_size,
+            compile=settings.compile,
+            loss=settings.loss,
             optimizer=self._make_optimizer,
             mixture=mixture,
-            seed=self.settings.seed,
-            fabric=self.fabric,
-            # Nothing tells one live model from another, so their runs are not continued.
-            state_folder=None
-            if self.settings.resume == "never" or pool.pool.has_instance_models
-            else cache_root() / "states" / run,
-            run=run,
-            save_every=self.settings.save_every,
+            save_every=settings.save_every,
+            **common,
         )
+        if solved is not None:
+            done.seconds = solved.seconds | done.seconds
+        return done
 
     @property
     def images_used(self) -> str:
         """In words, which images the edits were trained on."""
-        data, seed = self.data, self.settings.seed
-        return (
-            f"{data.fraction:.0%} of the {data.split} split, unlabelled, "
-            f"{self._steps} steps of {data.batch_size} images a task, seed {seed}"
-        )
+        data = self.data
+        which = f"{data.fraction:.0%} of the {data.split} split"
+        if data.images is not None:
+            which += f", at most {data.images} images a task"
+        sites = read_interventions(self.interventions).values()
+        how = ["solved in closed form"] * any(c.init == "regression" for c in sites)
+        if self._steps:
+            how.append(f"{self._steps} steps of {data.batch_size} images a task")
+        words = ", then ".join(how) or "not trained"
+        return f"{which}, unlabelled, {words}, seed {self.settings.seed}"
 
     @property
     def _steps(self) -> int:

@@ -16,8 +16,9 @@ from torch import nn
 from typing_extensions import Self
 
 from ..analysis import read_analyses
+from ..checkpoint import StateFolder
 from ..coefficients import CoefficientSettings
-from ..distillation import DataSettings, MethodSettings, StateFolder
+from ..distillation import DataSettings, MethodSettings
 from ..distillation.settings import check_method
 from ..encoders import VisionTower
 from ..errors import ConfigError, named, unknown_key
@@ -45,7 +46,8 @@ class ComparisonSettings(Settings):
             ``init``, ``task_vectors``; with ``init: base`` the base is an AdaMerging method, run
             once. Bases without are left out for methods that train coefficients.
         seeds: seeds of the repairs.
-        steps, data: override every method's, so that all have the same.
+        steps, data: override every method's, so that all have the same; one with ``steps: 0`` is
+            solved, not trained, and stays so.
         references: whether the pretrained encoder and the experts themselves are evaluated too.
         analyses: names of analyses of every merge and its repairs at the first seed, ``all``, or
             null; ``analysis.json`` keeps what they find.
@@ -94,7 +96,7 @@ class ComparisonSettings(Settings):
     def method(self, name: str) -> dict[str, Any]:
         """A method's settings, with those that hold for all."""
         own = {k: v for k, v in self.methods[name].items() if k not in ("_target_", *HOST_KEYS)}
-        if self.steps is not None:
+        if self.steps is not None and own.get("steps") != 0:
             own["steps"] = self.steps
         if self.data is not None and isinstance(own.get("data", {}), Mapping):
             own["data"] = {**own.get("data", {}), **self.data}
@@ -223,7 +225,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
             "resumed_at": done.resumed_at,
             "images_used": algorithm.images_used,
             "transductive": algorithm.data.split == "test",
-            "final_loss": float(done.losses[-1].mean()),
+            "final_loss": float(done.losses[-1].mean()) if len(done.losses) else None,
         }
 
     def _algorithm(self, settings: Mapping[str, Any], seed: int) -> IntervMergeAlgorithm:

@@ -7,70 +7,78 @@ With ``groups`` there are that many independent problems (one a token position).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+RIDGES = tuple(10 ** (exponent / 4) for exponent in range(-20, 9))  # 1e-5 to 100
+TINY, EPSILON = 1e-300, torch.finfo(torch.float64).eps
 
+
+@dataclass
 class Moments:
-    """Weights, means and centred second moments of streamed rows.
+    """Weights, means and centred second moments of rows.
 
     Batches are centred by their own means, multiplied in their own precision and combined in
     float64 (Chan, Golub, LeVeque 1983), since the large means of some entries of CLIP's states
     would otherwise cancel.
 
-    Args:
-        width: k, the number of entries of a row.
-        groups: how many independent problems.
-
     Attributes:
+        count: (groups), the number of rows with a weight.
         weight: (groups), the sum of the weights.
         mean_x, mean_y: (groups, k).
         xx, xy: (groups, k, k), sums of w (x - mean_x)(x - mean_x)' and w (x - mean_x)(y - mean_y)'.
         yy: (groups), sum of w |y - mean_y|^2.
     """
 
-    def __init__(self, width: int, groups: int = 1, device: torch.device | str = "cpu"):
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(groups, *shape, dtype=torch.float64, device=device)
+    count: Tensor
+    weight: Tensor
+    mean_x: Tensor
+    mean_y: Tensor
+    xx: Tensor
+    xy: Tensor
+    yy: Tensor
 
-        self.weight, self.mean_x, self.mean_y = zeros(), zeros(width), zeros(width)
-        self.xx, self.xy, self.yy = zeros(width, width), zeros(width, width), zeros()
+    @classmethod
+    def none(cls, width: int, groups: int = 1, device: torch.device | str = "cpu") -> Moments:
+        """Of no rows yet."""
+        vector = torch.zeros(groups, width, dtype=torch.float64, device=device)
+        matrix = vector.new_zeros(groups, width, width)
+        number = vector.new_zeros(groups)
+        return cls(number, number, vector, vector, matrix, matrix.clone(), number.clone())
 
-    def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
-        """Take in a batch.
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, weights: Tensor) -> Moments:
+        """Of a batch of rows.
 
         Args:
             x, y: (groups, rows, k), float32 or float64.
             weights: (groups, rows), not negative.
         """
         weights = weights.double()
-        total = weights.sum(dim=1)
-        scale = weights.sqrt().to(x.dtype).unsqueeze(-1)
-        share = (weights / total.clamp_min(1e-300).unsqueeze(1)).to(x.dtype)
-        near_x, near_y = (
-            share.unsqueeze(1) @ x,
-            share.unsqueeze(1) @ y,
-        )  # the means, but for rounding
-        x, y = (x - near_x) * scale, (y - near_y) * scale
-        batch = Moments.__new__(Moments)
-        batch.weight = total
-        # what rounding left of the first moments
-        rest = (scale.mT @ torch.cat([x, y], dim=-1)).double().squeeze(1)
-        rest = rest / total.clamp_min(1e-300).unsqueeze(-1)
-        rest_x, rest_y = rest.chunk(2, dim=-1)
-        batch.mean_x = near_x.squeeze(1).double() + rest_x
-        batch.mean_y = near_y.squeeze(1).double() + rest_y
-        batch.xx = (x.mT @ x).double() - _outer(rest_x, rest_x, total)
-        batch.xy = (x.mT @ y).double() - _outer(rest_x, rest_y, total)
-        batch.yy = y.double().square().sum(dim=(1, 2)) - total * rest_y.square().sum(dim=-1)
-        self.merge(batch)
+        weight = weights.sum(dim=1)
+        share = (weights / weight.clamp_min(TINY).unsqueeze(1)).unsqueeze(1).to(x.dtype)
+        mean_x, mean_y = share @ x, share @ y  # but for rounding, which is made up for below
+        root = weights.sqrt().to(x.dtype).unsqueeze(-1)
+        x, y = (x - mean_x) * root, (y - mean_y) * root
+        rest = (root.mT @ torch.cat([x, y], dim=-1)).double().squeeze(1)
+        rest_x, rest_y = (rest / weight.clamp_min(TINY).unsqueeze(-1)).chunk(2, dim=-1)
+        return cls(
+            count=weights.count_nonzero(dim=1).double(),
+            weight=weight,
+            mean_x=mean_x.squeeze(1).double() + rest_x,
+            mean_y=mean_y.squeeze(1).double() + rest_y,
+            xx=(x.mT @ x).double() - _outer(rest_x, rest_x, weight),
+            xy=(x.mT @ y).double() - _outer(rest_x, rest_y, weight),
+            yy=y.double().square().sum(dim=(1, 2)) - weight * rest_y.square().sum(dim=-1),
+        )
 
     def merge(self, other: Moments) -> None:
         """Take in the rows that other moments are of."""
         total = self.weight + other.weight
-        share = other.weight / total.clamp_min(1e-300)
+        share = other.weight / total.clamp_min(TINY)
         step_x, step_y = other.mean_x - self.mean_x, other.mean_y - self.mean_y
         between = self.weight * share
         self.xx += other.xx + _outer(step_x, step_x, between)
@@ -78,25 +86,7 @@ class Moments:
         self.yy += other.yy + between * step_y.square().sum(dim=-1)
         self.mean_x = self.mean_x + share.unsqueeze(-1) * step_x
         self.mean_y = self.mean_y + share.unsqueeze(-1) * step_y
-        self.weight = total
-
-    def tensors(self) -> list[Tensor]:
-        """All sums, to be sent to other processes."""
-        return [self.weight, self.mean_x, self.mean_y, self.xx, self.xy, self.yy]
-
-    @classmethod
-    def of(cls, tensors: list[Tensor]) -> Moments:
-        """The inverse of ``tensors``."""
-        moments = cls.__new__(cls)
-        (
-            moments.weight,
-            moments.mean_x,
-            moments.mean_y,
-            moments.xx,
-            moments.xy,
-            moments.yy,
-        ) = tensors
-        return moments
+        self.count, self.weight = self.count + other.count, total
 
 
 class Regression:
@@ -105,7 +95,7 @@ class Regression:
     *Affine* edits z -> z + W2'(W1 z + b) of rank r are the reduced-rank regression of y on [x, 1]
     (Izenman 1975, J. Multivariate Anal. 5:248; Reinsel and Velu 1998, chapter 2)::
 
-        B = (Cov(x) + eps I)^-1 Cov(x, y)         ridge, eps = ridge * mean of Cov(x)'s diagonal
+        B = (Cov(x) + eps I)^-1 Cov(x, y)         eps = ridge * mean of Cov(x)'s diagonal
         P = the r leading eigenvectors of M = B' Cov(x) B + mean(y) mean(y)'
         W2 = P',   W1 = (B P)',   b = P' mean(y) - W1 mean(x)
 
@@ -115,21 +105,25 @@ class Regression:
     A = mean(y) mean(y)' - Cov(x) - Cov(x, y) - Cov(x, y)', so R is A's leading eigenvectors and
     b = R mean(x + y).
 
+    Without a ridge given, each problem takes the one of ``RIDGES`` with the least generalised
+    cross-validation (Golub, Heath, Wahba 1979, Technometrics 21:215), for n rows::
+
+        |y - B'x|^2 / (1 - df / n)^2,      df = 1 + sum of v / (v + eps) over Cov(x)'s eigenvalues v
+
+    so that few images give a cautious edit and many a close one.
+
     Args:
         moments: of (x, y).
-        ridge: as in the formula; 0 for least squares.
-
-    Attributes:
-        distance: (groups), the mean |y|^2 of a row, before any edit.
+        ridge: as in the formula; 0 for least squares, None for cross-validation.
     """
 
-    def __init__(self, moments: Moments, ridge: float = 1e-3):
-        self.ridge, self.weight = ridge, moments.weight
-        weight = moments.weight.clamp_min(1e-300)
+    def __init__(self, moments: Moments, ridge: float | None = None):
+        self._ridge, self._count = ridge, moments.count
+        weight = moments.weight.clamp_min(TINY)
         self.mean_x, self.mean_y = moments.mean_x, moments.mean_y
-        self.xx = moments.xx / weight[:, None, None]
-        self.xy = moments.xy / weight[:, None, None]
-        self.distance = moments.yy / weight + self.mean_y.square().sum(dim=-1)
+        self._xx = moments.xx / weight[:, None, None]
+        self._xy = moments.xy / weight[:, None, None]
+        self._yy = moments.yy / weight
 
     def affine(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """W1 (groups, rank, k), W2 (groups, rank, k) with orthonormal rows, b (groups, rank)."""
@@ -157,22 +151,40 @@ class Regression:
 
     @cached_property
     def _slope(self) -> Tensor:
-        diagonal = self.xx.diagonal(dim1=-2, dim2=-1)
-        penalty = self.ridge * diagonal.mean(dim=-1)
-        left = self.xx + torch.diag_embed(penalty.unsqueeze(-1).expand_as(diagonal))
-        factor, failed = torch.linalg.cholesky_ex(left)
-        if not failed.any():
-            return torch.cholesky_solve(self.xy, factor)
-        return torch.linalg.pinv(left, hermitian=True) @ self.xy
+        values, vectors = torch.linalg.eigh(self._xx)
+        values = values.clamp_min(0)
+        turned = vectors.mT @ self._xy
+        scale = values.mean(dim=-1, keepdim=True)
+        if self._ridge is None:
+            penalty = scale * self._best_ridge(values, turned, scale).unsqueeze(-1)
+        else:
+            penalty = scale * self._ridge
+        # without a penalty, directions in which x does not vary take no part
+        kept = values + penalty > values.shape[-1] * EPSILON * values[..., -1:]
+        inverse = torch.where(kept, 1 / (values + penalty).clamp_min(TINY), 0.0)
+        return vectors @ (inverse.unsqueeze(-1) * turned)
+
+    def _best_ridge(self, values: Tensor, turned: Tensor, scale: Tensor) -> Tensor:
+        """(groups), by generalised cross-validation."""
+        ridges = torch.tensor(RIDGES, dtype=values.dtype, device=values.device)
+        penalties = (scale * ridges).unsqueeze(-1)  # (groups, ridges, 1)
+        values, power = values.unsqueeze(1), turned.square().sum(dim=-1).unsqueeze(1)
+        shrunk = (values + penalties).clamp_min(TINY)
+        explained = (power * (values + 2 * penalties) / shrunk.square()).sum(dim=-1)
+        left = 1 - ((values / shrunk).sum(dim=-1) + 1) / self._count.clamp_min(1).unsqueeze(-1)
+        scores = (self._yy.unsqueeze(-1) - explained).clamp_min(0) / left.square()
+        # as many degrees of freedom as rows fit anything
+        scores = torch.where(left > 1e-3, scores, torch.inf)
+        return ridges[scores.flip(-1).argmin(dim=-1).neg() - 1]  # the largest of equals
 
     @cached_property
     def _affine_spectrum(self) -> tuple[Tensor, Tensor]:
         slope = self._slope
-        return _spectrum(slope.mT @ self.xx @ slope + _outer(self.mean_y, self.mean_y))
+        return _spectrum(slope.mT @ self._xx @ slope + _outer(self.mean_y, self.mean_y))
 
     @cached_property
     def _replacement_spectrum(self) -> tuple[Tensor, Tensor]:
-        return _spectrum(_outer(self.mean_y, self.mean_y) - self.xx - self.xy - self.xy.mT)
+        return _spectrum(_outer(self.mean_y, self.mean_y) - self._xx - self._xy - self._xy.mT)
 
 
 def _outer(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The training state on disk: how a run that was stopped goes on.
+"""The state of a run on disk: how a run that was stopped goes on.
 
 A state is one safetensors file with the trained tensors, the optimizer's tensors and, in its
 header, the step, what run it belongs to, and a digest of all of it. It appears whole or not at all;
@@ -12,7 +12,8 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..files import whole_file
+from .errors import ConfigError
+from .files import whole_file
 
 log = logging.getLogger(__name__)
 KEPT = 2
+KINDS = ("solved", "step")
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped the run; the message, one line, says what goes on from where."""
+
+
+@contextmanager
+def interruptible(doing: str, states: StateFolder | None = None) -> Iterator[None]:
+    """Ctrl-C inside becomes an ``Interrupted`` that says what was being done, and what is kept."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        kept = None if states is None else states.newest()
+        more = "" if kept is None else f"; the same command goes on from step {kept}"
+        raise Interrupted(f"stopped while {doing}{more}") from None
 
 
 @dataclass
@@ -48,10 +67,11 @@ class StateFolder:
     Args:
         folder: where they are kept.
         run: what identifies the run; a state of another run is not taken.
+        kind: of which of the run's parts they are, one of ``KINDS``; each has its own files.
     """
 
-    def __init__(self, folder: Path, run: str):
-        self.folder, self.run = folder, run
+    def __init__(self, folder: Path, run: str, kind: str = "step"):
+        self.folder, self.run, self.kind = folder, run, kind
 
     def save(
         self,
@@ -71,7 +91,7 @@ class StateFolder:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         header = {"run": self.run, "step": str(progress.step), "numbers": json.dumps(numbers)}
         header["digest"] = _digest(header, tensors)
-        path = self.folder / f"step-{progress.step:08d}.safetensors"
+        path = self.folder / f"{self.kind}-{progress.step:08d}.safetensors"
         try:
             with whole_file(path) as temporary:
                 save_file(tensors, temporary, header)
@@ -101,31 +121,44 @@ class StateFolder:
             Where the run stands now: ``start`` when there is no sound state, and then tensors and
             optimizer are as they were.
         """
-        for path in self._files():
-            try:
-                state = self._read(path)
-                state.check(start, steps, trained, optimizer)
-            except (SafetensorError, OSError, KeyError, ValueError) as error:
-                log.warning("%s is unusable (%s); trying the state before it", path, error)
-            else:
-                state.restore(trained, optimizer)
-                return state.progress
-        return start
+        state = self._newest_sound(lambda state: state.check(start, steps, trained, optimizer))
+        if state is None:
+            return start
+        state.restore(trained, optimizer)
+        return state.progress
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the newest sound state of this run; none where there is no such state."""
+        state = self._newest_sound(lambda state: None)
+        return {} if state is None else state.trained
 
     def newest(self) -> int | None:
         """The step of the newest state, sound or not."""
-        return next((int(path.stem.removeprefix("step-")) for path in self._files()), None)
+        return next((int(path.stem.removeprefix(f"{self.kind}-")) for path in self._files()), None)
 
     def clear(self) -> None:
-        """Remove the states, once what the run was for is kept elsewhere."""
-        # also what a killed process was in the middle of writing
-        for path in [*self._files(), *self.folder.glob(".step-*")]:
-            path.unlink(missing_ok=True)
+        """Remove the states of every kind, once what the run was for is kept elsewhere."""
+        for kind in KINDS:
+            # also what a killed process was in the middle of writing
+            for pattern in (f"{kind}-*.safetensors", f".{kind}-*"):
+                for path in self.folder.glob(pattern):
+                    path.unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
+    def _newest_sound(self, check: Callable[[_State], None]) -> _State | None:
+        for path in self._files():
+            try:
+                state = self._read(path)
+                check(state)
+            except (SafetensorError, OSError, KeyError, ValueError) as error:
+                log.warning("%s is unusable (%s); trying the state before it", path, error)
+            else:
+                return state
+        return None
+
     def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*.safetensors"), reverse=True)
+        return sorted(self.folder.glob(f"{self.kind}-*.safetensors"), reverse=True)
 
     def _read(self, path: Path) -> _State:
         with safe_open(path, framework="pt") as file:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class States:
+class ImageStates:
     """Batches of states, each replaced by the next block's as the images move on.
 
     What does not fit in memory lies in a temporary file that the system maps into memory and
