@@ -31,7 +31,8 @@ class Mixture(nn.Module):
         pretrained: theta0, one tensor a parameter, in ``named_parameters()`` order.
         task_vectors: tau_t, tensors in the same order, one sequence a task.
         coefficients: (tasks) or (tasks, tensors).
-        dtype: in which the task vectors are kept; bfloat16 halves their memory.
+        dtype: in which the task vectors are kept; bfloat16 halves their memory. They are mixed in
+            fp32 at least.
 
     Raises:
         ConfigError: coefficients of a shape that does not fit.
@@ -85,6 +86,15 @@ class Mixture(nn.Module):
         self.coefficients.data = self.coefficients.data.to(device)
         return self
 
+    def _wide(self, index: int) -> Tensor:
+        """A tensor's task vectors in fp32 at least, whatever they are kept in.
+
+        In bfloat16 a coefficient would be rounded to two digits before it acts, so that its small
+        steps would be lost. One tensor at a time: the memory of the task vectors does not double.
+        """
+        tau = self.tau[index]
+        return tau.to(torch.promote_types(tau.dtype, torch.float32))
+
     def used(self) -> Tensor:
         """The coefficients as they act: clamped to [0, 1], shape (tasks, tensors)."""
         clamped = self.coefficients.detach().clamp(0, 1)
@@ -95,7 +105,7 @@ class Mixture(nn.Module):
         """Mix into the tower's parameters, in their type."""
         used = self.used()
         for index, parameter in enumerate(tower.mergeable().values()):
-            tau = self.tau[index]
+            tau = self._wide(index)
             change = (used[:, index].to(tau.dtype) @ tau).view(parameter.shape)
             parameter.data.copy_(self.theta0[index] + change)
 
@@ -108,10 +118,10 @@ class Mixture(nn.Module):
         """
         columns = []
         for index, parameter in enumerate(tower.mergeable().values()):
-            tau = self.tau[index]
             if parameter.grad is None:
-                columns.append(torch.zeros(len(tau), device=tau.device))
+                columns.append(self.coefficients.new_zeros(len(self.coefficients)))
             else:
+                tau = self._wide(index)
                 columns.append((tau @ parameter.grad.flatten().to(tau.dtype)).float())
                 parameter.grad = None
         gradient = torch.stack(columns, dim=1)
