@@ -87,13 +87,13 @@ class Mixture(nn.Module):
         return self
 
     def _wide(self, index: int) -> Tensor:
-        """A tensor's task vectors in fp32 at least, whatever they are kept in.
+        """A tensor's task vectors in the coefficients' type, whatever they are kept in.
 
         In bfloat16 a coefficient would be rounded to two digits before it acts, so that its small
         steps would be lost. One tensor at a time: the memory of the task vectors does not double.
         """
         tau = self.tau[index]
-        return tau.to(torch.promote_types(tau.dtype, torch.float32))
+        return tau.to(torch.promote_types(tau.dtype, self.coefficients.dtype))
 
     def used(self) -> Tensor:
         """The coefficients as they act: clamped to [0, 1], shape (tasks, tensors)."""
@@ -122,7 +122,7 @@ class Mixture(nn.Module):
                 columns.append(self.coefficients.new_zeros(len(self.coefficients)))
             else:
                 tau = self._wide(index)
-                columns.append((tau @ parameter.grad.flatten().to(tau.dtype)).float())
+                columns.append((tau @ parameter.grad.flatten().to(tau.dtype)).to(self.coefficients))
                 parameter.grad = None
         gradient = torch.stack(columns, dim=1)
         if self.coefficients.dim() == 1:
