@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .encoders import VisionTower
 from .errors import ConfigError
+from .pickles import read_tensor
 
 GRANULARITIES = ("task", "layer")
 TASK_VECTORS = ("plain", "ties")
@@ -160,8 +161,8 @@ def initial_coefficients(
 
     Args:
         init: a number for all, ``mean`` (one over the number of tasks: Weight Averaging), a tensor
-            or nested list, or a path: ``.pt`` (shape (tasks,) or (tasks, tensors),
-            read with torch's tensors-only loader) or ``.safetensors`` (an artifact's).
+            or nested list, or a path: ``.pt`` (shape (tasks,) or (tasks, tensors)) or
+            ``.safetensors`` (an artifact's).
         tasks, tensors: the expected sizes.
         granularity: ``task`` or ``layer``.
 
@@ -242,7 +243,7 @@ def _read_coefficients(path: Path, where: str) -> Tensor:
             from safetensors.torch import load_file
 
             return load_file(path)["coefficients"]
-        found = torch.load(path, weights_only=True, map_location="cpu")
+        return read_tensor(path)
     except FileNotFoundError:
         raise ConfigError(
             where, f"there is no file {path}", "a number or an existing file"
@@ -251,6 +252,3 @@ def _read_coefficients(path: Path, where: str) -> Tensor:
         raise ConfigError(
             where, f"{path} holds no coefficients ({error})", ".pt or .safetensors"
         ) from None
-    if not isinstance(found, Tensor):
-        raise ConfigError(where, f"{path} holds a {type(found).__name__}", "one tensor")
-    return found

@@ -145,7 +145,7 @@ def read_tensor(path: Path) -> Tensor:
     """
     found = read(path)
     if not isinstance(found, View):
-        raise ValueError(f"it holds a {type(found).__name__}, not one tensor")
+        raise ValueError(f"it holds a {type(found).__name__}, not a tensor")
     return copy_out({"": found}, path.stat().st_size)[""]
 
 

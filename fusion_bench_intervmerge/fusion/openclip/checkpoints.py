@@ -30,7 +30,7 @@ from fusion_bench_intervmerge.errors import ConfigError
 from fusion_bench_intervmerge.files import whole_file
 from fusion_bench_intervmerge.pickles import ForbiddenName, StandIn, View, copy_out, read
 
-from .encoder import ImageEncoder, fitting_spec, named_spec
+from .encoder import ImageEncoder, fitting_spec, named_spec, told_spec
 
 NO_DOWNLOAD = "modelpool=openclip-vit-tiny_TA8, which needs no download"
 
@@ -60,18 +60,20 @@ def load_encoder(
     try:
         if model_name is not None:
             spec = named_spec(model_name, where)
-        elif "spec" in file.metadata:
-            spec = json.loads(file.metadata["spec"])
         else:
             spec = fitting_spec(weights)
+            if "spec" in file.metadata:
+                spec = told_spec(file.metadata["spec"], spec)
         with torch.device("meta"):  # no time, and no random numbers, for weights to be replaced
             tower = OpenCLIPTower.from_spec(spec)
-        tower.to_empty(device="cpu").load_weights(weights)
+        if _shapes(tower.weights()) == _shapes(weights):  # else loading says what does not fit
+            tower.to_empty(device="cpu")
+        tower.load_weights(weights)
     except ConfigError:
         raise
-    except (LookupError, ValueError) as error:
+    except (LookupError, ValueError, ArithmeticError, TypeError, RuntimeError) as error:
         wanted = model_name or "vision transformer"
-        why = f"lacks {error}" if isinstance(error, KeyError) else error
+        why = f"lacks {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
         raise ConfigError(where, f"{path} holds no {wanted} ({why})", NO_DOWNLOAD) from None
     return ImageEncoder(tower)
 
@@ -89,12 +91,22 @@ def load_head(path: str | Path, *, where: str = "path") -> ClassificationHead:
         ConfigError: as for ``load_encoder``.
     """
     file = _read(Path(path), where)
-    weight = file.tensors.get("weight")
-    if weight is None or weight.dim() != 2:
-        raise ConfigError(where, f"{path} holds no classification head", NO_DOWNLOAD)
-    normalize = json.loads(file.metadata.get("normalize", "true"))
+    weight: Any = file.tensors.get("weight")
     bias: Any = file.tensors.get("bias")
-    return ClassificationHead(normalize, weight, bias)
+    given = [tensor for tensor in (weight, bias) if tensor is not None]
+    if (
+        weight is None
+        or weight.dim() != 2
+        or weight.numel() == 0
+        or given[-1].shape[:1] != weight.shape[:1]
+        or not all(tensor.is_floating_point() for tensor in given)
+        or (bias is not None and bias.dim() != 1)
+    ):
+        raise ConfigError(where, f"{path} holds no classification head", NO_DOWNLOAD)
+    normalize = file.metadata.get("normalize", "true")
+    if normalize not in ("true", "false"):
+        raise ConfigError(where, f"{path} says normalize: {normalize[:40]!r}", "true, false")
+    return ClassificationHead(normalize == "true", weight, bias)
 
 
 def save_encoder(encoder: nn.Module, path: str | Path) -> None:
@@ -123,21 +135,33 @@ class _File:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
 def _read(path: Path, where: str) -> _File:
     if not path.is_file():
         allowed = f"a checkpoint that is there, or {NO_DOWNLOAD}"
         raise ConfigError(where, f"no file {path}", allowed)
     if path.suffix != ".safetensors":
         converted = cache_root() / "openclip" / f"{_sha256(path)}.safetensors"
-        if not converted.is_file():
+        try:
+            return _read_safetensors(converted)
+        except (SafetensorError, OSError):  # not there yet, or torn
             _write(converted, _convert(path, where))
         path = converted
     try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return _File({name: file.get_tensor(name) for name in names}, file.metadata() or {})
-    except SafetensorError as error:
-        raise ConfigError(where, f"{path} cannot be read ({error})", NO_DOWNLOAD) from None
+        return _read_safetensors(path)
+    # There are many ways to be broken, each with an exception of its own.
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(where, f"{path} cannot be read ({reason})", NO_DOWNLOAD) from None
+
+
+def _read_safetensors(path: Path) -> _File:
+    with safe_open(path, framework="pt") as file:
+        names = file.keys()
+        return _File({name: file.get_tensor(name) for name in names}, file.metadata() or {})
 
 
 def _write(path: Path, file: _File) -> None:
