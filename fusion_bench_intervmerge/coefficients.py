@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .encoders import VisionTower
 from .errors import ConfigError
+from .pickles import read_tensor
 from .settings import Flag, Settings, shown
 
 
@@ -30,7 +31,8 @@ class Mixture(nn.Module):
         pretrained: theta0, one tensor a parameter, in ``named_parameters()`` order.
         task_vectors: tau_t, tensors in the same order, one sequence a task.
         coefficients: (tasks) or (tasks, tensors).
-        dtype: in which the task vectors are kept; bfloat16 halves their memory.
+        dtype: in which the task vectors are kept; bfloat16 halves their memory. They are mixed in
+            fp32 at least.
 
     Raises:
         ConfigError: coefficients of a shape that does not fit.
@@ -84,6 +86,15 @@ class Mixture(nn.Module):
         self.coefficients.data = self.coefficients.data.to(device)
         return self
 
+    def _wide(self, index: int) -> Tensor:
+        """A tensor's task vectors in the coefficients' type, whatever they are kept in.
+
+        In bfloat16 a coefficient would be rounded to two digits before it acts, so that its small
+        steps would be lost. One tensor at a time: the memory of the task vectors does not double.
+        """
+        tau = self.tau[index]
+        return tau.to(torch.promote_types(tau.dtype, self.coefficients.dtype))
+
     def used(self) -> Tensor:
         """The coefficients as they act: clamped to [0, 1], shape (tasks, tensors)."""
         clamped = self.coefficients.detach().clamp(0, 1)
@@ -94,7 +105,7 @@ class Mixture(nn.Module):
         """Mix into the tower's parameters, in their type."""
         used = self.used()
         for index, parameter in enumerate(tower.mergeable().values()):
-            tau = self.tau[index]
+            tau = self._wide(index)
             change = (used[:, index].to(tau.dtype) @ tau).view(parameter.shape)
             parameter.data.copy_(self.theta0[index] + change)
 
@@ -107,11 +118,11 @@ class Mixture(nn.Module):
         """
         columns = []
         for index, parameter in enumerate(tower.mergeable().values()):
-            tau = self.tau[index]
             if parameter.grad is None:
-                columns.append(torch.zeros(len(tau), device=tau.device))
+                columns.append(self.coefficients.new_zeros(len(self.coefficients)))
             else:
-                columns.append((tau @ parameter.grad.flatten().to(tau.dtype)).float())
+                tau = self._wide(index)
+                columns.append((tau @ parameter.grad.flatten().to(tau.dtype)).to(self.coefficients))
                 parameter.grad = None
         gradient = torch.stack(columns, dim=1)
         if self.coefficients.dim() == 1:
@@ -149,8 +160,8 @@ def initial_coefficients(
 
     Args:
         init: a number for all, ``mean`` (one over the number of tasks: Weight Averaging), a tensor
-            or nested list, or a path: ``.pt`` (shape (tasks,) or (tasks, tensors),
-            read with torch's tensors-only loader) or ``.safetensors`` (an artifact's).
+            or nested list, or a path: ``.pt`` (shape (tasks,) or (tasks, tensors)) or
+            ``.safetensors`` (an artifact's).
         tasks, tensors: the expected sizes.
         granularity: ``task`` or ``layer``.
 
@@ -240,7 +251,7 @@ def _read_coefficients(path: Path, where: str) -> Tensor:
             from safetensors.torch import load_file
 
             return load_file(path)["coefficients"]
-        found = torch.load(path, weights_only=True, map_location="cpu")
+        return read_tensor(path)
     except FileNotFoundError:
         raise ConfigError(
             where, f"there is no file {path}", "a number or an existing file"
@@ -249,6 +260,3 @@ def _read_coefficients(path: Path, where: str) -> Tensor:
         raise ConfigError(
             where, f"{path} holds no coefficients ({error})", ".pt or .safetensors"
         ) from None
-    if not isinstance(found, Tensor):
-        raise ConfigError(where, f"{path} holds a {type(found).__name__}", "one tensor")
-    return found

@@ -338,6 +338,66 @@ def test_lower_precision_comes_close_and_leaves_the_merged_weights_alone(
     assert all(p.dtype == torch.float32 for p in low.edits.parameters())
 
 
+def plain_double_training(model, experts, datasets, steps, mixture):
+    """The same training, written out in float64 with nothing but autograd."""
+    model, mixture = copy.deepcopy(model).double(), copy.deepcopy(mixture)
+    moving = list(model.edits.parameters())
+    if mixture is not None:
+        mixture.coefficients.data = mixture.coefficients.data.double()
+        moving.append(mixture.coefficients)
+    optimizer = torch.optim.Adam(moving, lr=3e-3)
+    targets = {}
+    with torch.no_grad():
+        for task in TASKS:
+            targets[task] = experts[task]().double().features(datasets[task].double())
+    schedules = {t: Schedule(t, len(datasets[t]), steps=steps, batch_size=4) for t in TASKS}
+    for step in range(steps):
+        optimizer.zero_grad()
+        if mixture is not None:
+            mixture.write(model.tower)
+            for parameter in model.tower.mergeable().values():
+                parameter.requires_grad_(True)
+        for task, schedule in schedules.items():
+            images = torch.tensor(schedule.unique)[schedule.rows[step]]
+            found = model.encode(datasets[task][images].double(), task)
+            (found - targets[task][images]).abs().mean().backward()
+        if mixture is not None:
+            mixture.collect_gradient(model.tower)
+        optimizer.step()
+    return [parameter.detach() for parameter in moving]
+
+
+@pytest.mark.parametrize("with_mixture", [False, True])
+def test_64_true_trains_in_double_precision(experts, datasets, with_mixture):
+    sites, run = {"attention": {"function": "loreft", "rank": 2}}, {"steps": 6, "batch_size": 4}
+    tower, mixture = hf_tower(), None
+    if with_mixture:
+        theta0 = [p.detach().clone() for p in tower.mergeable().values()]
+        vectors = [task_vector(experts[task](), theta0) for task in TASKS]
+        mixture = Mixture(theta0, vectors, torch.full((3,), 0.3))
+        mixture.write(tower)
+    single = InterventionModel(tower, TASKS, sites)
+    expected = plain_double_training(single, experts, datasets, 6, mixture)
+    errors = []
+    for precision in ("64-true", "32-true"):
+        model, mixed = copy.deepcopy(single), copy.deepcopy(mixture)
+        fabric = L.Fabric(accelerator="cpu", devices=1, precision=precision)
+        distill(model, experts, datasets, fabric=fabric, mixture=mixed, **run)
+        found = [*model.edits.parameters(), *([mixed.coefficients] if mixed else [])]
+        assert all(p.dtype == torch.float32 for p in found)
+        errors.append(max(relative(a.double(), b) for a, b in zip(found, expected, strict=True)))
+    # at the end the numbers are rounded to fp32 once
+    assert errors[0] < 2**-23 < errors[1]
+
+
+def test_a_precision_that_is_not_known_is_refused(experts, datasets):
+    fabric = L.Fabric(accelerator="cpu", devices=1)
+    fabric._precision.precision = "transformer-engine"  # its package is not here
+    model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
+    with pytest.raises(ConfigError, match=r"fabric\.precision: 'transformer-engine'; allowed: 64-"):
+        distill(model, experts, datasets, steps=1, fabric=fabric)
+
+
 # -- what can go wrong ------------------------------------------------------------
 
 
@@ -358,7 +418,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(experts, 
             save_every=100,
         )
     assert str(tmp_path) in str(error.value)
-    (checkpoint,) = tmp_path.glob("*.safetensors")
+    (state,) = tmp_path.glob("*.safetensors")
     assert all(torch.isfinite(t).all() for t in load_file(state).values())
     assert all(torch.isfinite(p).all() for p in model.edits.parameters())
 

@@ -34,6 +34,12 @@ log = logging.getLogger(__name__)
 Experts = Mapping[str, Callable[[], VisionTower]]
 MakeOptimizer = Callable[[Sequence[torch.nn.Parameter]], torch.optim.Optimizer]
 
+DTYPES = {
+    "64": torch.float64,
+    "32": torch.float32,
+    "bf16": torch.bfloat16,
+    "16": torch.float16,
+}
 # fp16 gradients of a mean over thousands of features would round to zero
 FP16_SCALE = 2.0**12
 
@@ -212,10 +218,7 @@ class _Trainer:
         self.compile = compile
         self.loss_name, self.loss = loss, loss_function(loss)
         self.mixture, self.fabric = mixture, fabric
-        precision = str(getattr(fabric._precision, "precision", "32-true"))
-        self.dtype = {"bf16": torch.bfloat16, "16-": torch.float16}.get(
-            precision[:4] if precision.startswith("bf16") else precision[:3], torch.float32
-        )
+        self.dtype = _dtype(fabric)
         # Weights that move invalidate what was computed with them; `blocks` reads every block.
         self.prefixed = mixture is None and loss == "output"
         batch = next(iter(schedules.values())).rows.shape[1]
@@ -269,10 +272,18 @@ class _Trainer:
         model.to(device)
         if self.mixture is not None:
             self.mixture.to_device(device)
+        # What is trained is never kept in less than fp32.
+        moving = [*self.trained().values()] if self.dtype == torch.float64 else []
+        types = [parameter.dtype for parameter in moving]
         try:
+            for parameter in moving:
+                parameter.data = parameter.data.double()
             with model.tower.in_dtype(self.dtype), model.tower.fused_activations():
                 yield
         finally:
+            for parameter, dtype in zip(moving, types, strict=True):
+                parameter.grad = None
+                parameter.data = parameter.data.to(dtype)
             model.tower.requires_grad_(False)
             model.to(home)
             if self.mixture is not None:
@@ -453,7 +464,7 @@ class _Trainer:
                 gradient.div_(scale)
         if self.fabric.world_size > 1:
             result = self._average(gradients, result)
-        return result.cpu()
+        return result.cpu().float()
 
     def _student(self, entry: Mapping[str, Tensor], inputs: Tensor) -> Representations:
         model = self.model
@@ -497,6 +508,16 @@ def _stop_requested() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def _dtype(fabric: L.Fabric) -> torch.dtype:
+    """The type to compute in, by Fabric's precision."""
+    precision = str(getattr(fabric._precision, "precision", "32-true"))
+    if precision.partition("-")[0] not in DTYPES:
+        raise ConfigError(
+            "fabric.precision", f"{precision!r}", "64-true, 32-true, bf16-true, 16-mixed"
+        )
+    return DTYPES[precision.partition("-")[0]]
 
 
 def _shape(shape: torch.Size | None) -> str:
