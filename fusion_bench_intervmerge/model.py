@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from . import artifact
 from .encoders import VisionTower
 from .encoders.base import check_fit
-from .errors import ConfigError
 from .interventions import (
     Function,
     InterventionConfig,
@@ -28,6 +27,7 @@ from .interventions import (
     read_interventions,
 )
 from .task_aware import TaskAwareModel
+from .task_names import check_task_name
 
 
 @dataclass
@@ -139,10 +139,10 @@ class InterventionModel(TaskAwareModel):
 
     def add_task(self, task: str) -> None:
         """Give a task edits at their starting values; ``distill`` trains them."""
-        if not isinstance(task, str) or not task or "." in task or hasattr(nn.ModuleDict, task):
-            raise ConfigError("tasks", f"{task!r} cannot name a task", "non-empty, no dots")
-        if task in self.edits:
-            raise ConfigError("tasks", f"{task!r} is there already", "a new name")
+        check_task_name(task, self.tasks)
+        self.edits[task] = self._new_edits(task).to(self.tower.device)
+
+    def _new_edits(self, task: str) -> nn.ModuleDict:
         digest = hashlib.sha256(f"{self.seed} {task}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         sites = {}
@@ -163,7 +163,7 @@ class InterventionModel(TaskAwareModel):
                     for block in placement.blocks
                 }
             )
-        self.edits[task] = nn.ModuleDict(sites).to(self.tower.device)
+        return nn.ModuleDict(sites)
 
     def drop_task(self, task: str) -> None:
         """Remove a task's edits; the other tasks' features stay what they are."""
@@ -202,7 +202,7 @@ class InterventionModel(TaskAwareModel):
         Raises:
             ConfigError: the folder cannot be written to.
         """
-        edits = {task: self._tensors(task) for task in self.tasks}
+        edits = {task: _tensors(edits) for task, edits in self.edits.items()}
         artifact.write(
             artifact.Artifact(
                 self.tower,
@@ -224,30 +224,17 @@ class InterventionModel(TaskAwareModel):
         """
         saved = artifact.read(Path(folder))
         try:
-            model = cls(saved.tower, saved.tasks, saved.interventions, saved.seed)
-            for task, edits in saved.edits.items():
-                model._load(task, edits)
-        except ValueError as error:
-            raise artifact.ArtifactError(f"{folder}: {error}") from None
+            model = cls(saved.tower, [], saved.interventions, saved.seed)
+            for task, tensors in saved.edits.items():
+                with torch.device("meta"):  # no memory is taken before the sizes are known to fit
+                    planned = _tensors(model._new_edits(task))
+                check_fit(planned, tensors, f"interventions/{task}.safetensors")
+                model.add_task(task)
+                _load(model.edits[task], tensors)
+        except artifact.MISFITS as error:
+            raise artifact.misfit(folder, error) from None
         model.metadata = saved.metadata
         return model
-
-    def _tensors(self, task: str) -> dict[str, Tensor]:
-        """The tensors of a task's formulas, named ``<site>.<block>.<tensor>``."""
-        return {
-            f"{site}.{block}.{name}": tensor
-            for site, blocks in self.edits[task].items()
-            for block, function in blocks.items()
-            for name, tensor in function.tensors().items()
-        }
-
-    def _load(self, task: str, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what ``_tensors`` gave; ValueError where it does not fit."""
-        check_fit(self._tensors(task), tensors, f"interventions/{task}.safetensors")
-        for site, blocks in self.edits[task].items():
-            for block, function in blocks.items():
-                names = function.tensors()
-                function.load({name: tensors[f"{site}.{block}.{name}"] for name in names})
 
     # -- the task of a forward pass ----------------------------------------------------------------
 
@@ -480,6 +467,24 @@ def _after_site(
     route = _ROUTES.get().get(hooks)
     if route is not None and route.tasks:
         route.model.apply_edit(site, block, route.model.tower.site_tensor(output))
+
+
+def _tensors(edits: Any) -> dict[str, Tensor]:
+    """The tensors of a task's formulas, named ``<site>.<block>.<tensor>``."""
+    return {
+        f"{site}.{block}.{name}": tensor
+        for site, blocks in edits.items()
+        for block, function in blocks.items()
+        for name, tensor in function.tensors().items()
+    }
+
+
+def _load(edits: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Take over what ``_tensors`` gave."""
+    for site, blocks in edits.items():
+        for block, function in blocks.items():
+            names = function.tensors()
+            function.load({name: tensors[f"{site}.{block}.{name}"] for name in names})
 
 
 def _stack(functions: Sequence[Function], ids: Tensor | None) -> dict[str, Tensor]:

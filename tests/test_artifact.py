@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TASKS, hf_tower, perturbed, relative
+from hostile_artifacts import (
+    EITHER,
+    HUGGING_FACE,
+    OPENCLIP,
+    flipped_bits,
+    malformed,
+    outcome,
+    put,
+    small_model,
+)
 from safetensors.torch import load_file, save_file
 from test_model import SETTINGS
 from transformers import CLIPVisionModelWithProjection
 
-from fusion_bench_intervmerge import InterventionModel
+from fusion_bench_intervmerge import InterventionModel, artifact
 from fusion_bench_intervmerge.artifact import ArtifactError
 from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.files import write_json
 
 
 @pytest.mark.parametrize("sites", SETTINGS)
@@ -162,8 +174,11 @@ def folder(tmp_path):
 
 
 def change(folder, **entries):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | entries))
+    """Change config.json and its digest with it, as who wants to be believed would."""
+    config = json.loads((folder / "config.json").read_text()) | entries
+    del config["digest"]
+    config["digest"] = artifact._digest_of_config(config)
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def test_another_format(folder):
@@ -206,6 +221,92 @@ def test_settings_that_do_not_fit_the_tower(folder):
     change(folder, interventions={"attention": {"blocks": [7]}})
     with pytest.raises(ArtifactError, match="there is no block 7"):
         InterventionModel.from_pretrained(folder)
+
+
+# -- nothing is believed that is not what was saved ------------------------------------------------
+
+
+def edit_by_hand(folder, *path_and_value):
+    """Change an entry of config.json and leave its digest."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    put(*path_and_value)(config)
+    path.write_text(json.dumps(config, indent=2))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("tower", "vision_config", "layer_norm_eps", 1e-4),
+        ("tower", "vision_config", "num_attention_heads", 8),
+        ("interventions", "attention", "tokens", "last"),
+        ("interventions", "attention", "part", {"size": 32, "start": 3}),
+        ("seed", 1),
+        ("tasks", TASKS[::-1]),
+    ],
+    ids=lambda change: change[-2],
+)
+def test_a_setting_that_was_changed_later(folder, change):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))  # laid out anew
+    InterventionModel.from_pretrained(folder)
+    edit_by_hand(folder, *change)
+    with pytest.raises(ArtifactError, match=r"config\.json: changed since it was saved"):
+        InterventionModel.from_pretrained(folder)
+
+
+def test_swapped_task_files_and_another_trainings_edits(folder, tmp_path):
+    ants, bees = (folder / "interventions" / f"{task}.safetensors" for task in ("ants", "bees"))
+    kept = ants.read_bytes()
+    ants.write_bytes(bees.read_bytes())
+    with pytest.raises(ArtifactError, match=r"ants\.safetensors: torn or another file"):
+        InterventionModel.from_pretrained(folder)
+    perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}})).save_pretrained(
+        tmp_path / "other"
+    )
+    ants.write_bytes((tmp_path / "other" / "interventions" / "ants.safetensors").read_bytes())
+    with pytest.raises(ArtifactError, match=r"ants\.safetensors: torn or another file"):
+        InterventionModel.from_pretrained(folder)
+    ants.write_bytes(kept)
+    InterventionModel.from_pretrained(folder)
+
+
+def test_no_flipped_bit_is_loaded(tmp_path):
+    small_model().save_pretrained(tmp_path / "m")
+    found = [outcome(tmp_path / "m", what) for what in flipped_bits(tmp_path / "m", 21)]
+    assert found == ["refused"] * 21
+
+
+@pytest.mark.parametrize(
+    ("openclip", "changes"),
+    [(False, (EITHER + HUGGING_FACE)[::3]), (True, OPENCLIP[::3])],
+    ids=["huggingface", "openclip"],
+)
+def test_a_malformed_config_is_refused_in_one_line(openclip, changes, tmp_path):
+    small_model(openclip=openclip).save_pretrained(tmp_path / "m")
+    found = [outcome(tmp_path / "m", what) for what in malformed(tmp_path / "m", changes)]
+    assert set(found) == {"refused"}
+
+
+def test_sizes_are_compared_before_memory_is_taken(folder):
+    config = json.loads((folder / "config.json").read_text())
+    huge = {"hidden_size": 65536, "intermediate_size": 65536, "num_attention_heads": 16}  # 1.2 TB
+    change(folder, tower=config["tower"] | {"vision_config": huge})
+    with pytest.raises(ArtifactError, match="the vision model's weights file lacks"):
+        InterventionModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_modes_are_the_umasks(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        small_model().save_pretrained(tmp_path / "m")
+        write_json(tmp_path / "file.json", {})
+    finally:
+        os.umask(before)
+    for path in [*tmp_path.rglob("*")]:
+        mode = 0o777 if path.is_dir() else 0o666
+        assert path.stat().st_mode & 0o777 == mode & ~umask, path
 
 
 def test_a_save_that_fails_leaves_the_old_model(folder, monkeypatch):
