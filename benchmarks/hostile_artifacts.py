@@ -1,6 +1,6 @@
-"""Saved models under attack: flipped bits, odd task names, threads, two savers, broken configs.
+"""Saved models under attack: flipped bits, odd names, threads, savers, kills, malformed configs.
 
-    python benchmarks/hostile_artifacts.py [bits|names|threads|savers|configs ...] [--seconds 60]
+    python benchmarks/hostile_artifacts.py [bits names threads savers kills configs] [--seconds 60]
 
 Each part prints one line of counts. Small random encoders; nothing is downloaded.
 """
@@ -226,8 +226,8 @@ def threads(arguments: argparse.Namespace, sandbox: Path) -> Counter:
     rounds = arguments.encodes // len(routes)
     sys.setswitchinterval(1e-5)  # threads take turns within a forward pass
     with ThreadPoolExecutor(8) as pool:
-        features = list(pool.map(encode, routes * rounds))
-    right = [torch.equal(f, e) for f, e in zip(features, expected * rounds, strict=True)]
+        found = list(pool.map(encode, routes * rounds))
+    right = [torch.equal(f, e) for f, e in zip(found, expected * rounds, strict=True)]
     return Counter(encodes=len(right), wrong=right.count(False))
 
 
@@ -240,7 +240,7 @@ def savers(arguments: argparse.Namespace, sandbox: Path) -> Counter:
     context = multiprocessing.get_context("spawn")
     stop, saves = context.Event(), context.Value("i", 0)
     workers = [context.Process(target=_save, args=(folder, s, stop, saves)) for s in (1, 2)]
-    expected = {seed: _features(small_model(seed)) for seed in (1, 2)}
+    expected = {seed: features(small_model(seed)) for seed in (1, 2)}
     for worker in workers:
         worker.start()
     found: Counter = Counter(reads=0, first=0, second=0, mixed=0, missing=0, looks=0, absent=0)
@@ -257,8 +257,8 @@ def savers(arguments: argparse.Namespace, sandbox: Path) -> Counter:
                 print(error, file=sys.stderr)
                 found["missing"] += 1
                 continue
-            features = _features(model)
-            seeds = [seed for seed in expected if torch.equal(features, expected[seed])]
+            computed = features(model)
+            seeds = [seed for seed in expected if torch.equal(computed, expected[seed])]
             found["mixed" if seeds != [model.seed] else ["first", "second"][model.seed - 1]] += 1
         stop.set()
         look.result()
@@ -268,6 +268,30 @@ def savers(arguments: argparse.Namespace, sandbox: Path) -> Counter:
     found["saves"] = saves.value
     found["left_behind"] = len(list(sandbox.iterdir())) - 1
     found["savers_failed"] = sum(worker.exitcode != 0 for worker in workers)
+    return found
+
+
+def kills(arguments: argparse.Namespace, sandbox: Path) -> Counter:
+    """A process that saves again and again is killed at any moment."""
+    folder, draw = sandbox / "m", random.Random(arguments.seed)
+    small_model(1).save_pretrained(folder)
+    expected = {seed: features(small_model(seed)) for seed in (1, 2)}
+    context = multiprocessing.get_context("fork")
+    stop, saves = context.Event(), context.Value("i", 0)
+    found: Counter = Counter(kills=0, wrong=0, half_written=0)
+    for _ in range(arguments.kills):
+        worker = context.Process(target=_save, args=(folder, draw.choice((1, 2)), stop, saves))
+        worker.start()
+        time.sleep(draw.uniform(0.03, 0.3))
+        worker.kill()
+        worker.join()
+        found["kills"] += 1
+        found["half_written"] += len(list(sandbox.iterdir())) - 1
+        model = InterventionModel.from_pretrained(folder)
+        found["wrong"] += not torch.equal(features(model), expected[model.seed])
+    small_model(1).save_pretrained(folder)
+    found["saves"] = saves.value
+    found["left_behind"] = len(list(sandbox.iterdir())) - 1
     return found
 
 
@@ -288,7 +312,7 @@ def _look(folder: Path, stop: Any, found: Counter) -> None:
         time.sleep(1e-4)
 
 
-def _features(model: InterventionModel) -> Tensor:
+def features(model: InterventionModel) -> Tensor:
     with torch.no_grad():
         return torch.cat([model.encode(some_images(), task) for task in (None, *TASKS)])
 
@@ -415,7 +439,7 @@ def configs(arguments: argparse.Namespace, sandbox: Path) -> Counter:
     return found
 
 
-PARTS = {part.__name__: part for part in (bits, names, threads, savers, configs)}
+PARTS = {part.__name__: part for part in (bits, names, threads, savers, kills, configs)}
 
 
 def main() -> None:
@@ -424,6 +448,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="of two savers and a reader")
     parser.add_argument("--bits", type=int, default=200)
     parser.add_argument("--encodes", type=int, default=1600)
+    parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

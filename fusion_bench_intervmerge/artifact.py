@@ -151,32 +151,31 @@ def check_place(folder: Path, where: str) -> None:
     """
     allowed = "a new or empty folder, or that of a saved model"
     if folder.is_dir():
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise ConfigError(where, f"{folder} cannot be read", allowed)
         if os.path.ismount(folder):
             raise ConfigError(where, f"{folder} is a mount point", "a folder in it")
-        others = [f for f in sorted(folder.rglob("*")) if f.is_symlink() or not f.is_dir()]
-        ours = _own_files(folder) if others else set()
-        for file in others:
-            if file.relative_to(folder).as_posix() not in ours:
-                raise ConfigError(
-                    where,
-                    f"{folder} holds {file.relative_to(folder)}, which would be lost",
-                    allowed,
-                )
+        ours = _own_entries(folder)
+        for entry in folder.rglob("*"):  # to the first that is not ours: it may be a whole home
+            name = entry.relative_to(folder).as_posix()
+            if name not in ours:
+                raise ConfigError(where, f"{folder} holds {name}, which would be lost", allowed)
     elif os.path.lexists(folder):
         raise ConfigError(where, f"{folder} is no folder", allowed)
     parent = folder.absolute().parent
     while not os.path.lexists(parent):
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(where, f"cannot be written ({parent})", "a writable folder")
+        raise ConfigError(where, f"{parent} cannot be written to", "a writable folder")
 
 
-def _own_files(folder: Path) -> set[str]:
-    """The files of the saved model in a folder; none where there is no saved model."""
+def _own_entries(folder: Path) -> set[str]:
+    """What belongs to the saved model in a folder; nothing where there is no saved model."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if config["format"] in READABLE and isinstance(config["interventions"], dict):
-            return {"config.json", "README.md", *_files_of(config["tasks"])}
+            files = ["config.json", "README.md", *_files_of(config["tasks"])]
+            return {"merged", "interventions", *files}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         pass
     return set()
