@@ -276,6 +276,19 @@ def test_an_output_whose_task_never_comes_is_the_merged_encoders(images):
     assert count.images == len(images)
 
 
+def test_an_output_that_is_put_off_is_of_the_images_that_were_given(images):
+    model = perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}}))
+    buffer = images.clone()
+    with torch.no_grad():
+        output = model(buffer)
+        embeds = model.tower.projection(output[1])
+        buffer.zero_()  # the next batch
+        torch.testing.assert_close(embeds + 0, model.encode(images))
+        edited, _, _ = model.compute_surgery_features(embeds, "ants")
+        expected = torch.nn.functional.normalize(model.encode(images, "ants"), dim=-1)
+        torch.testing.assert_close(edited, expected)
+
+
 def test_the_difference_and_the_merged_features_are_there_for_who_asks(images):
     model = perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}}))
     with torch.no_grad():
