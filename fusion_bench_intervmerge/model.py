@@ -227,9 +227,9 @@ class InterventionModel(TaskAwareModel):
             model = cls(saved.tower, [], saved.interventions, saved.seed)
             for task, tensors in saved.edits.items():
                 with torch.device("meta"):  # no memory is taken before the sizes are known to fit
-                    planned = _tensors(model._new_edits(task))
-                check_fit(planned, tensors, f"interventions/{task}.safetensors")
-                model.add_task(task)
+                    edits = model._new_edits(task)
+                check_fit(_tensors(edits), tensors, f"interventions/{task}.safetensors")
+                model.edits[task] = edits.to_empty(device=model.device)
                 _load(model.edits[task], tensors)
         except artifact.MISFITS as error:
             raise artifact.misfit(folder, error) from None
