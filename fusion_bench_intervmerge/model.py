@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from . import artifact
 from .encoders import VisionTower
 from .encoders.base import check_fit
-from .errors import ConfigError
 from .interventions import (
     Function,
     InterventionConfig,
@@ -29,6 +28,7 @@ from .interventions import (
     read_interventions,
 )
 from .task_aware import TaskAwareModel
+from .task_names import check_task_name
 
 
 @dataclass
@@ -140,20 +140,27 @@ class InterventionModel(TaskAwareModel):
 
     def add_task(self, task: str) -> None:
         """Give a task edits at their starting values; ``distill`` trains them."""
-        if not isinstance(task, str) or not task or "." in task or hasattr(nn.ModuleDict, task):
-            raise ConfigError("tasks", f"{task!r} cannot name a task", "non-empty, no dots")
-        if task in self.edits:
-            raise ConfigError("tasks", f"{task!r} is there already", "a new name")
+        check_task_name(task, self.tasks)
+        ranks = {
+            # What is solved in closed form has no start: it is not there before.
+            site: of if self.interventions[site].init != "regression" else {}
+            for site, of in self._same_ranks().items()
+        }
+        self.edits[task] = self._new_edits(task, ranks).to(self.tower.device)
+
+    def _new_edits(self, task: str, ranks: Mapping[str, Mapping[str, int]]) -> nn.ModuleDict:
+        """Edits at their starting values: site -> block -> rank; a block left out has none."""
         digest = hashlib.sha256(f"{self.seed} {task}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         sites = nn.ModuleDict()
         for site, config in self.interventions.items():
-            # What is solved in closed form has no start: it is not there before.
-            blocks = [] if config.init == "regression" else self.placements[site].blocks
+            init = "reference" if config.init == "regression" else config.init
+            of = ranks.get(site, {})
+            blocks = [str(b) for b in self.placements[site].blocks if str(b) in of]
             sites[site] = nn.ModuleDict(
-                {str(b): self._build(site, config.rank, config.init, generator) for b in blocks}
+                {block: self._build(site, of[block], init, generator) for block in blocks}
             )
-        self.edits[task] = sites.to(self.tower.device)
+        return sites
 
     def set_rank(self, task: str, site: str, block: int, rank: int) -> Function | None:
         """Replace one edit by a fresh one of another rank; the other edits stay.
@@ -239,7 +246,7 @@ class InterventionModel(TaskAwareModel):
         Raises:
             ConfigError: the folder cannot be written to.
         """
-        edits = {task: self._tensors(task) for task in self.tasks}
+        edits = {task: _tensors(edits) for task, edits in self.edits.items()}
         artifact.write(
             artifact.Artifact(
                 self.tower,
@@ -262,55 +269,34 @@ class InterventionModel(TaskAwareModel):
         """
         saved = artifact.read(Path(folder))
         try:
-            model = cls(saved.tower, saved.tasks, saved.interventions, saved.seed)
-            model._set_ranks(saved.ranks)
-            for task, edits in saved.edits.items():
-                model._load(task, edits)
-        except ValueError as error:
-            raise artifact.ArtifactError(f"{folder}: {error}") from None
+            model = cls(saved.tower, [], saved.interventions, saved.seed)
+            for task, tensors in saved.edits.items():
+                ranks = model._same_ranks() if saved.ranks is None else saved.ranks.get(task, {})
+                with torch.device("meta"):  # no memory is taken before the sizes are known to fit
+                    edits = model._new_edits(task, ranks)
+                check_fit(_tensors(edits), tensors, f"interventions/{task}.safetensors")
+                model.edits[task] = edits.to_empty(device=model.device)
+                _load(model.edits[task], tensors)
+        except artifact.MISFITS as error:
+            raise artifact.misfit(folder, error) from None
         model.metadata = saved.metadata
         return model
 
-    def _places(self) -> list[tuple[str, int]]:
-        """Every (site, block) that may have an edit."""
-        return [(site, block) for site, p in self.placements.items() for block in p.blocks]
-
-    def _unequal_ranks(self) -> dict[str, dict[str, dict[int, int]]] | None:
+    def _unequal_ranks(self) -> dict[str, dict[str, dict[str, int]]] | None:
         """``ranks``, where they are not all as the settings say."""
-        ranks = self.ranks()
-        for task in self.tasks:
-            for site, block in self._places():
-                if ranks[task][site].get(block) != self.interventions[site].rank:
-                    return ranks
-        return None
-
-    def _set_ranks(self, ranks: Mapping[str, Mapping[str, Mapping[Any, int]]] | None) -> None:
-        """Give every edit its rank: the settings' where ``ranks`` is None."""
-        for task in self.tasks:
-            for site, block in self._places():
-                rank = self.interventions[site].rank
-                if ranks is not None:
-                    rank = {int(b): r for b, r in ranks[task][site].items()}.get(block, 0)
-                function = self.edit_at(task, site, block)
-                if rank != (function.rank if function is not None else 0):
-                    self.set_rank(task, site, block, rank)
-
-    def _tensors(self, task: str) -> dict[str, Tensor]:
-        """The tensors of a task's formulas, named ``<site>.<block>.<tensor>``."""
-        return {
-            f"{site}.{block}.{name}": tensor
-            for site, blocks in self.edits[task].items()
-            for block, function in blocks.items()
-            for name, tensor in function.tensors().items()
+        found = {
+            task: {site: {str(b): r for b, r in of.items()} for site, of in sites.items()}
+            for task, sites in self.ranks().items()
         }
+        same = self._same_ranks()
+        return None if all(ranks == same for ranks in found.values()) else found
 
-    def _load(self, task: str, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what ``_tensors`` gave; ValueError where it does not fit."""
-        check_fit(self._tensors(task), tensors, f"interventions/{task}.safetensors")
-        for site, blocks in self.edits[task].items():
-            for block, function in blocks.items():
-                names = function.tensors()
-                function.load({name: tensors[f"{site}.{block}.{name}"] for name in names})
+    def _same_ranks(self) -> dict[str, dict[str, int]]:
+        """Site -> block -> the rank of its settings."""
+        return {
+            site: {str(block): config.rank for block in self.placements[site].blocks}
+            for site, config in self.interventions.items()
+        }
 
     # -- the task of a forward pass ----------------------------------------------------------------
 
@@ -546,6 +532,24 @@ def _after_site(
     route = _ROUTES.get().get(hooks)
     if route is not None and route.tasks:
         route.model.apply_edit(site, block, route.model.tower.site_tensor(output))
+
+
+def _tensors(edits: Any) -> dict[str, Tensor]:
+    """The tensors of a task's formulas, named ``<site>.<block>.<tensor>``."""
+    return {
+        f"{site}.{block}.{name}": tensor
+        for site, blocks in edits.items()
+        for block, function in blocks.items()
+        for name, tensor in function.tensors().items()
+    }
+
+
+def _load(edits: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Take over what ``_tensors`` gave."""
+    for site, blocks in edits.items():
+        for block, function in blocks.items():
+            names = function.tensors()
+            function.load({name: tensors[f"{site}.{block}.{name}"] for name in names})
 
 
 def _stack(functions: Sequence[Function | None], ids: Tensor | None) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from fusion_bench_intervmerge.encoders import VisionTower, as_tower
 from fusion_bench_intervmerge.encoders.convert import to_openclip
+
+# what hostile files are made of; the campaigns themselves are longer than tests may be
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 TASKS = ["ants", "bees", "cats"]
 

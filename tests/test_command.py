@@ -396,6 +396,8 @@ EDIT = "interventions.attention"
         (["method.optimizer.lr=-1"], "optimizer: Invalid learning rate"),
         (["+method.coefficients.init=base"], "coefficients.init: `base` is no AdaMerging"),
         (["method.save_to=/proc/self/model"], "save_to: /proc/self cannot be written to"),
+        (["method.save_to='{log_dir}'"], "is where the run's logs go; allowed: '{log_dir}/"),
+        (["method.save_to=/etc"], "save_to: /etc holds "),
     ],
 )
 def test_an_error_is_one_line_that_says_where(overrides, message, tmp_path, monkeypatch):
@@ -416,6 +418,15 @@ def test_a_pool_without_experts():
 
     with pytest.raises(ConfigError, match="there are no experts"):
         ExpertPool(BaseModelPool({"_pretrained_": "somewhere"}))
+
+
+def test_a_task_of_a_bad_name():
+    from fusion_bench import BaseModelPool
+
+    from fusion_bench_intervmerge.fusion.experts import ExpertPool
+
+    with pytest.raises(ConfigError, match=r"modelpool\.models: '/tmp/x' cannot name a task"):
+        ExpertPool(BaseModelPool({"_pretrained_": "somewhere", "/tmp/x": "elsewhere"}))
 
 
 def test_live_models_stay_as_they_are():

@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import fusion_bench_config
 import pytest
 import torch
+import yaml
 from conftest import TASKS, acts, hf_tower, openclip_tower, perturbed, relative
+from hostile_artifacts import BAD_NAMES, GOOD_NAMES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.transformer import VisionTransformer
@@ -273,6 +277,19 @@ def test_an_output_whose_task_never_comes_is_the_merged_encoders(images):
     assert count.images == len(images)
 
 
+def test_an_output_that_is_put_off_is_of_the_images_that_were_given(images):
+    model = perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}}))
+    buffer = images.clone()
+    with torch.no_grad():
+        output = model(buffer)
+        embeds = model.tower.projection(output[1])
+        buffer.zero_()  # the next batch
+        torch.testing.assert_close(embeds + 0, model.encode(images))
+        edited, _, _ = model.compute_surgery_features(embeds, "ants")
+        expected = torch.nn.functional.normalize(model.encode(images, "ants"), dim=-1)
+        torch.testing.assert_close(edited, expected)
+
+
 def test_the_difference_and_the_merged_features_are_there_for_who_asks(images):
     model = perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}}))
     with torch.no_grad():
@@ -378,10 +395,34 @@ def test_threads_do_not_see_each_others_task(images):
     assert sum(wrong) == 0, f"{sum(wrong)} of {len(wrong)}"
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "items", 3])
+@pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
 def test_bad_task_names(name):
-    with pytest.raises(ConfigError, match="tasks"):
-        InterventionModel(hf_tower(), [name], {"attention": InterventionConfig()})
+    with pytest.raises(ConfigError, match="tasks") as error:
+        InterventionModel(hf_tower(), ["mnist", name], {"output": InterventionConfig()})
+    assert "\n" not in str(error.value)
+
+
+def test_good_task_names():
+    names = [*GOOD_NAMES, *names_in_fusion_bench()]
+    model = InterventionModel(hf_tower(), names, {"output": {}})
+    assert model.tasks == names and len(names) > 50
+    with pytest.raises(ConfigError, match="'Mnist' and 'mnist' would share a file"):
+        model.add_task("Mnist")
+
+
+def names_in_fusion_bench():
+    """The tasks of every pool in FusionBench's configs and in ours."""
+    folders = [Path(p) for p in fusion_bench_config.__path__] + [
+        Path(__file__).parents[1] / "config"
+    ]
+    names = set()
+    for file in (file for folder in folders for file in folder.glob("modelpool/**/*.yaml")):
+        pool = yaml.safe_load(file.read_text()) or {}
+        for key in ("models", "train_datasets", "test_datasets"):
+            if isinstance(pool.get(key), dict):
+                names |= set(pool[key])
+    assert {"sun397", "stanford-cars", "emnist_letters", "rendered-sst2"} <= names
+    return sorted(name for name in names - set(GOOD_NAMES) if not name.startswith("_"))
 
 
 def test_too_few_tasks_for_the_images(images):

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from ..errors import ConfigError
 from .base import VisionTower
 
 _FAMILIES = {"huggingface": "HuggingFaceTower", "openclip": "OpenCLIPTower"}
@@ -18,14 +19,20 @@ def tower_from_spec(spec: Mapping[str, Any]) -> VisionTower:
     """Build the tower that ``VisionTower.spec`` described, weights yet to be loaded.
 
     Raises:
-        ValueError: the family is unknown.
+        ValueError: the family is unknown, or the sizes are none of a tower's.
     """
     family = spec.get("family")
-    if family not in _FAMILIES:
+    if not isinstance(family, str) or family not in _FAMILIES:
         raise ValueError(f"unknown tower family {family!r}; known: {', '.join(_FAMILIES)}")
     # imported on demand: a Hugging Face user need not wait for open_clip, nor the other way round
     module = importlib.import_module(f"{__name__}.{family}")
-    return getattr(module, _FAMILIES[family]).from_spec(spec)
+    try:
+        return getattr(module, _FAMILIES[family]).from_spec(spec)
+    except ConfigError:
+        raise
+    except Exception as error:  # heads that do not divide the width, and whatever else there may be
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"tower: nothing that {family} can build ({reason})") from error
 
 
 def as_tower(model: nn.Module, projection: nn.Linear | None = None) -> VisionTower:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
 
+from ..artifact import check_place
 from ..cache import cache_root
 from ..checkpoint import interruptible
 from ..coefficients import (
@@ -366,11 +366,11 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
 
     def _check_writable(self, folder: Path) -> None:
         """Say so before the training, not after it."""
-        parent = folder.absolute()
-        while not parent.exists():
-            parent = parent.parent
-        if not os.access(parent, os.W_OK):
-            raise ConfigError("save_to", f"{parent} cannot be written to", "a writable folder")
+        logs = Path(self.log_dir or ".").resolve()
+        if folder.resolve() in (logs, *logs.parents):
+            allowed = "'{log_dir}/intervmerge', or a folder elsewhere"
+            raise ConfigError("save_to", f"{folder} is where the run's logs go", allowed)
+        check_place(folder, "save_to")
 
 
 def _suggested_task_pool() -> str:

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from ..encoders import VisionTower, as_tower
 from ..errors import ConfigError
+from ..task_names import check_task_name
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class ExpertPool:
         pool: a ``CLIPVisionModelPool`` or an ``OpenCLIPVisionModelPool``.
 
     Raises:
-        ConfigError: the pool has no experts.
+        ConfigError: the pool has no experts, or a name that no task may have.
     """
 
     def __init__(self, pool: BaseModelPool):
@@ -43,6 +44,8 @@ class ExpertPool:
         self.tasks: list[str] = list(pool.model_names)
         if not self.tasks:
             raise ConfigError("modelpool.models", "there are no experts", "one model a task")
+        for index, task in enumerate(self.tasks):
+            check_task_name(task, self.tasks[:index], "modelpool.models")
         self._projection: nn.Linear | None = None
 
     def tower(self, name: str) -> VisionTower:
