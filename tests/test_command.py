@@ -383,7 +383,7 @@ EDIT = "interventions.attention"
         ([f"method.{EDIT}.rank=65"], f"{EDIT}.rank: 65 does not fit vectors of width 64"),
         ([f"method.{EDIT}.part=[32,80]"], f"{EDIT}.part: [32, 80] lies outside the width 64"),
         ([f"method.{EDIT}.blocks=[6]"], f"{EDIT}.blocks: there is no block 6"),
-        (["modelpool=clip-vit-b32_TA8"], "modelpool.models._pretrained_: cannot be had"),
+        (["modelpool=clip-vit-b32_TA8"], "modelpool.models._pretrained_: could not be loaded"),
         (["+method.data.cache=1"], "data.cache: no such setting"),
         (["method.data.split=all"], "data.split: 'all'; allowed: test, validation, train"),
         (["method.save_every=0"], "save_every: 0; allowed: a whole number, 1 to"),
@@ -400,7 +400,7 @@ def test_an_error_is_one_line_that_says_where(overrides, message, tmp_path, monk
     with pytest.raises(ConfigError) as error:
         in_process("method=intervmerge", "fast_dev_run=true", *chosen, *overrides, folder=tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
-    if "cannot be had" in message:
+    if "could not be loaded" in message:
         assert "modelpool=clip-vit-tiny_TA8" in str(error.value)
         assert "openai/clip-vit-base-patch32" in str(error.value)
 
@@ -494,10 +494,10 @@ def test_experts_of_different_shape(tmp_path):
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
     small |= {"num_attention_heads": 4, "image_size": 32, "patch_size": 8}
     CLIPVisionModel(CLIPVisionConfig(**small)).save_pretrained(tmp_path / "narrow")
-    with pytest.raises(ConfigError, match=r"modelpool\.models\.extra: .*fc1\S* has shape \(128"):
+    with pytest.raises(ConfigError, match=r"modelpool\.models\.letters: .*fc1\S* has shape \(128"):
         in_process(
             "method=intervmerge",
-            f"+modelpool.models.extra={tmp_path / 'narrow'}",
+            f"+modelpool.models.letters={tmp_path / 'narrow'}",
             "modelpool=clip-vit-tiny_TA8",
             folder=tmp_path,
         )
