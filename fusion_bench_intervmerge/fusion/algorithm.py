@@ -39,7 +39,7 @@ from .experts import ExpertPool
 from .hub import warn_if_unreachable
 from .live import show_repair
 from .program import HOST_KEYS, check_arguments, check_family, has_task_pool, plain, split_settings
-from .screen import one_line
+from .screen import host_in_the_log, one_line
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         self.data = self.settings.data
         self._make_optimizer([nn.Parameter(torch.zeros(1))])  # refused now, not after the merge
 
+    @host_in_the_log()
     @one_line
     def run(self, modelpool: BaseModelPool) -> InterventionModel:
         """Merge the pool's experts and train the edits.
@@ -100,7 +101,6 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             folder = self._artifact_folder()
             model.save_pretrained(folder)
             log.info("the model is saved in %s", folder)
-        self.print_profile_summary()
         return model
 
     def _remember(

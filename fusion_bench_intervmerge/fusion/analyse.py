@@ -25,7 +25,7 @@ from ..settings import Folder, Settings, whole
 from .diagnosis import table
 from .experts import ExpertPool
 from .program import check_family, has_task_pool, split_settings
-from .screen import one_line
+from .screen import host_in_the_log, one_line
 
 
 class Analyser:
@@ -140,6 +140,7 @@ class AnalyseInterventionModel(LightningFabricMixin, BaseAlgorithm):
         super().__init__(**host)
         self.settings = AnalyseSettings.read(settings)
 
+    @host_in_the_log()
     @one_line
     def run(self, modelpool: BaseModelPool) -> dict[str, Any] | None:
         """Analyse, and hand the merged encoder and the repaired model to the task pool, if any.

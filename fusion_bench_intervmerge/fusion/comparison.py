@@ -31,7 +31,7 @@ from .hub import warn_if_unreachable
 from .individual import IndividualExperts
 from .live import show_comparison
 from .program import HOST_KEYS, check_family, split_settings
-from .screen import one_line
+from .screen import host_in_the_log, one_line
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +135,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
                 IntervMergeAlgorithm(**self.settings.method(method))
         self._losses: dict[str, dict[str, list[float]]] = {}
 
+    @host_in_the_log()
     @one_line
     def run(self, modelpool: BaseModelPool) -> dict[str, Any]:
         """Returns every model by name, and ``comparison``: what each is."""

@@ -11,7 +11,7 @@ from ..errors import unknown_key
 from ..model import InterventionModel
 from ..settings import Flag, Folder, Settings
 from .program import check_family, split_settings
-from .screen import one_line
+from .screen import host_in_the_log, one_line
 
 
 class LoadSettings(Settings):
@@ -44,6 +44,7 @@ class LoadInterventionModel(BaseAlgorithm):
         super().__init__(**host)
         self.settings = LoadSettings.read(settings)
 
+    @host_in_the_log()
     @one_line
     def run(self, modelpool: BaseModelPool) -> InterventionModel:
         """The saved model; the model pool is not read.
