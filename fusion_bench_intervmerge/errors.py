@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+GROUPS = ("method", "modelpool", "taskpool", "fabric")
+
 
 class ConfigError(ValueError):
     """Bad input, said in one line.
@@ -26,7 +28,12 @@ class ConfigError(ValueError):
         )
 
     def under(self, key: str) -> ConfigError:
-        """The same error of a setting that is nested in ``key``."""
+        """The same error of a setting that is nested in ``key``.
+
+        What lies in a config group of its own, such as the model pool, is nought of a method's.
+        """
+        if self.where.partition(".")[0] in GROUPS:
+            return self
         where = ".".join(part for part in (key, self.where) if part)
         return ConfigError(where, self.problem, self.allowed)
 
@@ -34,14 +41,14 @@ class ConfigError(ValueError):
 def unknown_key(key: object, known: Iterable[str], noun: str = "setting") -> ConfigError:
     """A key that is none of those known, perhaps a misspelt one."""
     known = list(known)
-    near = difflib.get_close_matches(str(key), known, n=1)
+    near = difflib.get_close_matches(str(key).lower(), known, n=1)
     meant = f", did you mean {near[0]}?" if near else ""
     return ConfigError(str(key), f"no such {noun}{meant}", ", ".join(known))
 
 
 @contextmanager
 def named(key: str) -> Iterator[None]:
-    """Errors of settings inside are of settings that are nested in ``key``."""
+    """Errors inside are of settings that are nested in ``key`` (see ``ConfigError.under``)."""
     try:
         yield
     except ConfigError as error:

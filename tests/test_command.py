@@ -387,7 +387,7 @@ EDIT = "interventions.attention"
         ([f"method.{EDIT}.rank=65"], f"{EDIT}.rank: 65 does not fit vectors of width 64"),
         ([f"method.{EDIT}.part=[32,80]"], f"{EDIT}.part: [32, 80] lies outside the width 64"),
         ([f"method.{EDIT}.blocks=[6]"], f"{EDIT}.blocks: there is no block 6"),
-        (["modelpool=clip-vit-b32_TA8"], "modelpool.models._pretrained_: cannot be had"),
+        (["modelpool=clip-vit-b32_TA8"], "modelpool.models._pretrained_: could not be loaded"),
         (["+method.data.cache=1"], "data.cache: no such setting"),
         (["method.data.split=all"], "data.split: 'all'; allowed: test, validation, train"),
         (["method.save_every=0"], "save_every: 0; allowed: a whole number, 1 to"),
@@ -406,7 +406,7 @@ def test_an_error_is_one_line_that_says_where(overrides, message, tmp_path, monk
     with pytest.raises(ConfigError) as error:
         in_process("method=intervmerge", "fast_dev_run=true", *chosen, *overrides, folder=tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
-    if "cannot be had" in message:
+    if "could not be loaded" in message:
         assert "modelpool=clip-vit-tiny_TA8" in str(error.value)
         assert "openai/clip-vit-base-patch32" in str(error.value)
 
@@ -555,24 +555,49 @@ def test_experts_of_different_shape(tmp_path):
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
     small |= {"num_attention_heads": 4, "image_size": 32, "patch_size": 8}
     CLIPVisionModel(CLIPVisionConfig(**small)).save_pretrained(tmp_path / "narrow")
-    with pytest.raises(ConfigError, match=r"modelpool\.models\.extra: .*fc1\S* has shape \(128"):
+    with pytest.raises(ConfigError, match=r"modelpool\.models\.letters: .*fc1\S* has shape \(128"):
         in_process(
             "method=intervmerge",
-            f"+modelpool.models.extra={tmp_path / 'narrow'}",
+            f"+modelpool.models.letters={tmp_path / 'narrow'}",
             "modelpool=clip-vit-tiny_TA8",
             folder=tmp_path,
         )
 
 
 def test_the_command_ends_with_that_line(tmp_path):
-    done = fusion_bench(
-        "method=intervmerge",
-        "method.interventions.attention.function=reft",
-        *TINY,
-        *QUIET,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.returncode != 0
-    last = [line for line in done.stderr.splitlines() if line.strip()][-2]
-    assert "interventions.attention.function: there is no function 'reft'; allowed:" in last
+    log = tmp_path / "log"
+    given = ["method=intervmerge", "+method.stepss=5", f"path.log_dir={log}", *TINY, *QUIET]
+    done = fusion_bench(*given, cwd=tmp_path, check=False)
+    line = "method.stepss: no such setting, did you mean steps?; allowed: interventions, base,"
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+    (told,) = [shown for shown in done.stderr.splitlines() if line in shown]
+    assert told.startswith(line)
+    # Hydra's own two lines stand around it; what FusionBench logs of it is in its file
+    assert len([shown for shown in done.stderr.splitlines() if shown]) == 3
+    assert any("Traceback" in file.read_text() for file in log.glob("*.log"))
+
+
+def test_within_hydra_an_error_is_one_that_hydra_shows_as_a_line(tmp_path):
+    import pickle
+
+    from hydra.errors import CompactHydraException
+
+    with pytest.raises(ConfigError) as error:
+        in_process("method=intervmerge", "method.steps=a", *TINY, folder=tmp_path)
+    assert isinstance(error.value, CompactHydraException)
+    assert type(error.value.__cause__) is ConfigError  # what HYDRA_FULL_ERROR=1 shows
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)  # from a launcher
+
+
+def test_ctrl_c_is_one_line(tmp_path, monkeypatch):
+    from fusion_bench_intervmerge.distillation import Interrupted
+
+    told = "stopped after step 12 of 200; the same command goes on from there"
+
+    def stop(*args, **kwargs):
+        raise Interrupted(told)
+
+    monkeypatch.setattr("fusion_bench_intervmerge.fusion.algorithm.distill", stop)
+    with pytest.raises(SystemExit) as stopped:  # which Python shows as its message alone
+        in_process("method=intervmerge", "modelpool=clip-vit-tiny_TA8", folder=tmp_path)
+    assert stopped.value.code == told

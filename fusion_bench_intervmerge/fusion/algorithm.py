@@ -19,7 +19,7 @@ from fusion_bench.constants import RuntimeConstants
 from fusion_bench.mixins import LightningFabricMixin, SimpleProfilerMixin
 from rich.console import Console
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from ..artifact import check_place
 from ..cache import cache_root
@@ -40,8 +40,10 @@ from ..solving import solve
 from .base_merge import run_adamerging, run_base
 from .diagnosis import diagnose, table
 from .experts import ExpertPool
+from .hub import warn_if_unreachable
 from .live import show_repair
-from .program import HOST_KEYS, check_arguments, has_task_pool, plain, split_settings
+from .program import HOST_KEYS, check_arguments, check_family, has_task_pool, plain, split_settings
+from .screen import host_in_the_log, one_line
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
 
     Settings = MethodSettings
 
+    @one_line
     def __init__(self, interventions: Any = None, base: Any = None, **settings: Any):
         settings, host = split_settings(settings, interventions=interventions, base=base)
         super().__init__(**host)
@@ -71,6 +74,8 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         self.data = self.settings.data
         self._make_optimizer([nn.Parameter(torch.zeros(1))])  # refused now, not after the merge
 
+    @host_in_the_log()
+    @one_line
     def run(self, modelpool: BaseModelPool) -> InterventionModel:
         """Merge the pool's experts and train the edits.
 
@@ -82,11 +87,14 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             DistillationError: the loss is not finite.
         """
         pool = ExpertPool(modelpool)
+        check_family(self._program, pool.family)
+        warn_if_unreachable(pool.pool._models.values())
         if self.settings.save_to is not None:
             self._check_writable(self._artifact_folder())
         if self.settings.extend is not None:
             model, done = self._extend(pool, Path(self.settings.extend))
         else:
+            self.look_ahead(pool, pool.first_tower())
             with self.profile("merging"), interruptible("merging the experts"):
                 merged, mixture = self.merge(pool)
             with self.profile("distillation"):
@@ -97,7 +105,6 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         if self.settings.save_to is not None and self.fabric.is_global_zero:
             self._save(model, done)
         done.clear()
-        self.print_profile_summary()
         return model
 
     def _save(self, model: InterventionModel, done: Distillation) -> None:
@@ -124,19 +131,29 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         seen["transductive"] = seen.get("transductive", False) or now["transductive"]
         seen["extended"] = [*seen.get("extended", []), {"tasks": list(done.images), **now}]
 
+    def look_ahead(self, pool: ExpertPool, tower: VisionTower) -> None:
+        """Ask for what the training will need, so that what is missing is said before the merge.
+
+        Args:
+            pool: the experts and their images.
+            tower: one of the pool's; it is used up.
+
+        Raises:
+            ConfigError: edits that do not fit the encoder, or images that are not found.
+        """
+        InterventionModel(tower, pool.tasks[:1], self.interventions)
+        for task in pool.tasks:
+            pool.images(task, self.data.split)
+
     def merge(self, pool: ExpertPool) -> tuple[VisionTower, Mixture | None]:
         """The merged encoder, and the mixture it came from where ``coefficients`` are set."""
         if self.coefficients is not None:
             return self._mix(pool)
-        # Ask for what every method will ask for, so that what is missing is said in one line.
-        name = "_merged_" if pool.pool.has_merged else pool.pool.all_model_names[0]
-        tower = pool.tower(name)
         if pool.pool.has_merged:
             log.info("the pool has a merged model: it is repaired, and `base` is not run")
-            return tower, None
+            return pool.tower("_merged_"), None
         if self.base is None:
             raise ConfigError("base", "nothing merges the experts", "a FusionBench method")
-        InterventionModel(tower, pool.tasks[:1], self.interventions)  # do the edits fit at all?
         try:
             model = run_base(self.base, pool.pool, self.fabric, self._program)
         except (RuntimeError, ValueError, KeyError):
@@ -253,7 +270,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             start = settings.init
         init = initial_coefficients(start, len(pool.tasks), len(theta0), settings.granularity)
         ties = settings.task_vectors == "ties"
-        vectors = (task_vector(pool.tower(task), theta0) for task in pool.tasks)
+        vectors = (self._vector(pool, task, theta0) for task in pool.tasks)
         trimmed = (trim(vector, settings.keep) if ties else vector for vector in vectors)
         mixture = Mixture(theta0, trimmed, init, getattr(torch, settings.dtype))
         if ties:
@@ -262,6 +279,13 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         if not settings.train:
             mixture.release()
         return tower, mixture
+
+    def _vector(self, pool: ExpertPool, task: str, theta0: Sequence[Tensor]) -> list[Tensor]:
+        try:
+            return task_vector(pool.tower(task), theta0)
+        except ConfigError:
+            pool.check_shapes()  # names the expert and the tensor
+            raise
 
     # -- around the trainer ------------------------------------------------------------------------
 

@@ -24,7 +24,8 @@ from ..model import InterventionModel
 from ..settings import Folder, Settings, whole
 from .diagnosis import table
 from .experts import ExpertPool
-from .program import has_task_pool, split_settings
+from .program import check_family, has_task_pool, split_settings
+from .screen import host_in_the_log, one_line
 
 
 class Analyser:
@@ -133,11 +134,14 @@ class AnalyseInterventionModel(LightningFabricMixin, BaseAlgorithm):
 
     Settings = AnalyseSettings
 
+    @one_line
     def __init__(self, path: Any = None, **settings: Any):
         settings, host = split_settings(settings, path=path)
         super().__init__(**host)
         self.settings = AnalyseSettings.read(settings)
 
+    @host_in_the_log()
+    @one_line
     def run(self, modelpool: BaseModelPool) -> dict[str, Any] | None:
         """Analyse, and hand the merged encoder and the repaired model to the task pool, if any.
 
@@ -147,6 +151,7 @@ class AnalyseInterventionModel(LightningFabricMixin, BaseAlgorithm):
         """
         settings = self.settings
         pool, folder = ExpertPool(modelpool), Path(settings.path)
+        check_family(self._program, pool.family)
         analyser = Analyser(settings.analyses, settings.images, settings.split, self.fabric.device)
         model = InterventionModel.from_pretrained(folder)
         tasks = [task for task in pool.tasks if task in model.tasks]

@@ -25,6 +25,7 @@ from ..cache import cache_root
 from ..errors import ConfigError
 from ..files import whole_file
 from ..pickles import read_tensor
+from .hub import watched
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ def run_base(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -> 
         # Methods merge into the models they are given, and these are the user's.
         pool = copy.copy(pool)
         pool._models = {str(n): copy.deepcopy(model) for n, model in pool._models.items()}
+    pool = watched(pool)
     getattr(method, "on_run_start", lambda: None)()  # older methods have neither
     merged = method.run(pool)
     getattr(method, "on_run_end", lambda: None)()

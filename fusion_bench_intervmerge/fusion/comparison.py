@@ -28,9 +28,11 @@ from .algorithm import IntervMergeAlgorithm
 from .analyse import Analyser
 from .base_merge import run_adamerging
 from .experts import ExpertPool
+from .hub import warn_if_unreachable
 from .individual import IndividualExperts
 from .live import show_comparison
-from .program import HOST_KEYS, split_settings
+from .program import HOST_KEYS, check_family, split_settings
+from .screen import host_in_the_log, one_line
 
 log = logging.getLogger(__name__)
 
@@ -90,17 +92,22 @@ class ComparisonSettings(Settings):
             CoefficientSettings.read(start, f"coefficients.{name}")
         DataSettings.read(self.data or {}, "data")
         for name in self.methods:
-            MethodSettings.read(self.method(name), f"methods.{name}")
+            for settings in (self._own(name), self.method(name)):
+                MethodSettings.read(settings, f"methods.{name}")
         return self
 
     def method(self, name: str) -> dict[str, Any]:
         """A method's settings, with those that hold for all."""
-        own = {k: v for k, v in self.methods[name].items() if k not in ("_target_", *HOST_KEYS)}
+        own = self._own(name)
         if self.steps is not None and own.get("steps") != 0:
             own["steps"] = self.steps
-        if self.data is not None and isinstance(own.get("data", {}), Mapping):
+        if self.data is not None:
             own["data"] = {**own.get("data", {}), **self.data}
         return own
+
+    def _own(self, name: str) -> dict[str, Any]:
+        given = self.methods[name]
+        return {k: v for k, v in given.items() if k not in ("_target_", *HOST_KEYS)}
 
 
 class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
@@ -120,6 +127,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
 
     Settings = ComparisonSettings
 
+    @one_line
     def __init__(self, bases: Any = None, methods: Any = None, **settings: Any):
         settings, host = split_settings(settings, bases=bases, methods=methods)
         super().__init__(**host)
@@ -130,11 +138,19 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         self._losses: dict[str, dict[str, list[float]]] = {}
         self._states: list[StateFolder] = []
 
+    @host_in_the_log()
+    @one_line
     def run(self, modelpool: BaseModelPool) -> dict[str, Any]:
         """Returns every model by name, and ``comparison``: what each is."""
         pool = ExpertPool(modelpool)
+        check_family(self._program, pool.family)
+        warn_if_unreachable(pool.pool._models.values())
         settings = self.settings
         analyser = Analyser(settings.analyses, settings.analysis_images, "test", self.fabric.device)
+        tower = pool.first_tower()
+        for method in settings.methods:
+            with named(f"methods.{method}"):
+                self._algorithm(settings.method(method), seed=0).look_ahead(pool, tower)
         models: dict[str, Any] = {}
         about: dict[str, dict[str, Any]] = {}
         if settings.references:

@@ -10,7 +10,8 @@ from pydantic import Field
 from ..errors import unknown_key
 from ..model import InterventionModel
 from ..settings import Flag, Folder, Settings
-from .program import split_settings
+from .program import check_family, split_settings
+from .screen import host_in_the_log, one_line
 
 
 class LoadSettings(Settings):
@@ -37,11 +38,14 @@ class LoadInterventionModel(BaseAlgorithm):
 
     Settings = LoadSettings
 
+    @one_line
     def __init__(self, path: Any = None, **settings: Any):
         settings, host = split_settings(settings, path=path)
         super().__init__(**host)
         self.settings = LoadSettings.read(settings)
 
+    @host_in_the_log()
+    @one_line
     def run(self, modelpool: BaseModelPool) -> InterventionModel:
         """The saved model; the model pool is not read.
 
@@ -50,6 +54,7 @@ class LoadInterventionModel(BaseAlgorithm):
             ConfigError: a task to leave out that the model does not have.
         """
         model = InterventionModel.from_pretrained(self.settings.path)
+        check_family(self._program, model.tower.family)
         for task in self.settings.drop:
             if task not in model.tasks:
                 raise unknown_key(task, model.tasks, "task").under("drop")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from math import isfinite
 from typing import Any
 
-from fusion_bench.taskpool import DummyTaskPool
+from fusion_bench.taskpool import CLIPVisionModelTaskPool, DummyTaskPool
 from omegaconf import OmegaConf
 
 from ..errors import ConfigError, unknown_key
@@ -26,6 +26,24 @@ def has_task_pool(program: Any) -> bool:
 
 
 # FusionBench's own, which any of its configs may carry.
+def check_family(program: Any, family: str) -> None:
+    """Make sure that the task pool evaluates encoders of this family, before they are trained.
+
+    Raises:
+        ConfigError: it evaluates those of the other one.
+    """
+    pool = getattr(program, "taskpool", None)
+    # FusionBench's OpenCLIP task pool is not imported for this: it cannot be before Python 3.12.
+    theirs = "openclip" if hasattr(pool, "_classifier_heads") else "huggingface"
+    if (theirs == "openclip" or isinstance(pool, CLIPVisionModelTaskPool)) and theirs != family:
+        names = {"openclip": "OpenCLIP", "huggingface": "Hugging Face"}
+        raise ConfigError(
+            "taskpool",
+            f"it evaluates {names[theirs]} encoders, and the models are {names[family]}'s",
+            "the task pool of the same name as the model pool",
+        )
+
+
 HOST_KEYS = ("_recursive_", "_usage_", "_version_")
 
 
