@@ -2,6 +2,7 @@
 
 from .loop import Distillation, DistillationError, Interrupted, distill, interruptible
 from .losses import LOSSES
+from .optimizer import ThriceAdam
 from .schedule import Schedule
 from .state import Progress, StateFolder
 
@@ -13,6 +14,7 @@ __all__ = [
     "Progress",
     "Schedule",
     "StateFolder",
+    "ThriceAdam",
     "distill",
     "interruptible",
 ]
