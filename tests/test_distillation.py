@@ -25,7 +25,7 @@ from test_model import intervmerge, surgery_v2
 from fusion_bench_intervmerge import InterventionModel, distill
 from fusion_bench_intervmerge.checkpoint import Interrupted
 from fusion_bench_intervmerge.coefficients import Mixture, task_vector
-from fusion_bench_intervmerge.distillation import DistillationError, Schedule, loop
+from fusion_bench_intervmerge.distillation import DistillationError, Schedule, ThriceAdam, loop
 from fusion_bench_intervmerge.distillation.memory import keep_freed_memory
 from fusion_bench_intervmerge.errors import ConfigError
 
@@ -158,6 +158,25 @@ def test_surgery_v2_follows_the_published_curve(golden, golden_tower):
         trained = model.encode(golden["encoder.images"][0], "a")
     assert relative(trained, golden["surgery_v2.features.trained"]) < 1e-4
     assert acts(golden["encoder.features.plain"], trained)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_thrice_adam_is_adam_over_a_list_that_names_everything_thrice():
+    ours, listed = (
+        [torch.randn(3, 4, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+        for _ in range(2)
+    )
+    optimizers = [
+        ThriceAdam(ours, lr=1e-3, foreach=False),
+        torch.optim.Adam(listed * 3, lr=1e-3, foreach=False),
+    ]
+    for step in range(5):
+        for tensors, optimizer in zip((ours, listed), optimizers, strict=True):
+            for tensor in tensors:
+                tensor.grad = (tensor * step).sin()
+            optimizer.step()
+    for a, b in zip(ours, listed, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
 
 
 # -- invariants ------------------------------------------------------------

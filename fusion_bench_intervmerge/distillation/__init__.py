@@ -2,6 +2,7 @@
 
 from .loop import Distillation, DistillationError, distill
 from .losses import LOSSES
+from .optimizer import ThriceAdam
 from .schedule import Schedule
 from .settings import DataSettings, MethodSettings
 
@@ -12,5 +13,6 @@ __all__ = [
     "DistillationError",
     "MethodSettings",
     "Schedule",
+    "ThriceAdam",
     "distill",
 ]

@@ -23,6 +23,7 @@ from ..coefficients import Mixture
 from ..encoders import VisionTower
 from ..errors import ConfigError
 from ..model import InterventionModel
+from ..precision import computing_dtype
 from .losses import Representations, loss_function
 from .memory import keep_freed_memory
 from .progress import progress_bar
@@ -34,12 +35,6 @@ log = logging.getLogger(__name__)
 Experts = Mapping[str, Callable[[], VisionTower]]
 MakeOptimizer = Callable[[Sequence[torch.nn.Parameter]], torch.optim.Optimizer]
 
-DTYPES = {
-    "64": torch.float64,
-    "32": torch.float32,
-    "bf16": torch.bfloat16,
-    "16": torch.float16,
-}
 # fp16 gradients of a mean over thousands of features would round to zero
 FP16_SCALE = 2.0**12
 
@@ -218,7 +213,7 @@ class _Trainer:
         self.compile = compile
         self.loss_name, self.loss = loss, loss_function(loss)
         self.mixture, self.fabric = mixture, fabric
-        self.dtype = _dtype(fabric)
+        self.dtype = computing_dtype(fabric)
         # Weights that move invalidate what was computed with them; `blocks` reads every block.
         self.prefixed = mixture is None and loss == "output"
         batch = next(iter(schedules.values())).rows.shape[1]
@@ -508,16 +503,6 @@ def _stop_requested() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def _dtype(fabric: L.Fabric) -> torch.dtype:
-    """The type to compute in, by Fabric's precision."""
-    precision = str(getattr(fabric._precision, "precision", "32-true"))
-    if precision.partition("-")[0] not in DTYPES:
-        raise ConfigError(
-            "fabric.precision", f"{precision!r}", "64-true, 32-true, bf16-true, 16-mixed"
-        )
-    return DTYPES[precision.partition("-")[0]]
 
 
 def _shape(shape: torch.Size | None) -> str:
