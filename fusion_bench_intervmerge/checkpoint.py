@@ -90,7 +90,7 @@ class StateFolder:
                 numbers[name] = value
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         header = {"run": self.run, "step": str(progress.step), "numbers": json.dumps(numbers)}
-        header["digest"] = _digest(header, tensors)
+        header["digest"] = digest_of(header, tensors)
         path = self.folder / f"{self.kind}-{progress.step:08d}.safetensors"
         try:
             with whole_file(path) as temporary:
@@ -164,7 +164,7 @@ class StateFolder:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if header.pop("digest", None) != _digest(header, tensors):
+        if header.pop("digest", None) != digest_of(header, tensors):
             raise ValueError("its digest is not that of its content")
         if header["run"] != self.run:
             raise ValueError("it belongs to another run")
@@ -253,8 +253,8 @@ def _kind(value: Any) -> Any:
     return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else type(value)
 
 
-def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a state's header and tensors: names, shapes, types, bytes."""
+def digest_of(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a file's header and tensors: names, shapes, types, bytes."""
     sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -28,6 +28,7 @@ from fusion_bench_intervmerge.coefficients import Mixture, task_vector
 from fusion_bench_intervmerge.distillation import DistillationError, Schedule, ThriceAdam, loop
 from fusion_bench_intervmerge.distillation.memory import keep_freed_memory
 from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.expert_cache import ExpertCache
 
 WORKER = Path(__file__).parent / "distill_worker.py"
 
@@ -661,3 +662,82 @@ def test_without_glibc_the_allocator_is_left_alone(monkeypatch):
     monkeypatch.setattr("ctypes.CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
     with keep_freed_memory():
         pass
+
+
+# -- experts' representations, computed once -------------------------------------------------------
+
+
+def trained_with(cache, experts, datasets, function="noreft", **options):
+    model = InterventionModel(hf_tower(), TASKS, {"attention": {"function": function}})
+    losses = distill(model, experts, datasets, steps=3, batch_size=4, cache=cache, **options).losses
+    return model, losses
+
+
+@pytest.fixture
+def counted(experts):
+    """Experts that count their forward passes."""
+    passes = []
+
+    def counting(load):
+        expert = load()
+        embed = expert.embed
+
+        def counted_embed(images):
+            passes.append(len(images))
+            return embed(images)
+
+        expert.embed = counted_embed
+        return expert
+
+    return {t: (lambda load=load: counting(load)) for t, load in experts.items()}, passes
+
+
+@pytest.mark.parametrize("loss", ["output", "blocks"])
+def test_the_next_method_finds_the_experts_representations(
+    experts, counted, datasets, tmp_path, loss
+):
+    (counting, passes), cache = counted, ExpertCache(tmp_path)
+    _, without = trained_with(None, experts, datasets, loss=loss)
+    _, missed = trained_with(cache, counting, datasets, loss=loss)
+    assert passes
+    passes.clear()
+    _, hit = trained_with(cache, counting, datasets, loss=loss)
+    assert not passes
+    assert torch.equal(without, missed) and torch.equal(missed, hit)
+    trained_with(cache, counting, datasets, "nodireft", loss=loss)  # another method
+    assert not passes
+    trained_with(cache, counting, datasets, loss=loss, seed=1)  # other images
+    assert passes
+
+
+def test_representations_of_other_pixels_or_weights_are_not_taken(
+    experts, counted, datasets, tmp_path
+):
+    (counting, passes), cache = counted, ExpertCache(tmp_path)
+    trained_with(cache, counting, datasets)
+    others = {task: images + 1 for task, images in datasets.items()}
+    passes.clear()
+    _, losses = trained_with(cache, counting, others)
+    assert passes and torch.equal(losses, trained_with(None, experts, others)[1])
+    moved = {task: fine_tuned(hf_tower)[TASKS[(i + 1) % 3]] for i, task in enumerate(TASKS)}
+    _, losses = trained_with(cache, moved, others)
+    assert torch.equal(losses, trained_with(None, moved, others)[1])
+
+
+def test_a_damaged_entry_is_computed_anew_and_old_ones_make_room(
+    experts, counted, datasets, tmp_path, caplog
+):
+    (counting, passes), cache = counted, ExpertCache(tmp_path)
+    _, first = trained_with(cache, counting, datasets)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == len(TASKS)
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[-5] ^= 4
+        file.write_bytes(content)
+    passes.clear()
+    _, again = trained_with(cache, counting, datasets)
+    assert passes and torch.equal(first, again) and "digest" in caplog.text
+    small = ExpertCache(tmp_path, limit=2.5 * files[0].stat().st_size)
+    trained_with(small, counting, datasets, seed=1)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2

@@ -93,7 +93,7 @@ def rewritten(path, change):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     change(header, tensors)
     header.pop("digest")
-    save_file(tensors, path, {**header, "digest": checkpoint._digest(header, tensors)})
+    save_file(tensors, path, {**header, "digest": checkpoint.digest_of(header, tensors)})
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import signal
@@ -22,6 +23,7 @@ from ..checkpoint import Interrupted, Progress, StateFolder, interruptible
 from ..coefficients import Mixture
 from ..encoders import VisionTower
 from ..errors import ConfigError
+from ..expert_cache import ExpertCache
 from ..model import InterventionModel
 from ..precision import computing_dtype
 from .losses import Representations, loss_function
@@ -98,6 +100,7 @@ def distill(
     cache_gb: float = 2.0,
     compile: bool = False,
     fabric: L.Fabric | None = None,
+    cache: ExpertCache | None = None,
     state_folder: Path | None = None,
     run: str = "",
     save_every: int = 100,
@@ -128,6 +131,7 @@ def distill(
         compile: compile the MLPs, whose elementwise parts are then one kernel; it pays in long runs
             of wide encoders.
         fabric: device, precision, processes and loggers; one device by default.
+        cache: where experts' representations are kept for the next method; None: nowhere.
         state_folder: where to keep the state of a run that may be stopped; ``None``: nowhere. It
             is kept after the last step as well, until ``Distillation.clear``.
         run: identifies the run; only a state of the same run is continued.
@@ -170,7 +174,7 @@ def distill(
         started = time.perf_counter()
         states = StateFolder(state_folder, run) if state_folder is not None else None
         with interruptible("reading the experts' features", states):
-            targets = trainer.read_experts(experts, store)
+            targets = trainer.read_experts(experts, store, cache)
         ready = time.perf_counter()
         trained = trainer.trained()
         make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=3e-3))
@@ -307,7 +311,9 @@ class _Trainer:
         with torch.no_grad():
             return self.model.tower.embed(pixels)
 
-    def read_experts(self, experts: Experts, store: ImageStore) -> dict[str, Representations]:
+    def read_experts(
+        self, experts: Experts, store: ImageStore, cache: ExpertCache | None
+    ) -> dict[str, Representations]:
         """The experts' representations of every image seen, one expert in memory at a time."""
         targets = {}
         # On a CPU the widest tensors should be small enough for freed memory to be kept.
@@ -318,15 +324,52 @@ class _Trainer:
                 expert = experts[task]()
                 self._check_expert(task, expert)
                 expert = expert.to(self.fabric.device).eval()
-                parts: list[Representations] = []
                 with torch.no_grad(), expert.in_dtype(self.dtype), expert.fused_activations():
-                    for rows, images in store.first_pass(task, at_once, self.prepare):
-                        pixels = images.to(self.fabric.device, self.dtype)
-                        parts.append({n: t.cpu() for n, t in self._expert(expert, pixels).items()})
-                        bar.advance(len(rows))
-                targets[task] = {n: torch.cat([p[n] for p in parts]) for n in parts[0]}
+                    targets[task] = self._representations(task, expert, store, at_once, cache)
+                bar.advance(len(self.schedules[task].unique))
                 del expert
         return targets
+
+    def _representations(
+        self,
+        task: str,
+        expert: VisionTower,
+        store: ImageStore,
+        at_once: int,
+        cache: ExpertCache | None,
+    ) -> Representations:
+        """One expert's, from the cache where it has them."""
+        if cache is None:
+            return self._read(task, expert, store, at_once)
+        seen = self.schedules[task].unique
+        key = cache.key(expert.digest(), seen, at_once, self.dtype, self.loss_name)
+        kept, pixels = cache.get(key), hashlib.sha256()
+        found = self._read(task, expert if kept is None else None, store, at_once, pixels)
+        if kept is not None:
+            if kept[1] == pixels.hexdigest():
+                return kept[0]
+            found = self._read(task, expert, store, at_once)
+        cache.put(key, found, pixels.hexdigest())
+        return found
+
+    def _read(
+        self,
+        task: str,
+        expert: VisionTower | None,
+        store: ImageStore,
+        at_once: int,
+        digest: Any = None,
+    ) -> Representations:
+        """Read a task's images, for the loop and, where they are given, an expert and a digest."""
+        parts: list[Representations] = []
+        for _, images in store.first_pass(task, at_once, self.prepare):
+            if digest is not None:
+                digest.update(images.contiguous().numpy())
+            if expert is not None:
+                pixels = images.to(self.fabric.device, self.dtype)
+                parts.append({n: t.cpu() for n, t in self._expert(expert, pixels).items()})
+        names = parts[0] if parts else {}
+        return {n: torch.cat([p[n] for p in parts]) for n in names}
 
     def _expert(self, expert: VisionTower, images: Tensor) -> Representations:
         if self.loss_name == "output":

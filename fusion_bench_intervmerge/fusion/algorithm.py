@@ -33,6 +33,7 @@ from ..coefficients import (
 from ..distillation import Distillation, MethodSettings, distill
 from ..encoders import VisionTower
 from ..errors import ConfigError
+from ..expert_cache import ExpertCache
 from ..files import write_json
 from ..interventions import read_interventions
 from ..model import InterventionModel
@@ -228,6 +229,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             optimizer=self._make_optimizer,
             mixture=mixture,
             save_every=settings.save_every,
+            cache=ExpertCache(cache_root() / "features") if settings.resume == "auto" else None,
             **common,
         )
         if solved is not None:

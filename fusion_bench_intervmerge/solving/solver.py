@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from ..images import choose_images
 from ..interventions.functions import function_class
 from ..model import InterventionModel
+from ..precision import computing_dtype
 from .budget import allocate
 from .sweep import Place, Sweep
 
@@ -112,13 +113,15 @@ def solve(
     states = StateFolder(state_folder, run, "solved") if state_folder is not None else None
     finished = _Finished(states, places)
     started = time.perf_counter()
-    home = model.tower.device
+    home, dtype = model.tower.device, computing_dtype(fabric)
     weight = (model.tower.num_tokens - 1) / 2 if class_weight is None else class_weight
 
     def sweep(task: str, ranks: Mapping[Place, int] | None) -> Sweep:
         keys = [(task, index) for index in chosen[task]]
-        done = Sweep(model, task, experts[task](), places, fabric, ridge, weight)
-        done.run(images, keys, num_workers, cache_gb * 2**30, ranks)
+        expert = experts[task]()
+        with expert.in_dtype(dtype), model.tower.in_dtype(dtype):
+            done = Sweep(model, task, expert, places, fabric, ridge, weight)
+            done.run(images, keys, num_workers, cache_gb * 2**30, ranks)
         return done
 
     try:

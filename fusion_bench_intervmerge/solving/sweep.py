@@ -69,7 +69,7 @@ class Sweep:
         class_weight: float,
     ):
         self.model, self.task, self.places, self.fabric = model, task, places, fabric
-        self.tower, self.expert = model.tower, expert.to(fabric.device, model.tower.dtype).eval()
+        self.tower, self.expert = model.tower, expert.to(fabric.device).eval()
         self.ridge, self.class_weight = ridge, class_weight
         self.gains: dict[Place, list[float]] = {}
         self.features: Tensor
