@@ -266,7 +266,7 @@ def test_a_saved_merge_in_the_pool_wins_over_the_base(run, tmp_path):
         folder=tmp_path,
     )
     digests = [
-        json.loads((folder / "config.json").read_text())["merged_digest"]
+        json.loads((folder / "config.json").read_text())["files"]["merged/model.safetensors"]
         for folder in (log_dir / "intervmerge", tmp_path / "again")
     ]
     assert digests[0] == digests[1]
