@@ -19,6 +19,7 @@ def fusion_bench(folder: Path, *arguments: str) -> tuple[int, str]:
         Exit status, and what the screen showed, both streams together.
     """
     from fusion_bench.scripts.cli import _hydra_main
+    from hydra.core.global_hydra import GlobalHydra
 
     import fusion_bench_intervmerge.fusion  # noqa: F401
 
@@ -31,6 +32,7 @@ def fusion_bench(folder: Path, *arguments: str) -> tuple[int, str]:
                 os.dup2(screen.fileno(), 1)
                 os.dup2(screen.fileno(), 2)
                 os.chdir(folder)
+                GlobalHydra.instance().clear()
                 sys.argv = ["fusion_bench", *arguments]
                 _hydra_main()
                 status = 0

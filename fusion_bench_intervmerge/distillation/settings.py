@@ -30,7 +30,7 @@ class DataSettings(Settings):
 
     split: Literal["test", "validation", "train"] = "test"
     fraction: Annotated[float, Field(gt=0, le=1, description="a fraction in (0, 1]")] = 1.0
-    images: Annotated[int | None, whole(1, before="null, or ")] = None
+    images: Annotated[int | None, whole(1, 10**9, before="null, or ")] = None
     batch_size: Annotated[int, whole(1, 10**6)] = 16
     num_workers: Annotated[int, whole(0, 1024)] = 0
     cache_gb: Annotated[float, Field(ge=0, le=10**6, description="a number, 0 or more")] = 2.0
@@ -70,7 +70,7 @@ class MethodSettings(Settings):
 
     interventions: Any
     base: Any = None
-    budget: Annotated[int | None, whole(1, before="null, or ")] = None
+    budget: Annotated[int | None, whole(1, 10**12, before="null, or ")] = None
     coefficients: Annotated[CoefficientSettings, nested(CoefficientSettings)] | None = None
     loss: Literal["output", "blocks"] = "output"
     data: Annotated[DataSettings, nested(DataSettings)] = DataSettings()

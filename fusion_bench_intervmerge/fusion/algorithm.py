@@ -33,6 +33,7 @@ from ..encoders import VisionTower
 from ..errors import ConfigError
 from ..files import write_json
 from ..model import InterventionModel
+from ..settings import shown
 from .base_merge import run_adamerging, run_base
 from .diagnosis import diagnose, table
 from .experts import ExpertPool
@@ -44,6 +45,7 @@ from .screen import host_in_the_log, one_line
 log = logging.getLogger(__name__)
 
 DIAGNOSED_IMAGES = 256
+MAX_RATE = 1000  # beyond it no learning rate is meant
 
 
 class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
@@ -258,6 +260,9 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             if not issubclass(cls, torch.optim.Optimizer):
                 raise TypeError(f"{cls.__name__} is no torch optimizer")
             check_arguments(cls, given, "optimizer")
+            rate = given.get("lr", 1)
+            if rate == 0 or rate > MAX_RATE:
+                raise ConfigError("optimizer.lr", shown(rate), f"a number in (0, {MAX_RATE}]")
             if cls in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
                 # one kernel for hundreds of small tensors
                 given = {"fused": True} | given
