@@ -18,9 +18,11 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 BAD = {
     "text": "abc",
@@ -206,8 +208,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     started = time.perf_counter()
     found = cases()[:: options.every]
-    with tempfile.TemporaryDirectory() as folder:
-        door = Door(Path(folder))
+    with tempfile.TemporaryDirectory() as folder, Door(Path(folder)) as door:
         outcomes = [door.outcome(overrides) for overrides in found]
     counts = Counter(kind for kind, _ in outcomes)
     for (kind, told), overrides in zip(outcomes, found, strict=True):
@@ -235,7 +236,8 @@ class Door:
 
         from fusion_bench_intervmerge import InterventionModel
         from fusion_bench_intervmerge.encoders import as_tower
-        from fusion_bench_intervmerge.fusion import algorithm, comparison
+        from fusion_bench_intervmerge.fusion import algorithm, analyse, comparison
+        from fusion_bench_intervmerge.fusion.embedded import ensure_pool
 
         small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
         small |= {"num_attention_heads": 4}
@@ -254,30 +256,38 @@ class Door:
             "_recursive_": False,
             "models": {name: str(folder / "clip") for name in ("_pretrained_", "ants", "bees")},
             "test_datasets": {"ants": images, "bees": images},
-            "processor": None,
+            "processor": str(ensure_pool() / "pretrained"),
         }
         self._saved = folder / "saved"
         edits = {"attention": {"rank": 1}}
         InterventionModel(as_tower(clip), ["ants", "bees"], edits).save_pretrained(self._saved)
         (config_dir,) = find_spec("fusion_bench_config").submodule_search_locations  # type: ignore
-        initialize_config_dir(config_dir, version_base=None).__enter__()
+        self._undo = ExitStack()
+        self._undo.enter_context(initialize_config_dir(config_dir, version_base=None))
         whole = compose(
             "fabric_model_fusion",
             overrides=[f"hydra.runtime.output_dir={folder}"],
             return_hydra_config=True,
         )
         HydraConfig.instance().set_config(whole)
+        self._undo.callback(setattr, HydraConfig.instance(), "cfg", None)
         self._fabric = lightning.Fabric(accelerator="cpu", devices=1)
 
         def stop(*args: Any, **kwargs: Any) -> None:
             raise Accepted("it would have been trained")
 
-        algorithm.distill = stop  # type: ignore[assignment]
-        comparison.IndividualExperts = stop  # type: ignore[assignment,misc]
-        algorithm.ExpertPool._processor = lambda self: None  # type: ignore[method-assign]
-        from fusion_bench_intervmerge.fusion.analyse import Analyser
+        for thing, name in (
+            (algorithm, "distill"),
+            (comparison, "IndividualExperts"),
+            (analyse.Analyser, "run"),
+        ):
+            self._undo.enter_context(mock.patch.object(thing, name, stop))
 
-        Analyser.run = stop  # type: ignore[method-assign,assignment]
+    def __enter__(self) -> Door:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._undo.close()
 
     def outcome(self, overrides: list[str]) -> tuple[str, str]:
         """``refused``, ``accepted`` or ``other exception``, and what was said."""

@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..interventions import read_interventions
 from ..settings import Flag, Folder, Seed, Settings, nested, whole
 
+OPTIONAL_FOLDER = Field(description="null, or the path of a folder")
 OPTIMIZER = {"_target_": "torch.optim.Adam", "lr": 3e-3}
 
 
@@ -79,11 +80,11 @@ class MethodSettings(Settings):
         default=OPTIMIZER
     )
     seed: Seed = 0
-    save_to: Folder | None = None
+    save_to: Annotated[Folder | None, OPTIONAL_FOLDER] = None
     resume: Literal["auto", "never"] = "auto"
     save_every: Annotated[int, whole(1, 10**7)] = 100
     compile: Flag = False
-    extend: Folder | None = None
+    extend: Annotated[Folder | None, OPTIONAL_FOLDER] = None
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
