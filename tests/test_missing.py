@@ -22,7 +22,7 @@ from transformers import (
 
 from fusion_bench_intervmerge.encoders import as_tower
 from fusion_bench_intervmerge.errors import ConfigError
-from fusion_bench_intervmerge.fusion import IntervMergeAlgorithm
+from fusion_bench_intervmerge.fusion import ComparisonAlgorithm, IntervMergeAlgorithm
 from fusion_bench_intervmerge.fusion.experts import ExpertPool
 from fusion_bench_intervmerge.fusion.hub import warn_if_unreachable
 
@@ -101,6 +101,18 @@ def test_an_expert_that_only_the_base_loads():
     line = told(IntervMergeAlgorithm({"attention": {}}, SimpleAverageAlgorithm()).merge, pool)
     assert line.startswith("modelpool.models.ants: could not be loaded (401 Client Error: gated")
     assert "modelpool=clip-vit-tiny_TA8" in line
+
+
+class GivesNone:
+    def run(self, pool):
+        return {}
+
+
+def test_a_base_that_gives_no_model_is_named_as_the_comparison_names_it():
+    bases = {"none": {"_target_": f"{__name__}.GivesNone"}}
+    comparison = ComparisonAlgorithm(bases=bases, methods={})
+    line = told(comparison._merge, pool_of([]), "none", comparison.settings.bases["none"])
+    assert line.startswith("bases.none: GivesNone gives a dict; allowed: a method that gives one")
 
 
 def test_an_expert_of_another_shape_under_coefficients():

@@ -7,7 +7,9 @@ import pickle
 from pathlib import Path
 
 import pytest
+from conftest import hf_tower
 
+from fusion_bench_intervmerge import InterventionModel
 from fusion_bench_intervmerge.distillation import MethodSettings
 from fusion_bench_intervmerge.errors import ConfigError
 from fusion_bench_intervmerge.fusion import (
@@ -97,6 +99,12 @@ def test_a_method(settings, message):
 def test_an_edit(site, edit, message):
     told = refused(IntervMergeAlgorithm, interventions={site: edit})
     assert told.removeprefix(f"interventions.{site}").lstrip(".: ").startswith(message)
+
+
+def test_an_edit_without_that_start():
+    edit = {"function": "loreft", "activation": "relu", "init": "identity"}
+    told = refused(InterventionModel, tower=hf_tower(), tasks=["a"], interventions={"mlp": edit})
+    assert told.startswith("interventions.mlp.init: loreft with an activation has no identity")
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,12 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
             found = run_adamerging(base, pool.pool, self.fabric, self._program)
             start = {**start, "init": found.tolist()}
             settings["coefficients"] = {**start, "train": False}
-        return self._algorithm(settings, seed=0).merge(pool)[0], start
+        try:
+            return self._algorithm(settings, seed=0).merge(pool)[0], start
+        except ConfigError as error:
+            if error.where != "base":
+                raise
+            raise ConfigError(f"bases.{name}", error.problem, error.allowed) from error
 
     def _repair(
         self,

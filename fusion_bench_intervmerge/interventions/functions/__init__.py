@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ...errors import ConfigError
+from ...errors import ConfigError, named
 from .base import ACTIVATIONS, Function
 
 FUNCTION_NAMES: tuple[str, ...] = tuple(
@@ -95,7 +95,10 @@ def build_function(
         raise ConfigError(f"{where}.init", f"unknown: {init!r}", "reference, identity")
     if init == "identity" and not cls.identity_start:
         raise ConfigError(f"{where}.init", f"{name} cannot be the identity", "reference")
-    return cls(width, rank, copies=copies, activation=activation, init=init, generator=generator)
+    with named(where):  # a form may have no start with this activation
+        return cls(
+            width, rank, copies=copies, activation=activation, init=init, generator=generator
+        )
 
 
 __all__ = ["ACTIVATIONS", "FUNCTION_NAMES", "Function", "build_function", "function_class"]
