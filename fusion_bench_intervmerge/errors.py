@@ -1,4 +1,4 @@
-"""The error of a bad setting: what is wrong, where, and what is allowed."""
+"""The errors of bad input: what is wrong, where, and what is allowed, in one line."""
 
 from __future__ import annotations
 
@@ -15,3 +15,7 @@ class ConfigError(ValueError):
     def __init__(self, where: str, problem: str, allowed: str | None = None):
         self.where = where
         super().__init__(f"{where}: {problem}" + (f"; allowed: {allowed}" if allowed else ""))
+
+
+class ArtifactError(ValueError):
+    """A folder that is no artifact, or one whose files do not belong together."""

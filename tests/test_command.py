@@ -360,7 +360,7 @@ def test_a_comparison_evaluates_every_model_alike(comparison, seeds):
 
 
 def test_the_report_shows_what_the_task_pool_said(comparison, tmp_path):
-    from fusion_bench_intervmerge.report.cli import main
+    from fusion_bench_intervmerge.cli import main
 
     assert main(["report", str(comparison), "--to", str(tmp_path / "report")]) == 0
     names = {path.name for path in (tmp_path / "report").iterdir()}

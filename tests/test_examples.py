@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_command import compose, in_process
 
-from fusion_bench_intervmerge.report.cli import main as report
+from fusion_bench_intervmerge.cli import main as report
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
