@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from .errors import ConfigError
-from .interventions import Placement
+from .interventions import Function, Placement
 
 if TYPE_CHECKING:
     from .model import InterventionModel
@@ -48,10 +47,7 @@ def to_clip_model(
             if site not in edits or str(block) not in edits[site]:
                 continue
             module = _features_of(whole) if site == "output" else tower.site(site, block)
-            # Registered, so that it moves along; the hook finds it on the module it is called with,
-            # so that a copy of the CLIP has edits of its own.
-            module.add_module(f"edit_{site}", copy.deepcopy(edits[site][str(block)]))
-            module.register_forward_hook(partial(_apply, site, placement, block, _turned(tower)))
+            _build_in(module, SiteEdit(placement, block, edits[site][str(block)], _turned(tower)))
     if hasattr(whole, "save_pretrained"):
         whole.save_pretrained = _refuse_to_save
     return whole.requires_grad_(False).eval()
@@ -147,12 +143,39 @@ def _turned(tower: Any) -> bool:
     return not getattr(tower, "batch_first", True)
 
 
-def _apply(
-    site: str, placement: Placement, block: int, turned: bool, module: Any, args: Any, output: Any
-) -> None:
-    z: Tensor = output[0] if isinstance(output, tuple) else output
-    turn = turned and z.dim() == 3
-    placement.apply(z.transpose(0, 1) if turn else z, block, getattr(module, f"edit_{site}"))
+class SiteEdit(nn.Module):
+    """One task's edit at one site of one block, in place.
+
+    Args:
+        placement: the site's.
+        block: which block's part to take.
+        function: the edit; it is copied.
+        turned: whether states come as (tokens, batch, width).
+    """
+
+    def __init__(self, placement: Placement, block: int, function: Function, turned: bool):
+        super().__init__()
+        self.placement, self.block, self.turned = placement, block, turned
+        self.function = copy.deepcopy(function)
+
+    def forward(self, z: Tensor) -> Tensor:
+        view = z.transpose(0, 1) if self.turned and z.dim() == 3 else z
+        self.placement.apply(view, self.block, self.function)
+        return z
+
+
+def _build_in(module: nn.Module, edit: SiteEdit) -> None:
+    """Let a module's output pass through an edit that moves and is copied along with it."""
+    if isinstance(module, nn.Sequential):  # whatever is registered there takes part anyway
+        module.append(edit)
+        return
+    module.add_module("edit", edit)
+    module.register_forward_hook(_pass_through_edit)
+
+
+def _pass_through_edit(module: Any, args: Any, output: Any) -> None:
+    # The edit of the module that is called: a copy of the CLIP has edits of its own.
+    module.edit(output[0] if isinstance(output, tuple) else output)
 
 
 def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
