@@ -245,7 +245,8 @@ class InterventionModel(TaskAwareModel, ModelHubMixin):
         """
         with one_line(f"{repo_id}: not pushed"):
             card = {"name": repo_id}
-            return str(super().push_to_hub(repo_id, model_card_kwargs=card, **options))
+            commit: Any = super().push_to_hub(repo_id, model_card_kwargs=card, **options)
+            return str(commit.commit_url)
 
     def to_clip_model(self, task: str, clip: Any = None) -> Any:
         """One task's encoder as an ordinary CLIP; see ``fusion_bench_intervmerge.clip``.
