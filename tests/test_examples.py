@@ -46,7 +46,8 @@ def run(command, cwd, **environment):
 
 def test_no_example_is_forgotten():
     names = {path.name for path in EXAMPLES.iterdir() if path.is_file()}
-    elsewhere = {"push_and_classify.sh", "classify.py"}  # test_hub.py
+    # test_hub.py, test_serving.py
+    elsewhere = {"push_and_classify.sh", "classify.py", "serve.py", "serve.html"}
     assert names == {*SCRIPTS, *SHELL, "study.sh", *elsewhere}
 
 

@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     model = InterventionModel.from_pretrained(options.model)
     heads, names = None, None
     if options.logits or options.classes:
-        given = None if options.classes is None else _read_classes(Path(options.classes))
+        given = None if options.classes is None else read_classes(Path(options.classes))
         heads, names = known_heads(model, options.tasks, given, options.clip)
     folder = Path(options.model).absolute()
     beside = folder.parent if folder.exists() else Path()
@@ -122,7 +122,12 @@ def known_heads(
     return heads, {task: list(described["names"]) for task, described in wanted.items()}
 
 
-def _read_classes(file: Path) -> dict[str, Any]:
+def read_classes(file: Path) -> dict[str, Any]:
+    """The classes of tasks from a JSON file, as ``zero_shot_heads`` takes them.
+
+    Raises:
+        ConfigError: it is not found, or not of that form.
+    """
     form = '{"task": {"names": ["cat", ...], "templates": ["a photo of a {}.", ...]}, ...}'
     try:
         classes = json.loads(file.read_text(encoding="utf-8"))
