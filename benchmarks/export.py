@@ -31,6 +31,7 @@ from fusion_bench_intervmerge import InterventionModel
 from fusion_bench_intervmerge.clip import image_processor
 from fusion_bench_intervmerge.export import export, plain_encoder
 from fusion_bench_intervmerge.export.command import known_heads
+from fusion_bench_intervmerge.export.files import SUFFIXES
 from fusion_bench_intervmerge.fusion.embedded.tasks import TASKS
 
 FORMATS = [("onnx", "fp32"), ("torch", "fp32"), ("onnx", "fp16"), ("onnx", "int8")]
@@ -88,7 +89,7 @@ def measure(model: InterventionModel, count: int, batch: int, turns: int) -> lis
     with tempfile.TemporaryDirectory() as temporary:
         runs: dict[str, tuple[Run, int | None]] = {"encode": (original, None)}
         for to, dtype in FORMATS:
-            file = Path(temporary) / f"{to}-{dtype}"
+            file = Path(temporary) / f"{dtype}{SUFFIXES[to]}"
             export(model, file, to, fold=True, dtype=dtype, heads=heads, classes=names)
             runs[f"{to}, {dtype}"] = (load(file, to), file.stat().st_size)
         wanted, wanted_logits = in_batches(original, pixels, indices, batch)

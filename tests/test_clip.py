@@ -107,17 +107,29 @@ def test_what_does_not_fit(family, tmp_path):
 # -- the embedded pool -------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def repaired():
-    """Edits at random on the embedded CLIP itself; what counts is that the parts fit together."""
+def make_repaired(num_blocks=None):
+    """Edits at random on the embedded CLIP itself, or on its first blocks."""
     from fusion_bench_intervmerge.encoders import as_tower
     from fusion_bench_intervmerge.fusion.embedded import ensure_pool
+    from fusion_bench_intervmerge.fusion.embedded.tasks import TASKS as EMBEDDED
 
-    base = str(ensure_pool() / "pretrained")
-    tower = as_tower(CLIPModel.from_pretrained(base))
-    model = perturbed(InterventionModel(tower, ["digits", "shapes"], {"attention": {"rank": 2}}))
-    model.metadata["base_model"] = base
+    base, tasks = str(ensure_pool() / "pretrained"), ["digits", "shapes"]
+    clip = CLIPModel.from_pretrained(base)
+    clip.vision_model.encoder.layers = clip.vision_model.encoder.layers[:num_blocks]
+    clip.vision_model.config.num_hidden_layers = len(clip.vision_model.encoder.layers)
+    tower = as_tower(clip)
+    model = perturbed(InterventionModel(tower, tasks, {"attention": {"rank": 2}}))
+    classes = {
+        task: {"names": list(EMBEDDED[task].classnames), "templates": list(EMBEDDED[task].prompts)}
+        for task in tasks
+    }
+    model.metadata = {"base_model": base, "classes": classes}
     return model
+
+
+@pytest.fixture(scope="module")
+def repaired():
+    return make_repaired()
 
 
 def test_the_pipeline_takes_it(repaired):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import TASKS, hf_tower, perturbed, relative
+from conftest import TASKS, blocks, hf_tower, perturbed, relative
+from test_clip import make_repaired
 from test_model import EVERYWHERE, SETTINGS
 from torch.nn import functional as F
 
@@ -283,3 +285,21 @@ def test_bad_input_gets_one_line(words, said, model, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out == "" and said in err and err.count("\n") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["classes", "list", "saved"]
+
+
+# -- docs/export.md ----------------------------------------------------------------------------
+
+
+def test_what_the_page_shows_runs(tmp_path, monkeypatch, capsys):
+    # one block: exporters take their time for each
+    make_repaired(1).save_pretrained(tmp_path / "outputs" / "first" / "intervmerge")
+    monkeypatch.chdir(tmp_path)
+    for line in blocks("export.md")[0].splitlines():
+        assert main(shlex.split(line)[1:]) == 0
+    capsys.readouterr()
+    names = {}
+    for block in blocks("export.md", "python"):
+        exec(block, names)
+    assert len(capsys.readouterr().out.split()) == 2  # a shape and a digit
+    assert names["tasks"] == ["digits", "shapes"] and names["features"].shape[0] == 2
+    assert (tmp_path / "model.pt2").exists()

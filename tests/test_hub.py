@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,10 +12,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import TASKS, hf_tower, openclip_tower, perturbed
+from conftest import TASKS, blocks, hf_tower, openclip_tower, perturbed
 from huggingface_hub import ModelCard, constants, file_download
 from loopback_hub import serve
 from PIL import Image
+from test_clip import make_repaired
 from test_command import in_process
 from test_examples import commands
 
@@ -230,3 +232,23 @@ def test_train_push_and_classify_elsewhere(hub, tmp_path, capfd):
         name, score = said[file].rsplit(" ", 1)
         assert name == described["shapes"]["names"][int(share.argmax())]
         assert abs(float(score) - float(share.max())) < 2e-3
+
+
+def test_the_page_shows_the_examples_commands(tmp_path, monkeypatch):
+    monkeypatch.setenv("STEPS", "200")
+    recorded = commands("push_and_classify.sh", ["OWNER/MODEL", "digits", "image.png"], tmp_path)
+    run = next(w.partition("=")[2] for w in recorded[0] if w.startswith("path.log_dir="))
+    text = blocks("hub.md")[-1].replace("\\\n", " ").replace("outputs/first", run)
+    shown = [shlex.split(line) for line in text.splitlines()]
+    assert [sorted(Path(w).name for w in words) for words in shown] == [
+        sorted(Path(w).name for w in words) for words in recorded
+    ]
+
+
+def test_the_page_uses_the_stock_pipeline(tmp_path, monkeypatch, capsys):
+    make_repaired().save_pretrained(tmp_path / "outputs" / "first" / "intervmerge")
+    Image.effect_noise((40, 40), 60).convert("RGB").save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks("hub.md", "python")
+    exec(block, {})
+    assert "'label': 'circle'" in capsys.readouterr().out

@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
+import re
+import shutil
 import struct
+import subprocess
 import threading
 import zlib
 from http.client import HTTPConnection
@@ -16,6 +19,7 @@ import pytest
 litserve = pytest.importorskip("litserve")
 
 from browser import CHROMIUM, Browser  # noqa: E402
+from conftest import blocks  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TASKS = ["digits", "shapes"]
@@ -200,3 +204,22 @@ def test_the_page_takes_what_is_drawn_and_dropped(served, tmp_path):
         browser.evaluate("dropped = 'AAAA'; " + send)
         said = browser.wait_for("document.querySelector('#answer.bad') && answer.textContent")
         assert said.startswith("image: not a picture")
+
+
+# -- docs/serving.md ---------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_what_the_page_asks_is_answered(served, tmp_path):
+    (tmp_path / "image.png").write_bytes(base64.b64decode(a_picture()))
+    command = blocks("serving.md")[1].replace(":8000", f":{served[1]}")
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, check=True)
+    assert service.json.loads(done.stdout).keys() == {"task", "class", "score"}
+
+
+def test_the_page_names_the_scripts_options_and_their_defaults():
+    page = (ROOT / "docs" / "serving.md").read_text()
+    script = (ROOT / "examples" / "serve.py").read_text()
+    for option, value in re.findall(r"`(--[a-z]+)(?: ([\d.]+))?`", page):
+        default = f"default={value}," if value and option != "--host" else ""
+        assert re.search(rf'"{option}".*{default}', script), option
