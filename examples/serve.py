@@ -17,6 +17,7 @@ import base64
 import binascii
 import io
 import json
+import sys
 from pathlib import Path
 
 import litserve
@@ -156,8 +157,14 @@ def in_one_line(request: Request, error: RequestValidationError) -> JSONResponse
 
 def make_server(options: argparse.Namespace) -> litserve.LitServer:
     """The service; ``run`` starts it."""
-    folder = local_folder(options.model)
-    tasks = json.loads((folder / "config.json").read_text(encoding="utf-8"))["tasks"]
+    try:
+        folder = local_folder(options.model)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        sys.exit(f"{options.model}: no saved model ({error})")
+    if not (options.classes or config["metadata"].get("classes")):
+        sys.exit(f"{options.model} does not know its tasks' classes; name them by --classes FILE")
+    tasks = config["tasks"]
     page = PAGE.read_text(encoding="utf-8").replace('["TASKS"]', json.dumps(tasks))
     classifier = Classifier(
         str(folder),

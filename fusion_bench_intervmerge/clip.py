@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,13 +42,11 @@ def to_clip_model(
         tower.load_weights(model.tower.weights())
     except (KeyError, ValueError) as error:
         raise ConfigError("clip", f"another encoder than the model's ({error})") from None
-    edits = model.fold().edits[task]
-    for site, placement in model.placements.items():
-        for block in placement.blocks:
-            if site not in edits or str(block) not in edits[site]:
-                continue
-            module = _features_of(whole) if site == "output" else tower.site(site, block)
-            _build_in(module, SiteEdit(placement, block, edits[site][str(block)], _turned(tower)))
+    for site, blocks in model.fold().edits[task].items():
+        placement = model.placements[site]
+        for block, function in blocks.items():
+            module = _features_of(whole) if site == "output" else tower.site(site, int(block))
+            _build_in(module, SiteEdit(placement, int(block), function, _turned(tower)))
     if hasattr(whole, "save_pretrained"):
         whole.save_pretrained = _refuse_to_save
     return whole.requires_grad_(False).eval()
@@ -61,18 +60,24 @@ def load_clip(model: InterventionModel, clip: str | Path | nn.Module | None = No
     """
     if isinstance(clip, nn.Module):
         return copy.deepcopy(clip)
-    name = base_name(model, clip)
-    try:
-        if model.tower.family == "openclip":
-            import open_clip
+    if model.tower.family == "openclip":
+        import open_clip
 
-            return open_clip.create_model(name)
-        from transformers import CLIPModel
+        return _found(base_name(model, clip), open_clip.create_model)
+    from transformers import CLIPModel
 
-        return CLIPModel.from_pretrained(name)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise ConfigError("clip", f"{name!r} is not found ({reason})", _FORMS) from None
+    return _found(base_name(model, clip), CLIPModel.from_pretrained)
+
+
+def load_tokenizer(model: InterventionModel, clip: str | Path | nn.Module | None = None) -> Any:
+    """The tokenizer of a Hugging Face CLIP.
+
+    Raises:
+        ConfigError: no CLIP is known, or it has no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    return _found(base_name(model, clip), AutoTokenizer.from_pretrained)
 
 
 def base_name(model: InterventionModel, clip: str | Path | nn.Module | None = None) -> str:
@@ -113,10 +118,18 @@ def image_processor(model: InterventionModel) -> Any:
             image_mean=spec["mean"],
             image_std=spec["std"],
         )
-    return AutoImageProcessor.from_pretrained(base_name(model))
+    return _found(base_name(model), AutoImageProcessor.from_pretrained)
 
 
 _FORMS = "the id or folder of a CLIP, such as openai/clip-vit-base-patch32"
+
+
+def _found(name: str, load: Callable[[str], Any]) -> Any:
+    try:
+        return load(name)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ConfigError("clip", f"{name!r} is not found ({reason})", _FORMS) from None
 
 
 def _tower_of(clip: Any, model: InterventionModel) -> Any:

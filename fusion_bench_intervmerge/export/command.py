@@ -105,9 +105,7 @@ def known_heads(
     Raises:
         ConfigError: no classes are known for a task, or no CLIP.
     """
-    from transformers import AutoTokenizer
-
-    from ..clip import base_name, load_clip
+    from ..clip import load_clip, load_tokenizer
     from .heads import zero_shot_heads
 
     known = classes if classes is not None else model.metadata.get("classes") or {}
@@ -117,8 +115,7 @@ def known_heads(
             allowed = '--classes FILE with {"task": {"names": [...], "templates": [...]}}'
             raise ConfigError("classes", f"none are known for task {task!r}", allowed)
         wanted[task] = known[task]
-    text = load_clip(model, clip)
-    heads = zero_shot_heads(text, AutoTokenizer.from_pretrained(base_name(model, clip)), wanted)
+    heads = zero_shot_heads(load_clip(model, clip), load_tokenizer(model, clip), wanted)
     return heads, {task: list(described["names"]) for task, described in wanted.items()}
 
 

@@ -53,11 +53,12 @@ def plain_encoder(
             raise ConfigError("classes", f"there are none for task {task!r}", "classes a task")
     if len(set(tasks)) != len(tasks):
         raise ConfigError("tasks", "a task is named twice", ", ".join(model.tasks))
+    by_task = [_edits(model, task) for task in tasks]
     edits = {
-        (site, block): TaskEdits(placement, block, functions, site)
-        for site, placement in model.placements.items()
-        for block in placement.blocks
-        if any(functions := [_edit(model, task, site, block) for task in tasks])
+        (site, block): TaskEdits(
+            model.placements[site], block, [found.get((site, block)) for found in by_task], site
+        )
+        for site, block in dict.fromkeys(place for found in by_task for place in found)
     }
     in_order = None if heads is None else [heads[task] for task in tasks]
     encoder = PlainEncoder(_plain_tower(model.tower), edits, in_order)
@@ -245,9 +246,14 @@ def _plain_tower(tower: VisionTower) -> OpenCLIPTower:
     raise ConfigError("model", f"no graph is known for {tower.family}", "huggingface, openclip")
 
 
-def _edit(model: InterventionModel, task: str, site: str, block: int) -> Function | None:
-    blocks = model.edits[task]
-    return blocks[site][str(block)] if site in blocks and str(block) in blocks[site] else None
+def _edits(model: InterventionModel, task: str) -> dict[tuple[str, int], Function]:
+    """A task's edits by site and block, without those of rank zero."""
+    return {
+        (site, int(block)): function
+        for site, blocks in model.edits[task].items()
+        for block, function in blocks.items()
+        if any(parameter.numel() for parameter in function.parameters())
+    }
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
