@@ -6,7 +6,6 @@ comment beside it in the config. tests/test_docs.py fails while a table is not w
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import re
 import textwrap
@@ -16,14 +15,16 @@ from typing import Any
 
 import yaml
 from hydra.utils import get_class
+from pydantic_core import PydanticUndefined
 
-from fusion_bench_intervmerge.coefficients import read_settings
+from fusion_bench_intervmerge.coefficients import CoefficientSettings
 from fusion_bench_intervmerge.interventions import (
     FUNCTION_NAMES,
     InterventionConfig,
     build_function,
 )
 from fusion_bench_intervmerge.interventions.functions import function_class
+from fusion_bench_intervmerge.settings import Settings
 
 DOCS = Path(__file__).parent
 CONFIG = DOCS.parent / "config"
@@ -54,9 +55,7 @@ def render(page: str) -> str:
 
 
 def edits() -> str:
-    meaning = described(InterventionConfig)
-    rows = [(f.name, f.default, meaning[f.name]) for f in dataclasses.fields(InterventionConfig)]
-    return keys(rows)
+    return keys(fields(InterventionConfig))
 
 
 def functions() -> str:
@@ -85,8 +84,7 @@ def method() -> str:
 
 
 def coefficients() -> str:
-    meaning = described(read_settings, "Settings")
-    return keys((key, value, meaning[key]) for key, value in read_settings({}).items())
+    return keys(fields(CoefficientSettings))
 
 
 def others() -> str:
@@ -186,21 +184,26 @@ def comment_above(file: Path) -> str:
 
 
 def documented(file: Path, cls: type, leave: Iterable[str] = ()) -> Iterator[tuple[str, Any, str]]:
-    """(key, default, meaning) of everything that a config or its class's signature names."""
-    meaning, beside = described(cls), comments(file)
-    settings = load(file)
-    for parameter in inspect.signature(cls.__init__).parameters.values():
-        name = parameter.name
-        if name in ("self", "kwargs") or name in leave:
+    """(key, default, meaning) of everything that a class takes, with its config's defaults."""
+    settings, beside = load(file), comments(file)
+    for name, default, meaning in fields(cls.Settings):
+        if name in leave:
             continue
-        default = settings.get(name, parameter.default)
+        default = settings.get(name, default)
         if isinstance(default, dict) and default and "_target_" not in default and any(
             key.startswith(f"{name}.") for key in beside
         ):  # fmt: skip
             for key, entry in leaves({name: default}):
-                yield key, entry, beside.get(key) or meaning[name]
+                yield key, entry, beside.get(key) or meaning
         else:
-            yield name, from_defaults(settings, name) or default, meaning[name]
+            yield name, from_defaults(settings, name) or default, meaning
+
+
+def fields(cls: type[Settings]) -> Iterator[tuple[str, Any, str]]:
+    """(key, default, meaning) of every field; without a default it is pydantic's own mark."""
+    meaning = described(cls)
+    for name, field in cls.model_fields.items():
+        yield name, field.default, meaning[name]
 
 
 def from_defaults(settings: dict[str, Any], name: str) -> str | None:
@@ -279,7 +282,7 @@ def code(text: str) -> str:
 
 def value(entry: Any) -> str:
     """A default as YAML writes it."""
-    if entry is inspect.Parameter.empty or entry == "???":
+    if entry is PydanticUndefined or entry == "???":
         return "must be given"
     if isinstance(entry, str) and entry.startswith("`"):
         return entry

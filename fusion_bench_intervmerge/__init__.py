@@ -8,14 +8,16 @@ if TYPE_CHECKING:
     from .distillation import distill
     from .interventions import InterventionConfig
     from .model import InterventionModel
+    from .solving import solve
 
 __version__ = "0.1.0"
-__all__ = ["InterventionConfig", "InterventionModel", "distill"]
+__all__ = ["InterventionConfig", "InterventionModel", "distill", "solve"]
 
 _HOME = {
     "InterventionConfig": ".interventions",
     "InterventionModel": ".model",
     "distill": ".distillation",
+    "solve": ".solving",
 }
 
 

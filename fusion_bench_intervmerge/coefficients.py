@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from .encoders import VisionTower
 from .errors import ConfigError
-
-GRANULARITIES = ("task", "layer")
-TASK_VECTORS = ("plain", "ties")
+from .pickles import read_tensor
+from .settings import Flag, Settings, shown
 
 
 class Mixture(nn.Module):
@@ -31,7 +31,8 @@ class Mixture(nn.Module):
         pretrained: theta0, one tensor a parameter, in ``named_parameters()`` order.
         task_vectors: tau_t, tensors in the same order, one sequence a task.
         coefficients: (tasks) or (tasks, tensors).
-        dtype: in which the task vectors are kept; bfloat16 halves their memory.
+        dtype: in which the task vectors are kept; bfloat16 halves their memory. They are mixed in
+            fp32 at least.
 
     Raises:
         ConfigError: coefficients of a shape that does not fit.
@@ -85,6 +86,15 @@ class Mixture(nn.Module):
         self.coefficients.data = self.coefficients.data.to(device)
         return self
 
+    def _wide(self, index: int) -> Tensor:
+        """A tensor's task vectors in the coefficients' type, whatever they are kept in.
+
+        In bfloat16 a coefficient would be rounded to two digits before it acts, so that its small
+        steps would be lost. One tensor at a time: the memory of the task vectors does not double.
+        """
+        tau = self.tau[index]
+        return tau.to(torch.promote_types(tau.dtype, self.coefficients.dtype))
+
     def used(self) -> Tensor:
         """The coefficients as they act: clamped to [0, 1], shape (tasks, tensors)."""
         clamped = self.coefficients.detach().clamp(0, 1)
@@ -95,7 +105,7 @@ class Mixture(nn.Module):
         """Mix into the tower's parameters, in their type."""
         used = self.used()
         for index, parameter in enumerate(tower.mergeable().values()):
-            tau = self.tau[index]
+            tau = self._wide(index)
             change = (used[:, index].to(tau.dtype) @ tau).view(parameter.shape)
             parameter.data.copy_(self.theta0[index] + change)
 
@@ -108,11 +118,11 @@ class Mixture(nn.Module):
         """
         columns = []
         for index, parameter in enumerate(tower.mergeable().values()):
-            tau = self.tau[index]
             if parameter.grad is None:
-                columns.append(torch.zeros(len(tau), device=tau.device))
+                columns.append(self.coefficients.new_zeros(len(self.coefficients)))
             else:
-                columns.append((tau @ parameter.grad.flatten().to(tau.dtype)).float())
+                tau = self._wide(index)
+                columns.append((tau @ parameter.grad.flatten().to(tau.dtype)).to(self.coefficients))
                 parameter.grad = None
         gradient = torch.stack(columns, dim=1)
         if self.coefficients.dim() == 1:
@@ -150,8 +160,8 @@ def initial_coefficients(
 
     Args:
         init: a number for all, ``mean`` (one over the number of tasks: Weight Averaging), a tensor
-            or nested list, or a path: ``.pt`` (shape (tasks,) or (tasks, tensors),
-            read with torch's tensors-only loader) or ``.safetensors`` (an artifact's).
+            or nested list, or a path: ``.pt`` (shape (tasks,) or (tasks, tensors)) or
+            ``.safetensors`` (an artifact's).
         tasks, tensors: the expected sizes.
         granularity: ``task`` or ``layer``.
 
@@ -168,6 +178,8 @@ def initial_coefficients(
         init = torch.tensor(init)
     if not isinstance(init, Tensor):
         init = _read_coefficients(Path(init), where)
+    if not init.isfinite().all():
+        raise ConfigError(where, "some coefficients are not finite", "numbers")
     if init.shape == (tasks, 1):
         init = init[:, 0]
     if init.shape == (tasks,) and granularity == "layer":
@@ -181,49 +193,56 @@ def initial_coefficients(
     return init.float().clone()
 
 
-def read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Check ``coefficients`` of a method config and fill in what it leaves out.
+def _read_init(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    values = torch.tensor(value).flatten() if _is_numeric(value) else value
+    if isinstance(values, Tensor) and values.numel() and values.isfinite().all():
+        if values.numel() > 1 or 0 <= float(values) <= 1:
+            return value
+    elif isinstance(value, str) and value.strip() and "\0" not in value:
+        return value
+    raise ConfigError("", shown(value), "a number in [0, 1], mean, base, or a file")
 
-    Settings:
+
+def _is_numeric(value: Any) -> bool:
+    """A number, or lists of numbers of one length."""
+    if isinstance(value, list):
+        lengths = {len(entry) if isinstance(entry, list) else None for entry in value}
+        return len(lengths) == 1 and all(map(_is_numeric, value))
+    return isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
+
+
+class CoefficientSettings(Settings):
+    """``coefficients`` of a method config.
+
+    Args:
         granularity: ``task``, one coefficient a task, or ``layer``, one a task and parameter
             tensor.
-        init: where the coefficients start: a number; ``mean``, one over the number of tasks; a
-            file that AdaMerging saved, or a saved model's ``coefficients.safetensors``; ``base``,
-            which runs ``base``, then an AdaMerging method, first.
+        init: where the coefficients start: a number in [0, 1]; ``mean``, one over the number of
+            tasks; a file that AdaMerging saved, or a saved model's ``coefficients.safetensors``;
+            ``base``, which runs ``base``, then an AdaMerging method, first.
         train: train them along with the edits, clamped to [0, 1] where they act.
         task_vectors: ``plain``, or ``ties``: trimmed, and of the elected sign (Ties-Merging).
         keep: with ``ties``, the share of a task vector's entries that trimming keeps.
         dtype: ``float32``, or ``bfloat16``, which halves the memory of the task vectors.
+    """
+
+    granularity: Literal["task", "layer"] = "task"
+    init: Annotated[Any, BeforeValidator(_read_init)] = 0.3
+    train: Flag = True
+    task_vectors: Literal["plain", "ties"] = "plain"
+    keep: Annotated[float, Field(gt=0, le=1, description="a fraction in (0, 1]")] = 0.2
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+def read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Check ``coefficients`` of a method config and fill in what it leaves out.
 
     Raises:
         ConfigError: an unknown key or value.
     """
-    defaults: dict[str, Any] = {
-        "granularity": "task",
-        "init": 0.3,
-        "train": True,
-        "task_vectors": "plain",
-        "keep": 0.2,
-        "dtype": "float32",
-    }
-    for key in settings:
-        if key not in defaults:
-            raise ConfigError(f"coefficients.{key}", "no such setting", ", ".join(defaults))
-    filled = defaults | dict(settings)
-    for key, allowed in (
-        ("granularity", GRANULARITIES),
-        ("task_vectors", TASK_VECTORS),
-        ("dtype", ("float32", "bfloat16")),
-        ("train", (True, False)),
-    ):
-        if filled[key] not in allowed:
-            raise ConfigError(
-                f"coefficients.{key}", f"{filled[key]!r}", ", ".join(map(str, allowed))
-            )
-    keep = filled["keep"]
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
-        raise ConfigError("coefficients.keep", f"{filled['keep']!r}", "a fraction in (0, 1]")
-    return filled
+    return CoefficientSettings.read(settings, "coefficients").model_dump()
 
 
 def _read_coefficients(path: Path, where: str) -> Tensor:
@@ -232,7 +251,7 @@ def _read_coefficients(path: Path, where: str) -> Tensor:
             from safetensors.torch import load_file
 
             return load_file(path)["coefficients"]
-        found = torch.load(path, weights_only=True, map_location="cpu")
+        return read_tensor(path)
     except FileNotFoundError:
         raise ConfigError(
             where, f"there is no file {path}", "a number or an existing file"
@@ -241,6 +260,3 @@ def _read_coefficients(path: Path, where: str) -> Tensor:
         raise ConfigError(
             where, f"{path} holds no coefficients ({error})", ".pt or .safetensors"
         ) from None
-    if not isinstance(found, Tensor):
-        raise ConfigError(where, f"{path} holds a {type(found).__name__}", "one tensor")
-    return found

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+GROUPS = ("method", "modelpool", "taskpool", "fabric")
+
 
 class ConfigError(ValueError):
     """Bad input, said in one line.
@@ -13,8 +19,40 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, where: str, problem: str, allowed: str | None = None):
-        self.where = where
-        super().__init__(f"{where}: {problem}" + (f"; allowed: {allowed}" if allowed else ""))
+        super().__init__(where, problem, allowed)  # all of them, so that it can be pickled
+        self.where, self.problem, self.allowed = where, problem, allowed
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}" + (
+            f"; allowed: {self.allowed}" if self.allowed else ""
+        )
+
+    def under(self, key: str) -> ConfigError:
+        """The same error of a setting that is nested in ``key``.
+
+        What lies in a config group of its own, such as the model pool, is nought of a method's.
+        """
+        if self.where.partition(".")[0] in GROUPS:
+            return self
+        where = ".".join(part for part in (key, self.where) if part)
+        return ConfigError(where, self.problem, self.allowed)
+
+
+def unknown_key(key: object, known: Iterable[str], noun: str = "setting") -> ConfigError:
+    """A key that is none of those known, perhaps a misspelt one."""
+    known = list(known)
+    near = difflib.get_close_matches(str(key).lower(), known, n=1)
+    meant = f", did you mean {near[0]}?" if near else ""
+    return ConfigError(str(key), f"no such {noun}{meant}", ", ".join(known))
+
+
+@contextmanager
+def named(key: str) -> Iterator[None]:
+    """Errors inside are of settings that are nested in ``key`` (see ``ConfigError.under``)."""
+    try:
+        yield
+    except ConfigError as error:
+        raise error.under(key) from None
 
 
 class ArtifactError(ValueError):

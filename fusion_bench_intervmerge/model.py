@@ -5,20 +5,22 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import artifact
 from .encoders import VisionTower
-from .encoders.base import fill
-from .errors import ConfigError
+from .encoders.base import check_fit
 from .hub.names import local_folder, one_line
 from .interventions import (
     Function,
@@ -28,6 +30,7 @@ from .interventions import (
     read_interventions,
 )
 from .task_aware import TaskAwareModel
+from .task_names import check_task_name
 
 
 @dataclass
@@ -35,14 +38,35 @@ class _Route:
     """Whose edits the running forward pass applies.
 
     Attributes:
+        model: the model that has them; a shallow copy shares its hooks.
         tasks: the tasks that occur in the batch.
         ids: for each image the index of its task in ``tasks``; None when there is one task, and
             when the tasks follow one another in equal groups of images.
     """
 
+    model: InterventionModel
     tasks: list[str]
     ids: Tensor | None = None
     gathered: dict[tuple[str, int], dict[str, Tensor]] = field(default_factory=dict)
+
+
+# What a forward pass is told beside its images, by ``InterventionModel._hooks``. It belongs to the
+# running code and not to the model, so that threads may encode for different tasks at once.
+T = TypeVar("T")
+_ROUTES: ContextVar[Mapping[object, _Route]] = ContextVar("routes", default=MappingProxyType({}))
+_LEFT_OUT: ContextVar[Mapping[object, tuple[str, int]]] = ContextVar(
+    "left_out", default=MappingProxyType({})
+)
+
+
+@contextmanager
+def _told(variable: ContextVar[Mapping[object, T]], hooks: object, value: T) -> Iterator[None]:
+    """One model's entry in a context variable, for the code inside."""
+    token = variable.set({**variable.get(), hooks: value})
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 class InterventionModel(TaskAwareModel, ModelHubMixin):
@@ -85,8 +109,9 @@ class InterventionModel(TaskAwareModel, ModelHubMixin):
         }
         self.edits: Any = nn.ModuleDict()
         self.metadata: dict[str, Any] = {}
-        self._route: _Route | None = None
-        self._left_out: tuple[str, int] | None = None
+        # What the hooks on the tower know their model by: a shallow copy shares it with the tower,
+        # a deep copy has its own on both.
+        self._hooks = object()
         self._hook_sites()
         for task in tasks:
             self.add_task(task)
@@ -117,31 +142,75 @@ class InterventionModel(TaskAwareModel, ModelHubMixin):
 
     def add_task(self, task: str) -> None:
         """Give a task edits at their starting values; ``distill`` trains them."""
-        if not isinstance(task, str) or not task or "." in task or hasattr(nn.ModuleDict, task):
-            raise ConfigError("tasks", f"{task!r} cannot name a task", "non-empty, no dots")
-        if task in self.edits:
-            raise ConfigError("tasks", f"{task!r} is there already", "a new name")
+        check_task_name(task, self.tasks)
+        ranks = {
+            # What is solved in closed form has no start: it is not there before.
+            site: of if self.interventions[site].init != "regression" else {}
+            for site, of in self._same_ranks().items()
+        }
+        self.edits[task] = self._new_edits(task, ranks).to(self.tower.device)
+
+    def _new_edits(self, task: str, ranks: Mapping[str, Mapping[str, int]]) -> nn.ModuleDict:
+        """Edits at their starting values: site -> block -> rank; a block left out has none."""
         digest = hashlib.sha256(f"{self.seed} {task}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        sites = {}
+        sites = nn.ModuleDict()
         for site, config in self.interventions.items():
-            placement = self.placements[site]
+            init = "reference" if config.init == "regression" else config.init
+            of = ranks.get(site, {})
+            blocks = [str(b) for b in self.placements[site].blocks if str(b) in of]
             sites[site] = nn.ModuleDict(
-                {
-                    str(block): build_function(
-                        config.function,
-                        placement.width,
-                        config.rank,
-                        copies=placement.copies,
-                        activation=config.activation,
-                        init=config.init,
-                        generator=generator,
-                        where=f"interventions.{site}",
-                    )
-                    for block in placement.blocks
-                }
+                {block: self._build(site, of[block], init, generator) for block in blocks}
             )
-        self.edits[task] = nn.ModuleDict(sites).to(self.tower.device)
+        return sites
+
+    def set_rank(self, task: str, site: str, block: int, rank: int) -> Function | None:
+        """Replace one edit by a fresh one of another rank; the other edits stay.
+
+        Args:
+            task, site, block: which edit.
+            rank: 1 to the width of the part, or 0: no edit there.
+
+        Returns:
+            The new edit, at its published start; None at rank 0.
+
+        Raises:
+            ValueError: a task, site or block that is not edited, or a rank that does not fit.
+        """
+        self.check_task(task)
+        if site not in self.placements or block not in self.placements[site].blocks:
+            raise ValueError(f"block {block} is not edited at the site {site!r}")
+        blocks = self.edits[task][site]
+        if str(block) in blocks:
+            del blocks[str(block)]
+        if rank == 0:
+            return None
+        function = self._build(site, rank, "reference", torch.Generator().manual_seed(0))
+        blocks[str(block)] = function.to(self.tower.device)
+        return function
+
+    def ranks(self) -> dict[str, dict[str, dict[int, int]]]:
+        """Task -> site -> block -> rank of its edit; blocks without an edit are left out."""
+        return {
+            task: {
+                site: {int(block): function.rank for block, function in blocks.items()}
+                for site, blocks in sites.items()
+            }
+            for task, sites in self.edits.items()
+        }
+
+    def _build(self, site: str, rank: int, init: str, generator: torch.Generator) -> Function:
+        config, placement = self.interventions[site], self.placements[site]
+        return build_function(
+            config.function,
+            placement.width,
+            rank,
+            copies=placement.copies,
+            activation=config.activation,
+            init=init,
+            generator=generator,
+            where=f"interventions.{site}",
+        )
 
     def drop_task(self, task: str) -> None:
         """Remove a task's edits; the other tasks' features stay what they are."""
@@ -158,9 +227,8 @@ class InterventionModel(TaskAwareModel, ModelHubMixin):
             for site, blocks in folded.edits[task].items():
                 for block, function in blocks.items():
                     blocks[block] = function.folded()
-                    name = blocks[block].name
-                config = self.interventions[site].to_dict() | {"function": name}
-                folded.interventions[site] = InterventionConfig.from_mapping(config)
+                    config = self.interventions[site].to_dict() | {"function": blocks[block].name}
+                    folded.interventions[site] = InterventionConfig.from_mapping(config)
         return folded
 
     def extra_parameters(self) -> dict[str, Any]:
@@ -192,13 +260,14 @@ class InterventionModel(TaskAwareModel, ModelHubMixin):
         Raises:
             ConfigError: the folder cannot be written to.
         """
-        edits = {task: module.state_dict() for task, module in self.edits.items()}
+        edits = {task: _tensors(edits) for task, edits in self.edits.items()}
         artifact.write(
             artifact.Artifact(
                 self.tower,
                 self.interventions,
                 self.seed,
                 edits,
+                self._unequal_ranks(),
                 self.extra_parameters(),
                 self.metadata,
             ),
@@ -222,11 +291,16 @@ class InterventionModel(TaskAwareModel, ModelHubMixin):
         """
         saved = artifact.read(local_folder(folder, **hub))
         try:
-            model = cls(saved.tower, saved.tasks, saved.interventions, saved.seed)
-            for task, edits in saved.edits.items():
-                fill(model.edits[task], edits, f"interventions/{task}.safetensors")
-        except ValueError as error:
-            raise artifact.ArtifactError(f"{folder}: {error}") from None
+            model = cls(saved.tower, [], saved.interventions, saved.seed)
+            for task, tensors in saved.edits.items():
+                ranks = model._same_ranks() if saved.ranks is None else saved.ranks.get(task, {})
+                with torch.device("meta"):  # no memory is taken before the sizes are known to fit
+                    edits = model._new_edits(task, ranks)
+                check_fit(_tensors(edits), tensors, f"interventions/{task}.safetensors")
+                model.edits[task] = edits.to_empty(device=model.device)
+                _load(model.edits[task], tensors)
+        except artifact.MISFITS as error:
+            raise artifact.misfit(folder, error) from None
         model.metadata = saved.metadata
         return model
 
@@ -267,39 +341,52 @@ class InterventionModel(TaskAwareModel, ModelHubMixin):
 
         return to_clip_model(self, task, clip)
 
+    def _unequal_ranks(self) -> dict[str, dict[str, dict[str, int]]] | None:
+        """``ranks``, where they are not all as the settings say."""
+        found = {
+            task: {site: {str(b): r for b, r in of.items()} for site, of in sites.items()}
+            for task, sites in self.ranks().items()
+        }
+        same = self._same_ranks()
+        return None if all(ranks == same for ranks in found.values()) else found
+
+    def _same_ranks(self) -> dict[str, dict[str, int]]:
+        """Site -> block -> the rank of its settings."""
+        return {
+            site: {str(block): config.rank for block in self.placements[site].blocks}
+            for site, config in self.interventions.items()
+        }
+
     # -- the task of a forward pass ----------------------------------------------------------------
 
-    @contextmanager
     def for_task(
         self, task: str | Sequence[str] | None, batch: int | None = None
-    ) -> Iterator[None]:
-        """Apply a task's edits in every forward pass inside; ``None``: the merged encoder."""
-        outer, self._route = self._route, self._make_route(task, batch)
-        try:
-            yield
-        finally:
-            self._route = outer
+    ) -> AbstractContextManager[None]:
+        """Apply a task's edits in every forward pass inside; ``None``: the merged encoder.
 
-    @contextmanager
-    def without_edit(self, site: str, block: int) -> Iterator[None]:
+        It holds for the running thread alone; a thread that is started inside knows no task.
+        """
+        return _told(_ROUTES, self._hooks, self._make_route(task, batch))
+
+    def without_edit(self, site: str, block: int) -> AbstractContextManager[None]:
         """Leave one edit out in every forward pass inside, for all tasks; the others stay.
 
         Args:
             site: an edited site.
             block: an edited block there; 0 at the site ``output``.
         """
-        outer, self._left_out = self._left_out, (site, block)
-        try:
-            yield
-        finally:
-            self._left_out = outer
+        return _told(_LEFT_OUT, self._hooks, (site, block))
+
+    @property
+    def _route(self) -> _Route | None:
+        return _ROUTES.get().get(self._hooks)
 
     def _make_route(self, task: str | Sequence[str] | None, batch: int | None) -> _Route:
         if task is None:
-            return _Route([])
+            return _Route(self, [])
         if isinstance(task, str):
             self.check_task(task)
-            return _Route([task])
+            return _Route(self, [task])
         if batch is not None and len(task) != batch:
             raise ValueError(
                 f"{len(task)} tasks are named for {batch} images; one an image is needed"
@@ -308,12 +395,12 @@ class InterventionModel(TaskAwareModel, ModelHubMixin):
         for name in tasks:
             self.check_task(name)
         if len(tasks) == 1:
-            return _Route(tasks)
+            return _Route(self, tasks)
         order = {name: index for index, name in enumerate(tasks)}
         ids = torch.tensor([order[name] for name in task])
         if torch.equal(ids, torch.arange(len(tasks)).repeat_interleave(len(ids) // len(tasks))):
-            return _Route(tasks)
-        return _Route(tasks, ids.to(self.tower.device))
+            return _Route(self, tasks)
+        return _Route(self, tasks, ids.to(self.tower.device))
 
     def check_task(self, task: str) -> None:
         if task not in self.edits:
@@ -325,31 +412,28 @@ class InterventionModel(TaskAwareModel, ModelHubMixin):
         for site, placement in self.placements.items():
             for block in placement.blocks:
                 module = self.tower.site(site, block)
-                module.register_forward_hook(partial(self._after_site, site, block))
-
-    def _after_site(self, site: str, block: int, module: nn.Module, args: Any, output: Any) -> None:
-        if self._route is not None and self._route.tasks:
-            self.apply_edit(site, block, self.tower.site_tensor(output))
+                module.register_forward_hook(partial(_after_site, self._hooks, site, block))
 
     def apply_edit(self, site: str, block: int, z: Tensor) -> Tensor:
         """Edit a site's tensor in place, for the tasks of the running forward pass."""
         route, placement = self._route, self.placements.get(site)
         if route is None or not route.tasks or placement is None or block not in placement.parts:
             return z
-        if (site, block) == self._left_out:
+        if (site, block) == _LEFT_OUT.get().get(self._hooks):
             return z
-        functions = [self._function(task, site, block) for task in route.tasks]
-        if len(functions) == 1:
+        found = [self.edit_at(task, site, block) for task in route.tasks]
+        functions = [function for function in found if function is not None]
+        if not functions:
+            return z
+        if len(found) == 1:
             return placement.apply(z, block, functions[0])
         if (site, block) not in route.gathered:
-            route.gathered[site, block] = _stack(functions, route.ids)
-        tensors = {n: t.to(z.dtype) for n, t in route.gathered[site, block].items()}
+            route.gathered[site, block] = stacked(found, route.ids)
+        tensors = functions[0].prepared(route.gathered[site, block], z.dtype)
 
         def edit(vectors: Tensor) -> Tensor:
             # one leading entry a set of tensors: an image, or all images of a task
-            grouped = (
-                vectors if route.ids is not None else vectors.unflatten(0, (len(functions), -1))
-            )
+            grouped = vectors if route.ids is not None else vectors.unflatten(0, (len(found), -1))
             if placement.copies is not None:
                 grouped = grouped.unsqueeze(-2)
             elif route.ids is None:
@@ -360,8 +444,10 @@ class InterventionModel(TaskAwareModel, ModelHubMixin):
             tensors = {name: tensor.unsqueeze(1) for name, tensor in tensors.items()}
         return placement.apply(z, block, edit)
 
-    def _function(self, task: str, site: str, block: int) -> Function:
-        return self.edits[task][site][str(block)]
+    def edit_at(self, task: str, site: str, block: int) -> Function | None:
+        """A task's edit at a place; None where it has none."""
+        blocks = self.edits[task][site]
+        return blocks[str(block)] if str(block) in blocks else None  # noqa: SIM401 (a ModuleDict)
 
     def _functions(self) -> Iterator[Function]:
         for edits in self.edits.values():
@@ -499,11 +585,54 @@ class InterventionModel(TaskAwareModel, ModelHubMixin):
         return self.tower.val_preprocess
 
 
-def _stack(functions: Sequence[Function], ids: Tensor | None) -> dict[str, Tensor]:
-    """The functions' tensors side by side: a set a task, or one an image where ``ids`` names it."""
-    by_task = [function.tensors() for function in functions]
-    stacked = {name: torch.stack([t[name] for t in by_task]) for name in by_task[0]}
+def _after_site(
+    hooks: object, site: str, block: int, module: nn.Module, args: Any, output: Any
+) -> None:
+    route = _ROUTES.get().get(hooks)
+    if route is not None and route.tasks:
+        route.model.apply_edit(site, block, route.model.tower.site_tensor(output))
+
+
+def _tensors(edits: Any) -> dict[str, Tensor]:
+    """The tensors of a task's formulas, named ``<site>.<block>.<tensor>``."""
+    return {
+        f"{site}.{block}.{name}": tensor
+        for site, blocks in edits.items()
+        for block, function in blocks.items()
+        for name, tensor in function.tensors().items()
+    }
+
+
+def _load(edits: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Take over what ``_tensors`` gave."""
+    for site, blocks in edits.items():
+        for block, function in blocks.items():
+            names = function.tensors()
+            function.load({name: tensors[f"{site}.{block}.{name}"] for name in names})
+
+
+def stacked(functions: Sequence[Function | None], ids: Tensor | None = None) -> dict[str, Tensor]:
+    """The functions' tensors side by side: a set a task, or one an image where ``ids`` names it.
+
+    Ranks may differ, and a task may have no edit: rows of zeros take part in no formula.
+    """
+    by_task = [{} if function is None else function.tensors() for function in functions]
+    largest = max((t for t in by_task if t), key=lambda t: sum(x.numel() for x in t.values()))
+    stacked = {
+        name: torch.stack([_padded(tensors.get(name), tensor) for tensors in by_task])
+        for name, tensor in largest.items()
+    }
     return stacked if ids is None else {name: tensor[ids] for name, tensor in stacked.items()}
+
+
+def _padded(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """The tensor with zeros behind it in every dimension, up to another's shape."""
+    if tensor is None:
+        return torch.zeros_like(like)
+    if tensor.shape == like.shape:
+        return tensor
+    missing = [large - own for large, own in zip(like.shape, tensor.shape, strict=True)]
+    return F.pad(tensor, [n for count in reversed(missing) for n in (0, count)])
 
 
 def _count(module: nn.Module) -> int:

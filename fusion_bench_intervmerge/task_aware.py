@@ -85,6 +85,8 @@ class TaskAwareModel(nn.Module, ABC):
     def _deferred(self, images: Tensor) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+        images = images.clone()  # the host may fill its buffer with the next batch meanwhile
+
         @cache
         def merged() -> Any:
             with self.for_task(None), torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from fusion_bench_intervmerge.encoders import VisionTower, as_tower
 from fusion_bench_intervmerge.encoders.convert import to_openclip
+
+# what hostile files are made of; the campaigns themselves are longer than tests may be
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 TASKS = ["ants", "bees", "cats"]
 
@@ -107,6 +111,11 @@ def blocks(page: str, language: str = "") -> list[str]:
     text = (Path(__file__).parents[1] / "docs" / page).read_text()
     found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
     return [block for said, block in found if said == language]
+
+
+def acts(before: Tensor, after: Tensor) -> bool:
+    """Whether an edit moves what it is given: where it does not, every formula would agree."""
+    return float((after - before).abs().max()) > 0.1
 
 
 def perturbed(model):

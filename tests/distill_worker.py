@@ -68,6 +68,7 @@ def main(output: Path, states: Path, steps: int, pause: float = 0.0, processes: 
         tensors |= {"coefficients": mixture.coefficients.detach(), "losses": done.losses}
         tensors["resumed_at"] = torch.tensor(done.resumed_at)
         save_file(tensors, output)
+        done.clear()
 
 
 def torture(kills: list[int], states: Path, run: Callable[[], None]) -> None:

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TASKS, hf_tower, perturbed
+from conftest import TASKS, hf_tower, perturbed, relative
+from hostile_artifacts import (
+    EITHER,
+    HUGGING_FACE,
+    OPENCLIP,
+    features,
+    flipped_bits,
+    malformed,
+    outcome,
+    put,
+    small_model,
+)
 from safetensors.torch import load_file, save_file
 from test_model import SETTINGS
 from transformers import CLIPVisionModelWithProjection
 
-from fusion_bench_intervmerge import InterventionModel
+from fusion_bench_intervmerge import InterventionModel, artifact
 from fusion_bench_intervmerge.artifact import ArtifactError
 from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.files import opened_folder, whole_folder, write_json
 
 
 @pytest.mark.parametrize("sites", SETTINGS)
@@ -52,6 +67,101 @@ def test_the_folder_is_plain_files(tmp_path):
     assert set(edits) == {f"attention.{b}.{t}" for b in range(3) for t in ("W1", "W2", "b")}
 
 
+EVERY_R = {
+    "attention": {"function": "loreft", "rank": 3},
+    "mlp": {"function": "lobireft", "tokens": "patch", "share_tokens": False},
+    "block": {"function": "direft", "rank": 2, "blocks": [1]},
+    "output": {"function": "consreft", "rank": 4},
+}
+
+
+def trained(model):
+    """The model with an X of the orthonormal R that is far from R."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.edits.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def test_the_tensors_in_a_file_are_the_formulas(tmp_path, images):
+    model = trained(InterventionModel(hf_tower(), TASKS, EVERY_R))
+    model.save_pretrained(tmp_path / "m")
+    edits = load_file(tmp_path / "m" / "interventions" / "ants.safetensors")
+    assert {name.rpartition(".")[2] for name in edits} == {"R", "W1", "b"}
+    function = model.edits["ants"]["attention"]["1"]
+    assert torch.equal(edits["attention.1.R"], function.R)
+    original = function.parametrizations.R.original
+    assert (edits["attention.1.R"] - original).abs().max() > 0.1
+    R = edits["attention.1.R"]
+    torch.testing.assert_close(R @ R.mT, torch.eye(3), rtol=0, atol=1e-5)
+
+
+def test_saved_and_loaded_again_and_again_no_bit_changes(tmp_path, images):
+    model = trained(InterventionModel(hf_tower(), TASKS, EVERY_R))
+    model.save_pretrained(tmp_path / "once")
+    loaded = InterventionModel.from_pretrained(tmp_path / "once")
+    copy.deepcopy(loaded).save_pretrained(tmp_path / "twice")
+    InterventionModel.from_pretrained(tmp_path / "twice").fold().save_pretrained(tmp_path / "f")
+    folded = InterventionModel.from_pretrained(tmp_path / "f")
+    for task in TASKS:
+        first, second = (
+            (tmp_path / which / "interventions" / f"{task}.safetensors").read_bytes()
+            for which in ("once", "twice")
+        )
+        assert first == second
+        with torch.no_grad():
+            expected = model.encode(images, task)
+            assert torch.equal(loaded.encode(images, task), expected)
+            assert torch.equal(folded.encode(images, task), model.fold().encode(images, task))
+
+
+def test_a_loaded_model_trains_as_the_saved_one(tmp_path, images):
+    model = trained(InterventionModel(hf_tower(), ["ants"], EVERY_R))
+    model.save_pretrained(tmp_path / "m")
+    loaded = InterventionModel.from_pretrained(tmp_path / "m")
+    fresh = InterventionModel(hf_tower(), ["ants"], EVERY_R)  # X is the same R, but not loaded
+    with torch.no_grad():
+        for name, parameter in loaded.edits.named_parameters():
+            fresh.edits.get_parameter(name).copy_(parameter)
+    gradients = []
+    for each in (loaded, fresh):
+        each.encode(images, "ants").abs().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in each.edits.parameters()]))
+    assert relative(*gradients) < 1e-5
+    with torch.no_grad():
+        for parameter in loaded.edits.parameters():
+            parameter -= 0.1 * parameter.grad
+    R = loaded.edits["ants"]["attention"]["0"].R
+    torch.testing.assert_close(R @ R.mT, torch.eye(3), rtol=0, atol=1e-5)
+
+
+def as_format_1(model, folder):
+    """The artifact as version 1 of the format had it: modules' state dicts, one digest."""
+    model.save_pretrained(folder)
+    for task, edits in model.edits.items():
+        tensors = {name: t.contiguous() for name, t in edits.state_dict().items()}
+        save_file(tensors, folder / "interventions" / f"{task}.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    keys = ("tower", "tasks", "interventions", "seed", "metadata")
+    old = {"format": 1} | {key: config[key] for key in keys}
+    old["merged_digest"] = model.tower.digest()
+    (folder / "config.json").write_text(json.dumps(old, indent=2) + "\n")
+
+
+@pytest.mark.parametrize("sites", [EVERY_R, {"attention": {}}], ids=["R", "noreft"])
+def test_the_first_format_is_still_read(make_tower, sites, tmp_path, images):
+    model = trained(InterventionModel(make_tower(), TASKS, sites, seed=5))
+    as_format_1(model, tmp_path / "m")
+    edits = load_file(tmp_path / "m" / "interventions" / "ants.safetensors")
+    assert ("attention.0.parametrizations.R.original" in edits) == (sites is EVERY_R)
+    again = InterventionModel.from_pretrained(tmp_path / "m")
+    assert again.seed == 5
+    with torch.no_grad():
+        for task in (None, *TASKS):
+            assert torch.equal(again.encode(images, task), model.encode(images, task))
+
+
 def test_transformers_itself_reads_the_merged_encoder(images, tmp_path):
     InterventionModel(hf_tower(), TASKS, {"attention": {}}).save_pretrained(tmp_path / "m")
     stock = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "m" / "merged").eval()
@@ -66,13 +176,16 @@ def folder(tmp_path):
 
 
 def change(folder, **entries):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | entries))
+    """Change config.json and its digest with it, as who wants to be believed would."""
+    config = json.loads((folder / "config.json").read_text()) | entries
+    del config["digest"]
+    config["digest"] = artifact._digest_of_config(config)
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def test_another_format(folder):
     change(folder, format=99)
-    with pytest.raises(ArtifactError, match="format 99; this version reads format 1"):
+    with pytest.raises(ArtifactError, match="format 99; this version reads formats 1 and 2"):
         InterventionModel.from_pretrained(folder)
 
 
@@ -112,6 +225,92 @@ def test_settings_that_do_not_fit_the_tower(folder):
         InterventionModel.from_pretrained(folder)
 
 
+# -- nothing is believed that is not what was saved ------------------------------------------------
+
+
+def edit_by_hand(folder, *path_and_value):
+    """Change an entry of config.json and leave its digest."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    put(*path_and_value)(config)
+    path.write_text(json.dumps(config, indent=2))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("tower", "vision_config", "layer_norm_eps", 1e-4),
+        ("tower", "vision_config", "num_attention_heads", 8),
+        ("interventions", "attention", "tokens", "last"),
+        ("interventions", "attention", "part", {"size": 32, "start": 3}),
+        ("seed", 1),
+        ("tasks", TASKS[::-1]),
+    ],
+    ids=lambda change: change[-2],
+)
+def test_a_setting_that_was_changed_later(folder, change):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))  # laid out anew
+    InterventionModel.from_pretrained(folder)
+    edit_by_hand(folder, *change)
+    with pytest.raises(ArtifactError, match=r"config\.json: changed since it was saved"):
+        InterventionModel.from_pretrained(folder)
+
+
+def test_swapped_task_files_and_another_trainings_edits(folder, tmp_path):
+    ants, bees = (folder / "interventions" / f"{task}.safetensors" for task in ("ants", "bees"))
+    kept = ants.read_bytes()
+    ants.write_bytes(bees.read_bytes())
+    with pytest.raises(ArtifactError, match=r"ants\.safetensors: torn or another file"):
+        InterventionModel.from_pretrained(folder)
+    perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}})).save_pretrained(
+        tmp_path / "other"
+    )
+    ants.write_bytes((tmp_path / "other" / "interventions" / "ants.safetensors").read_bytes())
+    with pytest.raises(ArtifactError, match=r"ants\.safetensors: torn or another file"):
+        InterventionModel.from_pretrained(folder)
+    ants.write_bytes(kept)
+    InterventionModel.from_pretrained(folder)
+
+
+def test_no_flipped_bit_is_loaded(tmp_path):
+    small_model().save_pretrained(tmp_path / "m")
+    found = [outcome(tmp_path / "m", what) for what in flipped_bits(tmp_path / "m", 21)]
+    assert found == ["refused"] * 21
+
+
+@pytest.mark.parametrize(
+    ("openclip", "changes"),
+    [(False, (EITHER + HUGGING_FACE)[::3]), (True, OPENCLIP[::3])],
+    ids=["huggingface", "openclip"],
+)
+def test_a_malformed_config_is_refused_in_one_line(openclip, changes, tmp_path):
+    small_model(openclip=openclip).save_pretrained(tmp_path / "m")
+    found = [outcome(tmp_path / "m", what) for what in malformed(tmp_path / "m", changes)]
+    assert set(found) == {"refused"}
+
+
+def test_sizes_are_compared_before_memory_is_taken(folder):
+    config = json.loads((folder / "config.json").read_text())
+    huge = {"hidden_size": 65536, "intermediate_size": 65536, "num_attention_heads": 16}  # 1.2 TB
+    change(folder, tower=config["tower"] | {"vision_config": huge})
+    with pytest.raises(ArtifactError, match="the vision model's weights file lacks"):
+        InterventionModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_modes_are_the_umasks(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        small_model().save_pretrained(tmp_path / "m")
+        write_json(tmp_path / "file.json", {})
+    finally:
+        os.umask(before)
+    for path in [*tmp_path.rglob("*")]:
+        mode = 0o777 if path.is_dir() else 0o666
+        assert path.stat().st_mode & 0o777 == mode & ~umask, path
+
+
 def test_a_save_that_fails_leaves_the_old_model(folder, monkeypatch):
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     model = InterventionModel(hf_tower(1, 0.1), TASKS, {"attention": {"rank": 2}})
@@ -134,7 +333,96 @@ def test_no_write_permission():
 
 def test_a_file_in_the_way(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be written"):
-        InterventionModel(hf_tower(), TASKS, {"attention": {}}).save_pretrained(
-            tmp_path / "file" / "m"
-        )
+    with pytest.raises(ConfigError, match="file cannot be written to"):
+        small_model().save_pretrained(tmp_path / "file" / "m")
+    with pytest.raises(ConfigError, match="file is no folder; allowed: a new or empty folder"):
+        small_model().save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").is_file()
+
+
+# -- nothing is lost but a saved model -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "notes/day.md", "config.json", "README.md", ".env"])
+def test_a_folder_of_other_things_is_left_alone(name, tmp_path):
+    file = tmp_path / "folder" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    first = file.relative_to(tmp_path / "folder").parts[0]
+    with pytest.raises(ConfigError, match=f"folder holds {first}, which would be lost"):
+        small_model().save_pretrained(tmp_path / "folder")
+    assert file.read_text() == "{}"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_what_was_put_into_a_saved_model_is_not_lost(folder):
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"m holds notes\.txt, which would be lost"):
+        small_model().save_pretrained(folder)
+    (folder / "notes.txt").unlink()
+    (folder / "README.md").write_text("a card of my own")
+    small_model().save_pretrained(folder)
+    assert InterventionModel.from_pretrained(folder).tasks == small_model().tasks
+
+
+def test_what_may_be_replaced(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    for place in (tmp_path / "absent", tmp_path / "empty", folder, tmp_path / "link"):
+        small_model().save_pretrained(place)
+        assert InterventionModel.from_pretrained(place).tasks == small_model().tasks
+    assert (tmp_path / "link").is_symlink()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_first_format_may_be_replaced(tmp_path):
+    as_format_1(small_model(), tmp_path / "m")
+    small_model(2).save_pretrained(tmp_path / "m")
+    assert InterventionModel.from_pretrained(tmp_path / "m").seed == 2
+
+
+def test_a_reader_goes_on_with_the_model_it_opened(folder):
+    before = json.loads((folder / "config.json").read_text())
+    with opened_folder(folder) as opened:
+        small_model().save_pretrained(folder)
+        assert json.loads((opened / "config.json").read_text()) == before
+        assert (opened / "interventions" / "ants.safetensors").exists()
+    small_model().save_pretrained(folder)  # what the reader kept is removed now
+    assert [path.name for path in folder.parent.iterdir()] == ["m"]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path):
+    left = tmp_path / ".writing-0123"
+    (left / "merged").mkdir(parents=True)
+    (tmp_path / ".writing-mine").write_text("a file")
+    with whole_folder(tmp_path / "other") as live:
+        (live / "half").write_text("")
+        small_model().save_pretrained(tmp_path / "m")
+        assert not left.exists() and (live / "half").exists()
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".writing-mine", "m", "other"]
+
+
+def test_where_folders_cannot_change_places_in_one_step(folder, monkeypatch):
+    monkeypatch.setattr("fusion_bench_intervmerge.files._exchange", lambda *_: False)
+    small_model().save_pretrained(folder)
+    assert InterventionModel.from_pretrained(folder).tasks == small_model().tasks
+    assert [path.name for path in folder.parent.iterdir()] == ["m"]
+
+
+def test_two_savers_and_a_reader(tmp_path):
+    models = {seed: small_model(seed) for seed in (1, 2)}
+    expected = {seed: features(model) for seed, model in models.items()}
+    models[1].save_pretrained(tmp_path / "m")
+    with ThreadPoolExecutor(2) as pool:
+        saving = [
+            pool.submit(lambda m=model: [m.save_pretrained(tmp_path / "m") for _ in range(20)])
+            for model in models.values()
+        ]
+        while not all(each.done() for each in saving):
+            read = InterventionModel.from_pretrained(tmp_path / "m")
+            assert torch.equal(features(read), expected[read.seed])
+    for each in saving:
+        each.result()
+    models[1].save_pretrained(tmp_path / "m")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]

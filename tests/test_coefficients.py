@@ -64,6 +64,17 @@ def test_task_vectors_in_bfloat16_come_close(parts):
         torch.testing.assert_close(b, a, rtol=0, atol=2e-3)
 
 
+def test_a_small_step_of_a_coefficient_acts_on_task_vectors_in_bfloat16(parts):
+    """bfloat16 knows no number between 0.3008 and 0.3027."""
+    theta0, vectors = parts
+    before, after = (
+        mixed(theta0, vectors, torch.tensor([value, 0.3, 0.3]), dtype=torch.bfloat16)
+        for value in (0.3, 0.301)
+    )
+    for old, new, tau in zip(before, after, vectors[0], strict=True):
+        torch.testing.assert_close(new - old, 0.001 * tau, rtol=0.02, atol=3e-7)
+
+
 def fusion_bench_pool():
     from fusion_bench import BaseModelPool
 

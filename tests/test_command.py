@@ -12,9 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fusion_bench_intervmerge import InterventionModel
+from fusion_bench_intervmerge.cache import CACHE_VARIABLE
+from fusion_bench_intervmerge.checkpoint import Interrupted
+from fusion_bench_intervmerge.distillation import loop
 from fusion_bench_intervmerge.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -383,15 +387,17 @@ EDIT = "interventions.attention"
         ([f"method.{EDIT}.rank=65"], f"{EDIT}.rank: 65 does not fit vectors of width 64"),
         ([f"method.{EDIT}.part=[32,80]"], f"{EDIT}.part: [32, 80] lies outside the width 64"),
         ([f"method.{EDIT}.blocks=[6]"], f"{EDIT}.blocks: there is no block 6"),
-        (["modelpool=clip-vit-b32_TA8"], "modelpool.models._pretrained_: cannot be had"),
+        (["modelpool=clip-vit-b32_TA8"], "modelpool.models._pretrained_: could not be loaded"),
         (["+method.data.cache=1"], "data.cache: no such setting"),
-        (["method.data.split=all"], "data.split: there is no split 'all'; allowed: test"),
-        (["method.save_every=0"], "save_every: 0; allowed: 1 or more"),
+        (["method.data.split=all"], "data.split: 'all'; allowed: test, validation, train"),
+        (["method.save_every=0"], "save_every: 0; allowed: a whole number, 1 to"),
         (["+method.coefficients.keep=abc"], "coefficients.keep: 'abc'; allowed: a fraction"),
         (["method.resume=maybe"], "resume: 'maybe'; allowed: auto, never"),
         (["method.optimizer.lr=-1"], "optimizer: Invalid learning rate"),
         (["+method.coefficients.init=base"], "coefficients.init: `base` is no AdaMerging"),
         (["method.save_to=/proc/self/model"], "save_to: /proc/self cannot be written to"),
+        (["method.save_to='{log_dir}'"], "is where the run's logs go; allowed: '{log_dir}/"),
+        (["method.save_to=/etc"], "save_to: /etc holds "),
     ],
 )
 def test_an_error_is_one_line_that_says_where(overrides, message, tmp_path, monkeypatch):
@@ -400,7 +406,7 @@ def test_an_error_is_one_line_that_says_where(overrides, message, tmp_path, monk
     with pytest.raises(ConfigError) as error:
         in_process("method=intervmerge", "fast_dev_run=true", *chosen, *overrides, folder=tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
-    if "cannot be had" in message:
+    if "could not be loaded" in message:
         assert "modelpool=clip-vit-tiny_TA8" in str(error.value)
         assert "openai/clip-vit-base-patch32" in str(error.value)
 
@@ -412,6 +418,15 @@ def test_a_pool_without_experts():
 
     with pytest.raises(ConfigError, match="there are no experts"):
         ExpertPool(BaseModelPool({"_pretrained_": "somewhere"}))
+
+
+def test_a_task_of_a_bad_name():
+    from fusion_bench import BaseModelPool
+
+    from fusion_bench_intervmerge.fusion.experts import ExpertPool
+
+    with pytest.raises(ConfigError, match=r"modelpool\.models: '/tmp/x' cannot name a task"):
+        ExpertPool(BaseModelPool({"_pretrained_": "somewhere", "/tmp/x": "elsewhere"}))
 
 
 def test_live_models_stay_as_they_are():
@@ -462,6 +477,52 @@ def test_a_stopped_run_knows_its_images():
     assert identity("a", "b") == identity("a", "c") != identity("b", "b")
 
 
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        # what safetensors and the folder's own files say on a full disk, which no test can be given
+        (SafetensorError("I/O error: No space left on device"), "No space left on device"),
+        (ConfigError("model", "cannot be written (No space left)"), "No space left"),
+        (KeyboardInterrupt(), "stopped while saving the model; the same command goes on from step"),
+    ],
+)
+def test_a_training_outlives_a_save_that_failed(failure, said, tmp_path, monkeypatch):
+    from fusion_bench_intervmerge.fusion.embedded import ensure_pool
+
+    pool = ensure_pool()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / pool.name).symlink_to(pool)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))  # states of its own
+
+    def run(name, *more):
+        command = ["method=intervmerge", "method.steps=3", "modelpool=clip-vit-tiny_TA8"]
+        command += [
+            "modelpool.tasks=[colours,counting]",
+            f"method.save_to={tmp_path / name}",
+            *more,
+        ]
+        in_process(*command, folder=tmp_path)
+        return tmp_path / name
+
+    undisturbed = run("undisturbed", "method.resume=never")
+    with monkeypatch.context() as patch:
+
+        def fail(*args):
+            raise failure
+
+        patch.setattr("fusion_bench_intervmerge.artifact.write", fail)
+        with pytest.raises((ConfigError, Interrupted)) as error:
+            run("saved")
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert "the same command goes on" in str(error.value) and not (tmp_path / "saved").exists()
+    monkeypatch.setattr(loop._Trainer, "_step", None)  # no step is left to be done
+    saved = run("saved")
+    for file in (undisturbed / "interventions").iterdir():
+        assert file.read_bytes() == (saved / "interventions" / file.name).read_bytes()
+    assert json.loads((tmp_path / "log" / "intervmerge.json").read_text())["resumed_at"] == 3
+    assert not list((tmp_path / "cache" / "states").iterdir()), "the artifact stands"
+
+
 def test_a_live_pretrained_model_is_one_line():
     from conftest import hf_tower
     from fusion_bench import CLIPVisionModelPool
@@ -494,24 +555,49 @@ def test_experts_of_different_shape(tmp_path):
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
     small |= {"num_attention_heads": 4, "image_size": 32, "patch_size": 8}
     CLIPVisionModel(CLIPVisionConfig(**small)).save_pretrained(tmp_path / "narrow")
-    with pytest.raises(ConfigError, match=r"modelpool\.models\.extra: .*fc1\S* has shape \(128"):
+    with pytest.raises(ConfigError, match=r"modelpool\.models\.letters: .*fc1\S* has shape \(128"):
         in_process(
             "method=intervmerge",
-            f"+modelpool.models.extra={tmp_path / 'narrow'}",
+            f"+modelpool.models.letters={tmp_path / 'narrow'}",
             "modelpool=clip-vit-tiny_TA8",
             folder=tmp_path,
         )
 
 
 def test_the_command_ends_with_that_line(tmp_path):
-    done = fusion_bench(
-        "method=intervmerge",
-        "method.interventions.attention.function=reft",
-        *TINY,
-        *QUIET,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.returncode != 0
-    last = [line for line in done.stderr.splitlines() if line.strip()][-2]
-    assert "interventions.attention.function: there is no function 'reft'; allowed:" in last
+    log = tmp_path / "log"
+    given = ["method=intervmerge", "+method.stepss=5", f"path.log_dir={log}", *TINY, *QUIET]
+    done = fusion_bench(*given, cwd=tmp_path, check=False)
+    line = "method.stepss: no such setting, did you mean steps?; allowed: interventions, base,"
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+    (told,) = [shown for shown in done.stderr.splitlines() if line in shown]
+    assert told.startswith(line)
+    # Hydra's own two lines stand around it; what FusionBench logs of it is in its file
+    assert len([shown for shown in done.stderr.splitlines() if shown]) == 3
+    assert any("Traceback" in file.read_text() for file in log.glob("*.log"))
+
+
+def test_within_hydra_an_error_is_one_that_hydra_shows_as_a_line(tmp_path):
+    import pickle
+
+    from hydra.errors import CompactHydraException
+
+    with pytest.raises(ConfigError) as error:
+        in_process("method=intervmerge", "method.steps=a", *TINY, folder=tmp_path)
+    assert isinstance(error.value, CompactHydraException)
+    assert type(error.value.__cause__) is ConfigError  # what HYDRA_FULL_ERROR=1 shows
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)  # from a launcher
+
+
+def test_ctrl_c_is_one_line(tmp_path, monkeypatch):
+    from fusion_bench_intervmerge.distillation import Interrupted
+
+    told = "stopped after step 12 of 200; the same command goes on from there"
+
+    def stop(*args, **kwargs):
+        raise Interrupted(told)
+
+    monkeypatch.setattr("fusion_bench_intervmerge.fusion.algorithm.distill", stop)
+    with pytest.raises(SystemExit) as stopped:  # which Python shows as its message alone
+        in_process("method=intervmerge", "modelpool=clip-vit-tiny_TA8", folder=tmp_path)
+    assert stopped.value.code == told

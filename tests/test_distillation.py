@@ -16,17 +16,19 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from conftest import TASKS, fine_tuned, hf_tower, openclip_tower, relative
+from conftest import TASKS, acts, fine_tuned, hf_tower, openclip_tower, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_model import intervmerge, surgery_v2
 
 from fusion_bench_intervmerge import InterventionModel, distill
+from fusion_bench_intervmerge.checkpoint import Interrupted
 from fusion_bench_intervmerge.coefficients import Mixture, task_vector
-from fusion_bench_intervmerge.distillation import DistillationError, Interrupted, Schedule, loop
+from fusion_bench_intervmerge.distillation import DistillationError, Schedule, ThriceAdam, loop
 from fusion_bench_intervmerge.distillation.memory import keep_freed_memory
 from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.expert_cache import ExpertCache
 
 WORKER = Path(__file__).parent / "distill_worker.py"
 
@@ -71,7 +73,7 @@ def test_tasks_and_seeds_have_schedules_of_their_own():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": 0}, "steps: 0"),
+        ({"steps": -1}, "steps: -1"),
         ({"batch_size": 0}, "data.batch_size: 0"),
         ({"fraction": 0}, "data.fraction: 0; allowed: a number in (0, 1]"),
         ({"fraction": 1.5}, "data.fraction: 1.5"),
@@ -90,16 +92,18 @@ def test_schedules_that_cannot_be(arguments, message):
 class PublishedOrder:
     """Batch s % 6 of eight images at step s, as the published curves were made."""
 
-    def __init__(self, task, num_images, *, steps, batch_size, fraction, seed):
+    def __init__(self, task, num_images, *, steps, batch_size, **others):
         self.unique = list(range(num_images))
         self.rows = torch.stack([torch.arange(8) + 8 * (step % 6) for step in range(steps)])
 
 
 def published(model, golden, golden_tower, loss="output"):
+    """The losses of the published training; it has to move every number and help every batch."""
+    start = {name: p.detach().clone() for name, p in model.edits.named_parameters()}
     # The published runs went through their batches in order; ours are shuffled by design.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "Schedule", PublishedOrder)
-        return distill(
+        losses = distill(
             model,
             {"a": lambda: golden_tower("expert")},
             {"a": golden["encoder.images"].flatten(0, 1)},
@@ -108,6 +112,10 @@ def published(model, golden, golden_tower, loss="output"):
             loss=loss,
             optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
         ).losses[:, 0]
+    for name, parameter in model.edits.named_parameters():
+        assert (parameter - start[name]).abs().max() > 5e-3, name
+    assert (losses[-6:] < 0.95 * losses[:6]).all()
+    return losses
 
 
 def test_intervmerge_follows_the_published_curve(golden, golden_tower):
@@ -118,6 +126,7 @@ def test_intervmerge_follows_the_published_curve(golden, golden_tower):
     with torch.no_grad():
         trained = model.encode(golden["encoder.images"][0], "a")
     assert relative(trained, golden["encoder.features.trained"]) < 1e-4
+    assert acts(golden["encoder.features.plain"], trained)
 
 
 def test_surgery_follows_the_published_curve(golden, golden_tower):
@@ -135,6 +144,7 @@ def test_surgery_follows_the_published_curve(golden, golden_tower):
     with torch.no_grad():
         trained = model.encode(golden["encoder.images"][0], "a")
     assert relative(trained, golden["surgery.features.trained"]) < 1e-4
+    assert acts(golden["encoder.features.plain"], trained)
 
 
 def test_surgery_v2_follows_the_published_curve(golden, golden_tower):
@@ -148,6 +158,26 @@ def test_surgery_v2_follows_the_published_curve(golden, golden_tower):
     with torch.no_grad():
         trained = model.encode(golden["encoder.images"][0], "a")
     assert relative(trained, golden["surgery_v2.features.trained"]) < 1e-4
+    assert acts(golden["encoder.features.plain"], trained)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_thrice_adam_is_adam_over_a_list_that_names_everything_thrice():
+    ours, listed = (
+        [torch.randn(3, 4, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+        for _ in range(2)
+    )
+    optimizers = [
+        ThriceAdam(ours, lr=1e-3, foreach=False),
+        torch.optim.Adam(listed * 3, lr=1e-3, foreach=False),
+    ]
+    for step in range(5):
+        for tensors, optimizer in zip((ours, listed), optimizers, strict=True):
+            for tensor in tensors:
+                tensor.grad = (tensor * step).sin()
+            optimizer.step()
+    for a, b in zip(ours, listed, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
 
 
 # -- invariants ------------------------------------------------------------
@@ -328,6 +358,66 @@ def test_lower_precision_comes_close_and_leaves_the_merged_weights_alone(
     assert all(p.dtype == torch.float32 for p in low.edits.parameters())
 
 
+def plain_double_training(model, experts, datasets, steps, mixture):
+    """The same training, written out in float64 with nothing but autograd."""
+    model, mixture = copy.deepcopy(model).double(), copy.deepcopy(mixture)
+    moving = list(model.edits.parameters())
+    if mixture is not None:
+        mixture.coefficients.data = mixture.coefficients.data.double()
+        moving.append(mixture.coefficients)
+    optimizer = torch.optim.Adam(moving, lr=3e-3)
+    targets = {}
+    with torch.no_grad():
+        for task in TASKS:
+            targets[task] = experts[task]().double().features(datasets[task].double())
+    schedules = {t: Schedule(t, len(datasets[t]), steps=steps, batch_size=4) for t in TASKS}
+    for step in range(steps):
+        optimizer.zero_grad()
+        if mixture is not None:
+            mixture.write(model.tower)
+            for parameter in model.tower.mergeable().values():
+                parameter.requires_grad_(True)
+        for task, schedule in schedules.items():
+            images = torch.tensor(schedule.unique)[schedule.rows[step]]
+            found = model.encode(datasets[task][images].double(), task)
+            (found - targets[task][images]).abs().mean().backward()
+        if mixture is not None:
+            mixture.collect_gradient(model.tower)
+        optimizer.step()
+    return [parameter.detach() for parameter in moving]
+
+
+@pytest.mark.parametrize("with_mixture", [False, True])
+def test_64_true_trains_in_double_precision(experts, datasets, with_mixture):
+    sites, run = {"attention": {"function": "loreft", "rank": 2}}, {"steps": 6, "batch_size": 4}
+    tower, mixture = hf_tower(), None
+    if with_mixture:
+        theta0 = [p.detach().clone() for p in tower.mergeable().values()]
+        vectors = [task_vector(experts[task](), theta0) for task in TASKS]
+        mixture = Mixture(theta0, vectors, torch.full((3,), 0.3))
+        mixture.write(tower)
+    single = InterventionModel(tower, TASKS, sites)
+    expected = plain_double_training(single, experts, datasets, 6, mixture)
+    errors = []
+    for precision in ("64-true", "32-true"):
+        model, mixed = copy.deepcopy(single), copy.deepcopy(mixture)
+        fabric = L.Fabric(accelerator="cpu", devices=1, precision=precision)
+        distill(model, experts, datasets, fabric=fabric, mixture=mixed, **run)
+        found = [*model.edits.parameters(), *([mixed.coefficients] if mixed else [])]
+        assert all(p.dtype == torch.float32 for p in found)
+        errors.append(max(relative(a.double(), b) for a, b in zip(found, expected, strict=True)))
+    # at the end the numbers are rounded to fp32 once
+    assert errors[0] < 2**-23 < errors[1]
+
+
+def test_a_precision_that_is_not_known_is_refused(experts, datasets):
+    fabric = L.Fabric(accelerator="cpu", devices=1)
+    fabric._precision.precision = "transformer-engine"  # its package is not here
+    model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
+    with pytest.raises(ConfigError, match=r"fabric\.precision: 'transformer-engine'; allowed: 64-"):
+        distill(model, experts, datasets, steps=1, fabric=fabric)
+
+
 # -- what can go wrong ------------------------------------------------------------
 
 
@@ -446,9 +536,37 @@ def interrupted(tmp_path, experts, datasets, run="r", steps=10):
         )
 
 
+def test_ctrl_c_is_one_line_wherever_it_comes(experts, datasets, tmp_path, monkeypatch):
+    def pressed(*args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match=r"^stopped while reading the experts' features$"):
+        finish(tmp_path, experts | {"bees": pressed}, datasets)
+    interrupted(tmp_path, experts, datasets)
+    with pytest.raises(Interrupted, match=r"features; the same command goes on from step 6$"):
+        finish(tmp_path, experts | {"bees": pressed}, datasets)
+    # the second Ctrl-C, which does not wait for the step's end
+    monkeypatch.setattr(loop._Trainer, "_step", pressed)
+    with pytest.raises(Interrupted, match=r"^stopped while training; the same .* from step 6$"):
+        finish(tmp_path, experts, datasets)
+
+
 def finish(tmp_path, experts, datasets, run="r"):
     model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
     return distill(model, experts, datasets, steps=10, batch_size=4, state_folder=tmp_path, run=run)
+
+
+def test_a_finished_training_is_found_until_it_is_cleared(experts, datasets, tmp_path, monkeypatch):
+    """Killed between the training's end and the save, nothing is trained twice."""
+    first = finish(tmp_path, experts, datasets)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, "_step", None)  # no step is left to be done
+        found = finish(tmp_path, experts, datasets)
+    assert found.resumed_at == 10 and torch.equal(found.losses, first.losses)
+    for task, features in first.expert_features.items():
+        assert torch.equal(found.expert_features[task], features)
+    found.clear()
+    assert not tmp_path.exists() and finish(tmp_path, experts, datasets).resumed_at == 0
 
 
 def test_a_torn_state_is_reported_and_the_older_one_used(experts, datasets, tmp_path, caplog):
@@ -470,12 +588,12 @@ def test_the_state_of_another_run_is_not_taken(experts, datasets, tmp_path):
 def test_a_full_disk_is_reported_and_training_goes_on(
     experts, datasets, tmp_path, caplog, monkeypatch
 ):
-    from fusion_bench_intervmerge.distillation import state
+    from fusion_bench_intervmerge import checkpoint
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(state, "save_file", full)  # a full disk cannot be had in a test
+    monkeypatch.setattr(checkpoint, "save_file", full)  # a full disk cannot be had in a test
     with caplog.at_level(logging.WARNING):
         model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
         done = distill(
@@ -488,6 +606,7 @@ def test_a_full_disk_is_reported_and_training_goes_on(
             save_every=2,
         )
     assert len(done.losses) == 4 and "No space left on device" in caplog.text
+    done.clear()
     assert not list(tmp_path.rglob("*"))
 
 
@@ -543,3 +662,82 @@ def test_without_glibc_the_allocator_is_left_alone(monkeypatch):
     monkeypatch.setattr("ctypes.CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
     with keep_freed_memory():
         pass
+
+
+# -- experts' representations, computed once -------------------------------------------------------
+
+
+def trained_with(cache, experts, datasets, function="noreft", **options):
+    model = InterventionModel(hf_tower(), TASKS, {"attention": {"function": function}})
+    losses = distill(model, experts, datasets, steps=3, batch_size=4, cache=cache, **options).losses
+    return model, losses
+
+
+@pytest.fixture
+def counted(experts):
+    """Experts that count their forward passes."""
+    passes = []
+
+    def counting(load):
+        expert = load()
+        embed = expert.embed
+
+        def counted_embed(images):
+            passes.append(len(images))
+            return embed(images)
+
+        expert.embed = counted_embed
+        return expert
+
+    return {t: (lambda load=load: counting(load)) for t, load in experts.items()}, passes
+
+
+@pytest.mark.parametrize("loss", ["output", "blocks"])
+def test_the_next_method_finds_the_experts_representations(
+    experts, counted, datasets, tmp_path, loss
+):
+    (counting, passes), cache = counted, ExpertCache(tmp_path)
+    _, without = trained_with(None, experts, datasets, loss=loss)
+    _, missed = trained_with(cache, counting, datasets, loss=loss)
+    assert passes
+    passes.clear()
+    _, hit = trained_with(cache, counting, datasets, loss=loss)
+    assert not passes
+    assert torch.equal(without, missed) and torch.equal(missed, hit)
+    trained_with(cache, counting, datasets, "nodireft", loss=loss)  # another method
+    assert not passes
+    trained_with(cache, counting, datasets, loss=loss, seed=1)  # other images
+    assert passes
+
+
+def test_representations_of_other_pixels_or_weights_are_not_taken(
+    experts, counted, datasets, tmp_path
+):
+    (counting, passes), cache = counted, ExpertCache(tmp_path)
+    trained_with(cache, counting, datasets)
+    others = {task: images + 1 for task, images in datasets.items()}
+    passes.clear()
+    _, losses = trained_with(cache, counting, others)
+    assert passes and torch.equal(losses, trained_with(None, experts, others)[1])
+    moved = {task: fine_tuned(hf_tower)[TASKS[(i + 1) % 3]] for i, task in enumerate(TASKS)}
+    _, losses = trained_with(cache, moved, others)
+    assert torch.equal(losses, trained_with(None, moved, others)[1])
+
+
+def test_a_damaged_entry_is_computed_anew_and_old_ones_make_room(
+    experts, counted, datasets, tmp_path, caplog
+):
+    (counting, passes), cache = counted, ExpertCache(tmp_path)
+    _, first = trained_with(cache, counting, datasets)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == len(TASKS)
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[-5] ^= 4
+        file.write_bytes(content)
+    passes.clear()
+    _, again = trained_with(cache, counting, datasets)
+    assert passes and torch.equal(first, again) and "digest" in caplog.text
+    small = ExpertCache(tmp_path, limit=2.5 * files[0].stat().st_size)
+    trained_with(small, counting, datasets, seed=1)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2

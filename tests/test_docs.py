@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
-import inspect
 import re
 import subprocess
 import sys
@@ -21,8 +19,8 @@ from safetensors.torch import load_file
 from test_command import in_process
 
 from fusion_bench_intervmerge import InterventionConfig, InterventionModel
-from fusion_bench_intervmerge.coefficients import read_settings
-from fusion_bench_intervmerge.fusion.algorithm import DATA
+from fusion_bench_intervmerge.coefficients import CoefficientSettings
+from fusion_bench_intervmerge.distillation import DataSettings
 from fusion_bench_intervmerge.interventions import FUNCTION_NAMES
 
 ROOT = Path(__file__).parents[1]
@@ -50,17 +48,16 @@ def test_every_key_that_a_method_takes_is_on_the_page(file):
     target = yaml.safe_load(file.read_text()).get("_target_")
     if target is None:
         return
-    for parameter in inspect.signature(get_class(target).__init__).parameters.values():
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.name != "self":
-            assert re.search(rf"method\.{parameter.name}\b|^\| `{parameter.name}[`.]", PAGE, re.M)
+    for name in get_class(target).Settings.model_fields:
+        assert re.search(rf"method\.{name}\b|^\| `{name}[`.]", PAGE, re.M)
 
 
 @pytest.mark.parametrize(
     "key",
     [
-        *(field.name for field in dataclasses.fields(InterventionConfig)),
-        *read_settings({}),
-        *(f"data.{key}" for key in DATA),
+        *InterventionConfig.model_fields,
+        *CoefficientSettings.model_fields,
+        *(f"data.{key}" for key in DataSettings.model_fields),
         *FUNCTION_NAMES,
     ],
 )

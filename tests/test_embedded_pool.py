@@ -188,6 +188,26 @@ def test_a_built_pool_is_found_again(folder, monkeypatch):
     assert sorted(path.name for path in folder.parent.iterdir() if path.is_dir()) == [folder.name]
 
 
+@pytest.mark.parametrize(
+    "name", ["data/letters.npz", "experts/letters/model.safetensors", "pretrained/config.json"]
+)
+@pytest.mark.parametrize("damage", ["torn", "flipped", "gone"])
+def test_a_damaged_pool_is_built_again(folder, name, damage, tmp_path, fake_build, caplog):
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy)
+    assert ensure_pool(root=tmp_path, recipe=TINY) == copy and not fake_build
+    build._found_sound.discard(copy)  # as another process would look
+    content = bytearray((copy / name).read_bytes())
+    if damage == "gone":
+        (copy / name).unlink()
+    else:
+        content[len(content) // 2] ^= 8
+        cut = len(content) // 2 if damage == "torn" else None
+        (copy / name).write_bytes(content[:cut])
+    assert ensure_pool(root=tmp_path, recipe=TINY) == copy
+    assert len(fake_build) == 1 and name in caplog.text
+
+
 def test_experts_differ_from_the_pretrained_in_the_vision_tower(folder):
     pretrained = CLIPVisionModel.from_pretrained(folder / "pretrained").state_dict()
     for name in TASKS:

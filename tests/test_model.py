@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import fusion_bench_config
 import pytest
 import torch
-from conftest import TASKS, hf_tower, openclip_tower, perturbed, relative
+import yaml
+from conftest import TASKS, acts, hf_tower, openclip_tower, perturbed, relative
+from hostile_artifacts import BAD_NAMES, GOOD_NAMES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.transformer import VisionTransformer
@@ -62,6 +68,7 @@ def test_intervmerge_gives_the_published_features(golden, golden_tower):
         images = golden["encoder.images"][0]
         assert relative(model.encode(images, "a"), golden["encoder.features.intervened"]) < 1e-5
         assert relative(model.encode(images), golden["encoder.features.plain"]) < 1e-5
+    assert acts(golden["encoder.features.plain"], golden["encoder.features.intervened"])
 
 
 def test_surgery_v2_gives_the_published_features_and_block_means(golden, golden_tower):
@@ -270,6 +277,19 @@ def test_an_output_whose_task_never_comes_is_the_merged_encoders(images):
     assert count.images == len(images)
 
 
+def test_an_output_that_is_put_off_is_of_the_images_that_were_given(images):
+    model = perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}}))
+    buffer = images.clone()
+    with torch.no_grad():
+        output = model(buffer)
+        embeds = model.tower.projection(output[1])
+        buffer.zero_()  # the next batch
+        torch.testing.assert_close(embeds + 0, model.encode(images))
+        edited, _, _ = model.compute_surgery_features(embeds, "ants")
+        expected = torch.nn.functional.normalize(model.encode(images, "ants"), dim=-1)
+        torch.testing.assert_close(edited, expected)
+
+
 def test_the_difference_and_the_merged_features_are_there_for_who_asks(images):
     model = perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}}))
     with torch.no_grad():
@@ -320,10 +340,89 @@ def test_a_copy_has_hooks_of_its_own(images):
         assert torch.equal(model.encode(images, "ants"), before)
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "items", 3])
+def test_a_shallow_copy_applies_the_edits_too(images):
+    model = perturbed(InterventionModel(hf_tower(), TASKS, EVERYWHERE))
+    shallow = copy.copy(model)
+    with torch.no_grad():
+        expected = {task: model.encode(images, task) for task in (None, *TASKS)}
+        for task, features in expected.items():
+            assert torch.equal(shallow.encode(images, task), features)
+            assert torch.equal(copy.deepcopy(shallow).encode(images, task), features)
+        with shallow.without_edit("attention", 0):
+            left_out = shallow.encode(images, "ants")
+        assert not torch.equal(left_out, expected["ants"])
+        with model.without_edit("attention", 0):
+            assert torch.equal(model.encode(images, "ants"), left_out)
+
+
+def test_a_model_run_inside_another_ones_forward_pass_keeps_its_own_task(images):
+    outer = perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}}))
+    inner = InterventionModel(outer.tower, TASKS, {"mlp": {"rank": 2}})  # on the same tower
+    with torch.no_grad():
+        expected = outer.encode(images, "ants"), inner.encode(images, "bees")
+        seen = []
+
+        def encode_inside(*_):
+            if not seen:
+                seen.append(None)
+                seen.append(copy.deepcopy(inner).encode(images, "bees"))
+
+        outer.tower.site("block", 1).register_forward_hook(encode_inside)
+        assert torch.equal(outer.encode(images, "ants"), expected[0])
+        assert torch.equal(seen[1], expected[1])
+        with outer.for_task("ants"), inner.for_task(None), outer.for_task("cats"):
+            pass
+        assert not outer.task_is_known and not inner.task_is_known
+
+
+def test_threads_do_not_see_each_others_task(images):
+    model = perturbed(InterventionModel(hf_tower(), TASKS, EVERYWHERE))
+    routes = [None, *TASKS, TASKS * 4, TASKS[::-1] * 4]
+
+    def encode(route):
+        with torch.no_grad():  # a thread's own, too
+            return model.encode(images, route)
+
+    expected = [encode(route) for route in routes]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # threads take turns within a forward pass
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(encode, routes * 40))
+    finally:
+        sys.setswitchinterval(interval)
+    wrong = [not torch.equal(f, e) for f, e in zip(found, expected * 40, strict=True)]
+    assert sum(wrong) == 0, f"{sum(wrong)} of {len(wrong)}"
+
+
+@pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
 def test_bad_task_names(name):
-    with pytest.raises(ConfigError, match="tasks"):
-        InterventionModel(hf_tower(), [name], {"attention": InterventionConfig()})
+    with pytest.raises(ConfigError, match="tasks") as error:
+        InterventionModel(hf_tower(), ["mnist", name], {"output": InterventionConfig()})
+    assert "\n" not in str(error.value)
+
+
+def test_good_task_names():
+    names = [*GOOD_NAMES, *names_in_fusion_bench()]
+    model = InterventionModel(hf_tower(), names, {"output": {}})
+    assert model.tasks == names and len(names) > 50
+    with pytest.raises(ConfigError, match="'Mnist' and 'mnist' would share a file"):
+        model.add_task("Mnist")
+
+
+def names_in_fusion_bench():
+    """The tasks of every pool in FusionBench's configs and in ours."""
+    folders = [Path(p) for p in fusion_bench_config.__path__] + [
+        Path(__file__).parents[1] / "config"
+    ]
+    names = set()
+    for file in (file for folder in folders for file in folder.glob("modelpool/**/*.yaml")):
+        pool = yaml.safe_load(file.read_text()) or {}
+        for key in ("models", "train_datasets", "test_datasets"):
+            if isinstance(pool.get(key), dict):
+                names |= set(pool[key])
+    assert {"sun397", "stanford-cars", "emnist_letters", "rendered-sst2"} <= names
+    return sorted(name for name in names - set(GOOD_NAMES) if not name.startswith("_"))
 
 
 def test_too_few_tasks_for_the_images(images):

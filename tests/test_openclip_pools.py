@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 import types
+import typing
 from collections import OrderedDict
 from fractions import Fraction
 from pathlib import Path
@@ -534,6 +535,11 @@ def test_heads_are_read_from_the_papers_files(encoder, tmp_path, cache):
 
 
 # -- configs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="typing has it from Python 3.12 on")
+def test_typing_is_left_as_it_was():
+    assert not hasattr(typing, "override")
 
 
 def compose_with(name: str, *overrides: str):

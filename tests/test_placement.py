@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import relative
+from conftest import acts, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,9 +31,10 @@ def test_mini_noreft_gives_the_published_numbers(golden):
         for name in ("W1", "W2"):
             getattr(function, name).copy_(golden[f"mini.noreft.0:64.{name}"])
         function.b.copy_(golden["mini.noreft.0:64.b"] - golden["mini.noreft.0:64.b2"])
-    z = golden["mini.z"].unsqueeze(1).clone()
-    edited = fit(part=[0, 64], num_tokens=1 + 1).apply(z, 0, function)
-    assert relative(edited.squeeze(1), golden["mini.noreft.0:64.output"]) < 1e-5
+    z, expected = golden["mini.z"], golden["mini.noreft.0:64.output"]
+    edited = fit(part=[0, 64], num_tokens=1 + 1).apply(z.unsqueeze(1).clone(), 0, function)
+    assert relative(edited.squeeze(1), expected) < 1e-5
+    assert acts(z, expected) and torch.equal(z[:, 64:], expected[:, 64:])
 
 
 @pytest.mark.parametrize("block", [0, 3, 11])
@@ -44,9 +45,10 @@ def test_a_shifted_part_is_that_blocks_slice(block, golden):
     with torch.no_grad():
         function.R = golden[f"mini.lobireft.shift.block{block}.R"]
         function.b.copy_(golden[f"mini.lobireft.shift.block{block}.b"])
-    z = golden["mini.z"].unsqueeze(1).clone()
-    edited = placement.apply(z, block, function)
-    assert relative(edited.squeeze(1), golden[f"mini.lobireft.shift.block{block}.output"]) < 1e-5
+    z, expected = golden["mini.z"], golden[f"mini.lobireft.shift.block{block}.output"]
+    edited = placement.apply(z.unsqueeze(1).clone(), block, function)
+    assert relative(edited.squeeze(1), expected) < 1e-5
+    assert acts(z, expected)
 
 
 def test_parts_may_be_shares_of_the_width():

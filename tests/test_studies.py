@@ -19,7 +19,10 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 from test_command import COMMAND, QUIET, ROOT, TINY, compose, fusion_bench, in_process
 
+from fusion_bench_intervmerge.cache import CACHE_VARIABLE, cache_root
 from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.fusion import base_merge
+from fusion_bench_intervmerge.fusion.embedded import ensure_pool
 from fusion_bench_intervmerge.report.study import read_study, table, write_study
 from hydra_plugins.intervmerge_sweeper import GridSweeper
 
@@ -285,8 +288,14 @@ def test_a_study_is_reported_like_any_run(study, tmp_path):
 # -- what the runs of a study share ---------------------------------------
 
 
-def test_coefficients_of_adamerging_are_found_once_a_pool(tmp_path, caplog):
+def test_coefficients_of_adamerging_are_found_once_a_pool(tmp_path, caplog, monkeypatch):
     """The second run takes the first one's; another method, or `resume: never`, does not."""
+    pool = ensure_pool()
+    monkeypatch.chdir(tmp_path)
+    for name in ("cache", "outputs"):  # FusionBench's AdaMerging writes into outputs/
+        (tmp_path / name).mkdir()
+    (tmp_path / "cache" / pool.name).symlink_to(pool)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
 
     def run(name, *overrides):
         chosen = ["method=intervmerge/adamerging_task", "method.base.num_workers=0", *overrides]
@@ -301,5 +310,10 @@ def test_coefficients_of_adamerging_are_found_once_a_pool(tmp_path, caplog):
     assert not kept and first.shape == (2,)
     second, kept = run("second", own, "method.coefficients.train=false")
     assert kept and torch.equal(first, second)
+    (file,) = (cache_root() / "coefficients").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    for torn in (content[:-3], content[:-1] + bytes([content[-1] ^ 1])):  # cut, and a flipped bit
+        file.write_bytes(torn)
+        assert base_merge._read_kept(file) is None, "they are found anew"
     _, kept = run("third", own, "method.coefficients.train=false", "method.resume=never")
     assert not kept

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import ConfigError
+from ..settings import shown
 from .subject import EXPERT, MERGED, Subject
 
 log = logging.getLogger(__name__)
@@ -32,9 +33,11 @@ def read_analyses(names: str | Sequence[str] | None, where: str = "analyses") ->
     if names is None:
         return []
     chosen = list(ANALYSES) if names == "all" else [names] if isinstance(names, str) else names
+    allowed = f"null, all, or a list of {', '.join(ANALYSES)}"
+    if not isinstance(chosen, (list, tuple)):
+        raise ConfigError(where, shown(names), allowed)
     for name in chosen:
         if name not in ANALYSES:
-            allowed = f"null, all, or a list of {', '.join(ANALYSES)}"
             raise ConfigError(where, f"there is no analysis {name!r}", allowed)
     return list(chosen)
 

@@ -1,7 +1,18 @@
 """Training of edits and coefficients: which images, experts' features, losses, the loop."""
 
-from .loop import Distillation, DistillationError, Interrupted, distill
+from .loop import Distillation, DistillationError, distill
 from .losses import LOSSES
+from .optimizer import ThriceAdam
 from .schedule import Schedule
+from .settings import DataSettings, MethodSettings
 
-__all__ = ["LOSSES", "Distillation", "DistillationError", "Interrupted", "Schedule", "distill"]
+__all__ = [
+    "LOSSES",
+    "DataSettings",
+    "Distillation",
+    "DistillationError",
+    "MethodSettings",
+    "Schedule",
+    "ThriceAdam",
+    "distill",
+]

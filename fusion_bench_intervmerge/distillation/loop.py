@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import signal
@@ -18,16 +19,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..checkpoint import Interrupted, Progress, StateFolder, interruptible
 from ..coefficients import Mixture
 from ..encoders import VisionTower
 from ..errors import ConfigError
+from ..expert_cache import ExpertCache
 from ..model import InterventionModel
-from .images import ImageStore
+from ..precision import computing_dtype
 from .losses import Representations, loss_function
 from .memory import keep_freed_memory
 from .progress import progress_bar
 from .schedule import Schedule
-from .state import Progress, StateFolder
+from .store import ImageStore
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +45,6 @@ class DistillationError(RuntimeError):
     """Training cannot go on; the message says what was kept, if anything was."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """The user stopped the run; with a state folder, its state is on disk."""
-
-
 @dataclass
 class Distillation:
     """What a run did.
@@ -56,6 +55,7 @@ class Distillation:
         seconds: wall-clock time of ``features`` (reading images, experts' features) and ``steps``.
         expert_features: task -> (images seen, projection_dim).
         resumed_at: the step a stopped run went on from, 0 for a fresh one.
+        states: the run's states on disk, if it kept any; see ``clear``.
     """
 
     losses: Tensor
@@ -63,9 +63,20 @@ class Distillation:
     seconds: dict[str, float]
     expert_features: dict[str, Tensor]
     resumed_at: int = 0
+    states: StateFolder | None = None
+
+    def clear(self) -> None:
+        """Remove the run's states from the disk, once its result is kept elsewhere.
+
+        Until then the same call finds the finished training and returns at once.
+        """
+        if self.states is not None:
+            self.states.clear()
 
     def by_task(self) -> dict[str, list[float]]:
-        """Task -> its loss at each step, for a report."""
+        """Task -> its loss at each step, for a report; empty where nothing was trained."""
+        if not len(self.losses):
+            return {}
         return {
             task: [round(float(loss), 6) for loss in self.losses[:, column]]
             for column, task in enumerate(self.images)
@@ -80,6 +91,7 @@ def distill(
     steps: int = 1000,
     batch_size: int = 16,
     fraction: float = 1.0,
+    at_most: int | None = None,
     loss: str = "output",
     optimizer: MakeOptimizer | None = None,
     mixture: Mixture | None = None,
@@ -88,6 +100,7 @@ def distill(
     cache_gb: float = 2.0,
     compile: bool = False,
     fabric: L.Fabric | None = None,
+    cache: ExpertCache | None = None,
     state_folder: Path | None = None,
     run: str = "",
     save_every: int = 100,
@@ -108,6 +121,7 @@ def distill(
         steps: steps a task.
         batch_size: images a task and step, over all processes.
         fraction: share of each dataset that may be seen, in (0, 1].
+        at_most: most images of a task that may be seen; None for no limit.
         loss: ``output`` or ``blocks`` (SurgeryV2).
         optimizer: makes the optimizer of a list of parameters; Adam at 3e-3 by default.
         mixture: merging coefficients to train along with the edits.
@@ -117,7 +131,9 @@ def distill(
         compile: compile the MLPs, whose elementwise parts are then one kernel; it pays in long runs
             of wide encoders.
         fabric: device, precision, processes and loggers; one device by default.
-        state_folder: where to keep the state of a run that may be stopped; ``None``: nowhere.
+        cache: where experts' representations are kept for the next method; None: nowhere.
+        state_folder: where to keep the state of a run that may be stopped; ``None``: nowhere. It
+            is kept after the last step as well, until ``Distillation.clear``.
         run: identifies the run; only a state of the same run is continued.
         save_every: steps between two states.
         log_every: steps between two entries in the logs.
@@ -128,7 +144,8 @@ def distill(
     Raises:
         ConfigError: settings that do not fit.
         DistillationError: the loss is not finite; with a state folder the last good state is kept.
-        Interrupted: on Ctrl-C; with a state folder, after the state was kept.
+        Interrupted: on Ctrl-C; while it trains, after the step's end and with its state kept. A
+            second Ctrl-C does not wait for that.
     """
     fabric = fabric or L.Fabric(devices=1, accelerator="auto")
     tasks = list(experts)
@@ -143,6 +160,7 @@ def distill(
             steps=steps,
             batch_size=batch_size,
             fraction=fraction,
+            at_most=at_most,
             seed=seed,
         )
         for task in tasks
@@ -154,30 +172,31 @@ def distill(
         if fabric.device.type == "cpu":
             stack.enter_context(keep_freed_memory())
         started = time.perf_counter()
-        targets = trainer.read_experts(experts, store)
+        states = StateFolder(state_folder, run) if state_folder is not None else None
+        with interruptible("reading the experts' features", states):
+            targets = trainer.read_experts(experts, store, cache)
         ready = time.perf_counter()
         trained = trainer.trained()
         make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=3e-3))
         optim = make(list(trained.values()))
-        states = StateFolder(state_folder, run) if state_folder is not None else None
-        progress = (states and states.load(trained, optim)) or Progress(
-            0, torch.empty(0, len(tasks))
-        )
+        progress = Progress(0, torch.empty(0, len(tasks)))
+        if states is not None:
+            progress = states.load(progress, steps, trained, optim)
         if progress.step:
             log.info("going on from step %d of %d", progress.step, steps)
         resumed_at = progress.step
-        trainer.run(optim, trained, store, targets, progress, states, save_every, log_every)
+        with interruptible("training", states):
+            trainer.run(optim, trained, store, targets, progress, states, save_every, log_every)
         finished = time.perf_counter()
     if mixture is not None:
         mixture.write(model.tower)
-    if states is not None and fabric.is_global_zero:
-        states.clear()
     return Distillation(
         losses=progress.losses,
         images={task: schedule.unique for task, schedule in schedules.items()},
         seconds={"features": ready - started, "steps": finished - ready},
         expert_features={task: t["output"].float() for task, t in targets.items()},
         resumed_at=resumed_at,
+        states=states if fabric.is_global_zero else None,
     )
 
 
@@ -198,10 +217,7 @@ class _Trainer:
         self.compile = compile
         self.loss_name, self.loss = loss, loss_function(loss)
         self.mixture, self.fabric = mixture, fabric
-        precision = str(getattr(fabric._precision, "precision", "32-true"))
-        self.dtype = {"bf16": torch.bfloat16, "16-": torch.float16}.get(
-            precision[:4] if precision.startswith("bf16") else precision[:3], torch.float32
-        )
+        self.dtype = computing_dtype(fabric)
         # Weights that move invalidate what was computed with them; `blocks` reads every block.
         self.prefixed = mixture is None and loss == "output"
         batch = next(iter(schedules.values())).rows.shape[1]
@@ -255,10 +271,18 @@ class _Trainer:
         model.to(device)
         if self.mixture is not None:
             self.mixture.to_device(device)
+        # What is trained is never kept in less than fp32.
+        moving = [*self.trained().values()] if self.dtype == torch.float64 else []
+        types = [parameter.dtype for parameter in moving]
         try:
+            for parameter in moving:
+                parameter.data = parameter.data.double()
             with model.tower.in_dtype(self.dtype), model.tower.fused_activations():
                 yield
         finally:
+            for parameter, dtype in zip(moving, types, strict=True):
+                parameter.grad = None
+                parameter.data = parameter.data.to(dtype)
             model.tower.requires_grad_(False)
             model.to(home)
             if self.mixture is not None:
@@ -287,7 +311,9 @@ class _Trainer:
         with torch.no_grad():
             return self.model.tower.embed(pixels)
 
-    def read_experts(self, experts: Experts, store: ImageStore) -> dict[str, Representations]:
+    def read_experts(
+        self, experts: Experts, store: ImageStore, cache: ExpertCache | None
+    ) -> dict[str, Representations]:
         """The experts' representations of every image seen, one expert in memory at a time."""
         targets = {}
         # On a CPU the widest tensors should be small enough for freed memory to be kept.
@@ -298,15 +324,52 @@ class _Trainer:
                 expert = experts[task]()
                 self._check_expert(task, expert)
                 expert = expert.to(self.fabric.device).eval()
-                parts: list[Representations] = []
                 with torch.no_grad(), expert.in_dtype(self.dtype), expert.fused_activations():
-                    for rows, images in store.first_pass(task, at_once, self.prepare):
-                        pixels = images.to(self.fabric.device, self.dtype)
-                        parts.append({n: t.cpu() for n, t in self._expert(expert, pixels).items()})
-                        bar.advance(len(rows))
-                targets[task] = {n: torch.cat([p[n] for p in parts]) for n in parts[0]}
+                    targets[task] = self._representations(task, expert, store, at_once, cache)
+                bar.advance(len(self.schedules[task].unique))
                 del expert
         return targets
+
+    def _representations(
+        self,
+        task: str,
+        expert: VisionTower,
+        store: ImageStore,
+        at_once: int,
+        cache: ExpertCache | None,
+    ) -> Representations:
+        """One expert's, from the cache where it has them."""
+        if cache is None:
+            return self._read(task, expert, store, at_once)
+        seen = self.schedules[task].unique
+        key = cache.key(expert.digest(), seen, at_once, self.dtype, self.loss_name)
+        kept, pixels = cache.get(key), hashlib.sha256()
+        found = self._read(task, expert if kept is None else None, store, at_once, pixels)
+        if kept is not None:
+            if kept[1] == pixels.hexdigest():
+                return kept[0]
+            found = self._read(task, expert, store, at_once)
+        cache.put(key, found, pixels.hexdigest())
+        return found
+
+    def _read(
+        self,
+        task: str,
+        expert: VisionTower | None,
+        store: ImageStore,
+        at_once: int,
+        digest: Any = None,
+    ) -> Representations:
+        """Read a task's images, for the loop and, where they are given, an expert and a digest."""
+        parts: list[Representations] = []
+        for _, images in store.first_pass(task, at_once, self.prepare):
+            if digest is not None:
+                digest.update(images.contiguous().numpy())
+            if expert is not None:
+                pixels = images.to(self.fabric.device, self.dtype)
+                parts.append({n: t.cpu() for n, t in self._expert(expert, pixels).items()})
+        names = parts[0] if parts else {}
+        return {n: torch.cat([p[n] for p in parts]) for n in names}
 
     def _expert(self, expert: VisionTower, images: Tensor) -> Representations:
         if self.loss_name == "output":
@@ -392,12 +455,14 @@ class _Trainer:
                         f"loss/{t}": float(v) for t, v in zip(self.tasks, losses, strict=True)
                     }
                     self.fabric.log_dict({"loss/mean": mean, **scalars}, step=step + 1)
-                if keep is not None and ((step + 1) % save_every == 0 or stopped.is_set()):
+                due = (step + 1) % save_every == 0 or step + 1 == steps or stopped.is_set()
+                if keep is not None and due:
                     keep.save(current(step + 1), trained, optimizer)
                     saved = step + 1
                 if stopped.is_set():
                     current(step + 1)
-                    where = "; the same command goes on from there" if keep is not None else ""
+                    kept = keep is not None and keep.newest() == step + 1
+                    where = "; the same command goes on from there" if kept else ""
                     raise Interrupted(f"stopped after step {step + 1} of {steps}{where}")
         current(steps)
 
@@ -437,7 +502,7 @@ class _Trainer:
                 gradient.div_(scale)
         if self.fabric.world_size > 1:
             result = self._average(gradients, result)
-        return result.cpu()
+        return result.cpu().float()
 
     def _student(self, entry: Mapping[str, Tensor], inputs: Tensor) -> Representations:
         model = self.model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -29,7 +30,8 @@ def blocks(student: Representations, expert: Representations, tasks: int) -> Ten
 
 def _mean_l1(student: Tensor, expert: Tensor, tasks: int) -> Tensor:
     """Images follow one another in equal groups, one a task."""
-    difference = (student.float() - expert.float()).abs()
+    wide = torch.promote_types(student.dtype, torch.float32)
+    difference = (student.to(wide) - expert.to(wide)).abs()
     return difference.view(tasks, -1).mean(dim=1)
 
 

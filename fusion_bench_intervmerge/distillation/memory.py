@@ -9,6 +9,8 @@ from contextlib import contextmanager
 # <malloc.h> of glibc
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MIB = 2**20
+# DEFAULT_MMAP_THRESHOLD_MAX of glibc, and the twofold that it trims at
+MMAP_CEILING, TRIM_CEILING = 32 * MIB, 64 * MIB
 
 
 @contextmanager
@@ -18,6 +20,11 @@ def keep_freed_memory() -> Iterator[None]:
     By default glibc returns large blocks to the system as soon as they are free, and every step
     pays for each page anew: a tenth of a step's time at ViT-B/32. Elsewhere than on Linux with
     glibc nothing happens.
+
+    What was before cannot be put back: glibc tells nobody its thresholds, and setting one ends
+    their adjustment. Left to itself it raises them as mapped blocks are freed, never lowers them,
+    and stops at two ceilings. That is where they are left, so the process goes on like any other
+    that has once freed a tensor of 32 MiB.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
@@ -25,12 +32,11 @@ def keep_freed_memory() -> Iterator[None]:
     except (OSError, AttributeError):
         yield
         return
-    # 32 MiB is the most that glibc takes; larger blocks are mapped one by one in any case.
-    mallopt(M_MMAP_THRESHOLD, 32 * MIB)
+    # Larger blocks are mapped one by one in any case: glibc takes no higher threshold.
+    mallopt(M_MMAP_THRESHOLD, MMAP_CEILING)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     try:
         yield
     finally:
-        # where glibc's own adjustment ends once a process has freed large blocks
-        mallopt(M_TRIM_THRESHOLD, 64 * MIB)
+        mallopt(M_TRIM_THRESHOLD, TRIM_CEILING)
         malloc_trim(0)

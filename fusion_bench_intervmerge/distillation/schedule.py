@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..images import choose_images, generator_of
 
 
 class Schedule:
@@ -20,9 +20,9 @@ class Schedule:
     Args:
         task: the task's name.
         num_images: how many images the task's split has.
-        steps: number of steps.
+        steps: number of steps; with 0 all images that may be seen are, and no step is made.
         batch_size: images a step.
-        fraction: share of the split that may be seen, in (0, 1] (Table 8 of the paper).
+        fraction, at_most: which images may be seen, as in ``choose_images``.
         seed: any integer.
 
     Attributes:
@@ -41,19 +41,18 @@ class Schedule:
         steps: int,
         batch_size: int,
         fraction: float = 1.0,
+        at_most: int | None = None,
         seed: int = 0,
     ):
         for where, value in (("steps", steps), ("data.batch_size", batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(where, f"{value!r}", "a whole number from 1")
-        if not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
-            raise ConfigError("data.fraction", f"{fraction!r}", "a number in (0, 1]")
-        if num_images < 1:
-            raise ConfigError("modelpool", f"task {task!r} has no images in this split")
-        subset = torch.randperm(num_images, generator=_generator(seed, "subset", task))
-        subset = subset[: math.ceil(fraction * num_images)]
-        order = _generator(seed, "order", task)
-        needed = steps * batch_size
+            least = 0 if where == "steps" else 1
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(where, f"{value!r}", f"a whole number from {least}")
+        subset = torch.tensor(
+            choose_images(task, num_images, fraction=fraction, at_most=at_most, seed=seed)
+        )
+        order = generator_of(seed, "order", task)
+        needed = steps * batch_size or len(subset)
         epochs = [
             subset[torch.randperm(len(subset), generator=order)]
             for _ in range(math.ceil(needed / len(subset)))
@@ -63,11 +62,5 @@ class Schedule:
         self.subset_size = len(subset)
         self.unique: list[int] = list(dict.fromkeys(seen.tolist()))
         position = {image: row for row, image in enumerate(self.unique)}
-        self.rows: Tensor = torch.tensor([position[i] for i in seen.tolist()]).view(
-            steps, batch_size
-        )
-
-
-def _generator(seed: int, purpose: str, task: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed} {purpose} {task}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        rows = torch.tensor([position[i] for i in seen.tolist()])
+        self.rows: Tensor = rows[: steps * batch_size].view(steps, batch_size)

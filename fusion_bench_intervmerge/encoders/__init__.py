@@ -9,8 +9,11 @@ from typing import Any, cast
 
 from torch import nn
 
+from ..errors import ConfigError
 from .base import VisionTower
 
+# what transformers' CLIP models call themselves; SigLIP's and DINOv2's are laid out otherwise
+_CLIP = ("clip", "clip_vision_model")
 _FAMILIES = {"huggingface": "HuggingFaceTower", "openclip": "OpenCLIPTower"}
 
 
@@ -18,14 +21,24 @@ def tower_from_spec(spec: Mapping[str, Any]) -> VisionTower:
     """Build the tower that ``VisionTower.spec`` described, weights yet to be loaded.
 
     Raises:
-        ValueError: the family is unknown.
+        ValueError: the family is unknown, or the sizes are none of a tower's.
     """
     family = spec.get("family")
-    if family not in _FAMILIES:
+    if not isinstance(family, str) or family not in _FAMILIES:
         raise ValueError(f"unknown tower family {family!r}; known: {', '.join(_FAMILIES)}")
     # imported on demand: a Hugging Face user need not wait for open_clip, nor the other way round
     module = importlib.import_module(f"{__name__}.{family}")
-    return getattr(module, _FAMILIES[family]).from_spec(spec)
+    try:
+        return getattr(module, _FAMILIES[family]).from_spec(spec)
+    except ConfigError:
+        raise
+    except Exception as error:  # heads that do not divide the width, and whatever else there may be
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"tower: nothing that {family} can build ({reason})") from error
+
+
+class MissingProjectionError(TypeError):
+    """A vision model that comes without CLIP's visual projection."""
 
 
 def as_tower(model: nn.Module, projection: nn.Linear | None = None) -> VisionTower:
@@ -39,7 +52,8 @@ def as_tower(model: nn.Module, projection: nn.Linear | None = None) -> VisionTow
         projection: CLIP's visual projection, for a ``CLIPVisionModel``.
 
     Raises:
-        TypeError: no tower is known for that class, or the projection is missing.
+        MissingProjectionError: the projection is missing.
+        TypeError: no tower is known for that class.
     """
     if isinstance(model, VisionTower):
         return model
@@ -49,7 +63,7 @@ def as_tower(model: nn.Module, projection: nn.Linear | None = None) -> VisionTow
 
         mean, std = _normalisation(model) or (MEAN, STD)
         return OpenCLIPTower(visual, mean, std)
-    if type(model).__module__.startswith("transformers."):
+    if getattr(getattr(model, "config", None), "model_type", None) in _CLIP:
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
         from .huggingface import HuggingFaceTower
@@ -66,7 +80,9 @@ def as_tower(model: nn.Module, projection: nn.Linear | None = None) -> VisionTow
             )
         if projection is not None:
             return HuggingFaceTower(model, copy.deepcopy(projection))
-        raise TypeError(f"{type(model).__name__} needs CLIP's visual projection beside it")
+        raise MissingProjectionError(
+            f"{type(model).__name__} needs CLIP's visual projection beside it"
+        )
     raise TypeError(
         f"no vision tower is known for {type(model).__module__}.{type(model).__name__}; "
         "known: transformers' CLIP and open_clip's VisionTransformer"
@@ -82,4 +98,4 @@ def _normalisation(model: nn.Module) -> tuple[tuple, tuple] | None:
     return None
 
 
-__all__ = ["VisionTower", "as_tower", "tower_from_spec"]
+__all__ = ["MissingProjectionError", "VisionTower", "as_tower", "tower_from_spec"]

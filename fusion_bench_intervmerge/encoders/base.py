@@ -196,11 +196,19 @@ def _unedited(site: str, block: int, z: Tensor) -> Tensor:
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
     """``load_state_dict`` that says in one line what does not fit."""
-    own = module.state_dict()
+    check_fit(module.state_dict(), weights, what)
+    module.load_state_dict(dict(weights))
+
+
+def check_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], what: str) -> None:
+    """Compare names and shapes with those that are needed.
+
+    Raises:
+        ValueError: the first difference, in one line.
+    """
     missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)
     for problem, names in (("lacks", missing), ("has unknown", unknown), ("has misshapen", shapes)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ValueError(f"{what} {problem} {names[0]}{more}")
-    module.load_state_dict(dict(weights))

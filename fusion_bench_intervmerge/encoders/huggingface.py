@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.activations import QuickGELUActivation
 
+from ..schema import Count, Size, Strict, checked
 from .base import Edit, VisionTower, fill
+
+
+class _VisionConfig(Strict):
+    """What a vision model is built from; ``CLIPVisionConfig`` itself takes anything."""
+
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Count
+    num_attention_heads: Size
+    num_channels: Size
+    image_size: Size
+    patch_size: Size
+    hidden_act: str
+    layer_norm_eps: PositiveFloat
+
+
+class _Spec(Strict):
+    family: Literal["huggingface"]
+    vision_config: dict[str, Any]
+    projection_dim: Size
 
 
 class HuggingFaceTower(VisionTower):
@@ -98,9 +120,12 @@ class HuggingFaceTower(VisionTower):
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> HuggingFaceTower:
-        model = CLIPVisionModel(CLIPVisionConfig(**spec["vision_config"]))
-        projection = nn.Linear(model.config.hidden_size, spec["projection_dim"], bias=False)
-        return cls(model.eval(), projection)
+        read = checked(_Spec, dict(spec), "tower")
+        config = CLIPVisionConfig(**read.vision_config)
+        sizes = {name: getattr(config, name, None) for name in _VisionConfig.model_fields}
+        checked(_VisionConfig, sizes, "tower.vision_config")
+        projection = nn.Linear(config.hidden_size, read.projection_dim, bias=False)
+        return cls(CLIPVisionModel(config).eval(), projection)
 
     def weights(self) -> dict[str, Tensor]:
         """Tensors by their names in a ``CLIPVisionModelWithProjection`` checkpoint."""
@@ -114,8 +139,10 @@ class HuggingFaceTower(VisionTower):
             # a constant that older releases kept among the weights
             if n.startswith("vision_model.") and not n.endswith("position_ids")
         }
+        behind = "visual_projection."
+        projection = {n.removeprefix(behind): t for n, t in weights.items() if n.startswith(behind)}
         fill(self._root, vision, "the vision model's weights file")
-        fill(self.projection, {"weight": weights["visual_projection.weight"]}, "the projection")
+        fill(self.projection, projection, "the projection")
 
     def stock(self) -> nn.Module:
         return self.model

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import torch
 from open_clip.transform import image_transform
 from open_clip.transformer import QuickGELU, VisionTransformer
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
+from ..schema import Count, Size, Strict, checked
 from .base import Edit, VisionTower, fill
 
 # OpenAI's, for towers that came without a preprocessing of their own
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class _Spec(Strict):
+    family: Literal["openclip"] = "openclip"
+    image_size: Size
+    patch_size: Size
+    width: Size
+    layers: Count
+    heads: Size
+    mlp_ratio: Annotated[float, Field(gt=0, le=64)]
+    output_dim: Size
+    quick_gelu: bool
+    mean: Annotated[Sequence[float], Field(min_length=3, max_length=3)]
+    std: Annotated[Sequence[PositiveFloat], Field(min_length=3, max_length=3)]
 
 
 class OpenCLIPTower(VisionTower):
@@ -114,12 +130,12 @@ class OpenCLIPTower(VisionTower):
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> OpenCLIPTower:
-        sizes = ("image_size", "patch_size", "width", "layers", "heads", "mlp_ratio", "output_dim")
+        read = checked(_Spec, dict(spec), "tower")
         visual = VisionTransformer(
-            **{name: spec[name] for name in sizes},
-            act_layer=QuickGELU if spec["quick_gelu"] else nn.GELU,
+            **read.model_dump(exclude={"family", "quick_gelu", "mean", "std"}),
+            act_layer=QuickGELU if read.quick_gelu else nn.GELU,
         )
-        return cls(visual.eval(), tuple(spec["mean"]), tuple(spec["std"]))
+        return cls(visual.eval(), tuple(read.mean), tuple(read.std))
 
     def weights(self) -> dict[str, Tensor]:
         return {f"visual.{n}": t for n, t in self.visual.state_dict().items()}

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from ..encoders import VisionTower
 from ..encoders.openclip import MEAN, STD, OpenCLIPTower
 from ..errors import ConfigError
-from ..interventions import FUNCTION_NAMES, Function, Placement
+from ..interventions import Function, Placement
 from ..interventions.placement import Index
-from ..model import InterventionModel
+from ..model import InterventionModel, stacked
 
 
 def plain_encoder(
@@ -40,8 +40,7 @@ def plain_encoder(
 
     Raises:
         ConfigError: no task, an unknown one, a task without a head, an encoder of a family that is
-            no plain vision transformer, or ranks that differ between the tasks in a form of one's
-            own.
+            no plain vision transformer.
     """
     tasks = list(model.tasks if tasks is None else tasks)
     if not tasks:
@@ -53,12 +52,11 @@ def plain_encoder(
             raise ConfigError("classes", f"there are none for task {task!r}", "classes a task")
     if len(set(tasks)) != len(tasks):
         raise ConfigError("tasks", "a task is named twice", ", ".join(model.tasks))
-    by_task = [_edits(model, task) for task in tasks]
     edits = {
-        (site, block): TaskEdits(
-            model.placements[site], block, [found.get((site, block)) for found in by_task], site
-        )
-        for site, block in dict.fromkeys(place for found in by_task for place in found)
+        (site, block): TaskEdits(placement, block, functions)
+        for site, placement in model.placements.items()
+        for block in placement.blocks
+        if any(functions := [model.edit_at(task, site, block) for task in tasks])
     }
     in_order = None if heads is None else [heads[task] for task in tasks]
     encoder = PlainEncoder(_plain_tower(model.tower), edits, in_order)
@@ -156,29 +154,18 @@ class Block(nn.Module):
 class TaskEdits(nn.Module):
     """The edits of all tasks at one site of one block: z (batch, tokens, width) -> the same.
 
-    A task of a lower rank, or without an edit here, is filled up with zeros. That is exact: every
-    form of this package ends in a product with rows that are then zero.
+    A task of a lower rank, or without an edit here, is filled up with zeros, as in the model.
 
     Args:
         placement: the site's.
         block: which block's part to take.
         functions: one a task; None for a task without an edit here.
-        where: the site, for errors.
-
-    Raises:
-        ConfigError: tensors of different shapes in a form that is not this package's.
     """
 
     tokens: Index
     part: Index
 
-    def __init__(
-        self,
-        placement: Placement,
-        block: int,
-        functions: Sequence[Function | None],
-        where: str = "",
-    ):
+    def __init__(self, placement: Placement, block: int, functions: Sequence[Function | None]):
         super().__init__()
         form = next(function for function in functions if function is not None)
         # A bound method, not the module: its tensors must not be among this module's.
@@ -187,20 +174,19 @@ class TaskEdits(nn.Module):
         # The features are one token.
         self._place("tokens", slice(0, 1) if placement.tokens is None else placement.tokens)
         self._place("part", placement.parts[block])
-        by_task = [{} if f is None else f.tensors() for f in functions]
-        self.names = list(form.tensors())
-        for name in self.names:
-            found = [tensors.get(name) for tensors in by_task]
-            self.register_buffer(name, _stack_filled(found, form, where))
+        terms = form.terms(**stacked(functions))
+        self.names = list(terms)
+        for name, term in terms.items():
+            self.register_buffer(name, term.detach())
 
     def forward(self, z: Tensor, task: Tensor) -> Tensor:
-        tensors = {n: self.get_buffer(n).index_select(0, task) for n in self.names}
+        terms = {n: self.get_buffer(n).index_select(0, task) for n in self.names}
         rows = _take(z, 1, self.tokens)
         vectors = _take(rows, 2, self.part)
         if self.copies:
-            edited = self._formula(vectors.unsqueeze(-2), **tensors).squeeze(-2)
+            edited = self._formula(vectors.unsqueeze(-2), **terms).squeeze(-2)
         else:
-            edited = self._formula(vectors, **tensors)
+            edited = self._formula(vectors, **terms)
         return _replace(z, 1, self.tokens, _replace(rows, 2, self.part, edited))
 
     def _place(self, name: str, index: Index) -> None:
@@ -246,39 +232,10 @@ def _plain_tower(tower: VisionTower) -> OpenCLIPTower:
     raise ConfigError("model", f"no graph is known for {tower.family}", "huggingface, openclip")
 
 
-def _edits(model: InterventionModel, task: str) -> dict[tuple[str, int], Function]:
-    """A task's edits by site and block, without those of rank zero."""
-    return {
-        (site, int(block)): function
-        for site, blocks in model.edits[task].items()
-        for block, function in blocks.items()
-        if any(parameter.numel() for parameter in function.parameters())
-    }
-
-
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     linear.load_state_dict({"weight": weight.detach(), "bias": bias.detach()}, assign=True)
     return linear
-
-
-def _stack_filled(tensors: Sequence[Tensor | None], form: Function, where: str) -> Tensor:
-    """One tensor with a leading entry a task; smaller ones are filled up with zeros."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    shapes = [tuple(tensor.shape) for tensor in given]
-    if form.name not in FUNCTION_NAMES and (len(given) < len(tensors) or len(set(shapes)) > 1):
-        raise ConfigError(
-            f"interventions.{where}",
-            f"the tasks' edits differ in shape, and {form.name!r} is a form of your own that may "
-            "not be filled up with zeros",
-            "one rank for all tasks",
-        )
-    most = [max(sizes) for sizes in zip(*shapes, strict=True)]
-    filled = []
-    for tensor in (given[0].new_zeros(most) if t is None else t.detach() for t in tensors):
-        missing = [whole - size for whole, size in zip(most, tensor.shape, strict=True)]
-        filled.append(F.pad(tensor, [n for size in reversed(missing) for n in (0, size)]))
-    return torch.stack(filled)
 
 
 def _take(z: Tensor, dim: int, index: Index) -> Tensor:

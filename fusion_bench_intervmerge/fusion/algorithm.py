@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,31 +18,36 @@ from fusion_bench import BaseAlgorithm, BaseModelPool
 from fusion_bench.constants import RuntimeConstants
 from fusion_bench.mixins import LightningFabricMixin, SimpleProfilerMixin
 from rich.console import Console
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
+from ..artifact import check_place
 from ..cache import cache_root
+from ..checkpoint import interruptible
 from ..coefficients import (
     Mixture,
     initial_coefficients,
-    read_settings,
     task_vector,
     trim,
 )
-from ..distillation import Distillation, distill
+from ..distillation import Distillation, MethodSettings, distill
 from ..encoders import VisionTower
 from ..errors import ConfigError
+from ..expert_cache import ExpertCache
 from ..files import write_json
 from ..interventions import read_interventions
 from ..model import InterventionModel
+from ..solving import solve
 from .base_merge import run_adamerging, run_base
 from .diagnosis import diagnose, table
 from .experts import ExpertPool
+from .hub import warn_if_unreachable
 from .live import show_repair
-from .program import has_task_pool, plain
+from .program import HOST_KEYS, check_arguments, check_family, has_task_pool, plain, split_settings
+from .screen import host_in_the_log, one_line
 
 log = logging.getLogger(__name__)
 
-DATA = {"split": "test", "fraction": 1.0, "batch_size": 16, "num_workers": 0, "cache_gb": 2.0}
 DIAGNOSED_IMAGES = 256
 
 
@@ -51,66 +55,28 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
     """Merge experts and repair the merged encoder by distilling task-specific edits.
 
     Args:
-        interventions: site -> edit settings (``InterventionConfig``).
-        base: config of the FusionBench method that merges the experts, any of them:
-            ``method@method.base=ties_merging``; a ``_merged_`` model in the pool wins over it, and
-            ``coefficients`` over both.
-        coefficients: merge by task vectors with these coefficients instead (``read_settings``).
-        loss: ``output``, the mean L1 of the image features, or ``blocks``, which adds that of every
-            block's token mean (SurgeryV2).
-        data: the unlabelled images to learn from: ``split``, ``fraction``, ``batch_size``,
-            ``num_workers``, ``cache_gb``.
-        steps: steps a task; each shows every task one batch of its images.
-        optimizer: config of any torch optimizer. The published optimizer lists every parameter
-            three times, so that each of its steps at 1e-3 is three steps of Adam; hence 3e-3.
-        seed: decides initial edits, images and their order.
-        save_to: folder for the artifact; ``{log_dir}`` stands for the run's log folder.
-        resume: ``auto`` continues a run of the same settings that was stopped, and takes the
-            coefficients that an earlier run of AdaMerging found on the pool; ``never`` does not.
-        save_every: steps between two states of a run that may be stopped.
-        compile: compile the encoder's MLPs for the training; it takes about half a minute, and pays
-            in long runs of wide encoders.
-        extend: folder of a saved model, to which the pool's new tasks are added; nothing is merged
-            and its own ``interventions`` hold.
+        interventions, base: as in ``MethodSettings``.
+        settings: the other ones of ``MethodSettings``.
+
+    Raises:
+        ConfigError: a setting that does not exist, or not with that value.
     """
 
-    def __init__(
-        self,
-        interventions: Mapping[str, Any],
-        base: Any = None,
-        coefficients: Mapping[str, Any] | None = None,
-        loss: str = "output",
-        data: Mapping[str, Any] | None = None,
-        steps: int = 1000,
-        optimizer: Mapping[str, Any] | None = None,
-        seed: int = 0,
-        save_to: str | None = None,
-        resume: str = "auto",
-        save_every: int = 100,
-        compile: bool = False,
-        extend: str | None = None,
-        **kwargs: Any,
-    ):
-        super().__init__(**kwargs)
-        self.interventions = plain(interventions)
-        self.base: Any = base
-        self.coefficients: Any = plain(coefficients)
-        self.loss, self.steps, self.seed = loss, steps, seed
-        self.data = DATA | (plain(data) or {})
-        self.optimizer = plain(optimizer) or {"_target_": "torch.optim.Adam", "lr": 3e-3}
-        self.save_to, self.resume, self.save_every = save_to, resume, save_every
-        self.extend, self.compile = extend, compile
-        for key in self.data:
-            if key not in DATA:
-                raise ConfigError(f"data.{key}", "no such setting", ", ".join(DATA))
-        if not isinstance(save_every, int) or isinstance(save_every, bool) or save_every < 1:
-            raise ConfigError("save_every", f"{save_every!r}", "1 or more")
-        if resume not in ("auto", "never"):
-            raise ConfigError("resume", f"{resume!r}", "auto, never")
-        read_interventions(self.interventions)
-        if self.coefficients is not None:
-            self.coefficients = read_settings(self.coefficients)
+    Settings = MethodSettings
 
+    @one_line
+    def __init__(self, interventions: Any = None, base: Any = None, **settings: Any):
+        settings, host = split_settings(settings, interventions=interventions, base=base)
+        super().__init__(**host)
+        self.settings = MethodSettings.read(settings)
+        self.interventions: dict[str, Any] = self.settings.interventions
+        self.base: Any = self.settings.base
+        self.coefficients: Any = self.settings.coefficients
+        self.data = self.settings.data
+        self._make_optimizer([nn.Parameter(torch.zeros(1))])  # refused now, not after the merge
+
+    @host_in_the_log()
+    @one_line
     def run(self, modelpool: BaseModelPool) -> InterventionModel:
         """Merge the pool's experts and train the edits.
 
@@ -122,23 +88,36 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             DistillationError: the loss is not finite.
         """
         pool = ExpertPool(modelpool)
-        if self.save_to is not None:
+        check_family(self._program, pool.family)
+        warn_if_unreachable(pool.pool._models.values())
+        if self.settings.save_to is not None:
             self._check_writable(self._artifact_folder())
-        if self.extend is not None:
-            model, done = self._extend(pool, Path(self.extend))
+        if self.settings.extend is not None:
+            model, done = self._extend(pool, Path(self.settings.extend))
         else:
-            with self.profile("merging"):
+            self.look_ahead(pool, pool.first_tower())
+            with self.profile("merging"), interruptible("merging the experts"):
                 merged, mixture = self.merge(pool)
             with self.profile("distillation"):
                 model, done = self.repair(pool, merged, mixture)
-        report = self._report(pool, model, done)
+        with interruptible("measuring the repair", done.states):
+            report = self._report(pool, model, done)
         self._remember(pool, model, done, report)
-        if self.save_to is not None and self.fabric.is_global_zero:
-            folder = self._artifact_folder()
-            model.save_pretrained(folder)
-            log.info("the model is saved in %s", folder)
-        self.print_profile_summary()
+        if self.settings.save_to is not None and self.fabric.is_global_zero:
+            self._save(model, done)
+        done.clear()
         return model
+
+    def _save(self, model: InterventionModel, done: Distillation) -> None:
+        folder = self._artifact_folder()
+        try:
+            with interruptible("saving the model", done.states):
+                model.save_pretrained(folder)
+        except (ConfigError, SafetensorError) as error:
+            kept = done.states is not None and done.states.newest() is not None
+            more = "; the training is kept, the same command goes on to the save" if kept else ""
+            raise ConfigError("save_to", f"the model was not saved ({error}){more}") from None
+        log.info("the model is saved in %s", folder)
 
     def _remember(
         self,
@@ -152,7 +131,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         about = pool.about()
         classes = (seen.get("classes") or {}) | about.pop("classes", {})
         seen |= about | ({"classes": classes} if classes else {})
-        if self.extend is None:
+        if self.settings.extend is None:
             model.metadata |= {"images": report["images_used"], **now}
             return
         before = seen.get("images") or "images that are not known"
@@ -160,16 +139,27 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         seen["transductive"] = seen.get("transductive", False) or now["transductive"]
         seen["extended"] = [*seen.get("extended", []), {"tasks": list(done.images), **now}]
 
+    def look_ahead(self, pool: ExpertPool, tower: VisionTower) -> None:
+        """Ask for what the training will need, so that what is missing is said before the merge.
+
+        Args:
+            pool: the experts and their images.
+            tower: one of the pool's; it is used up.
+
+        Raises:
+            ConfigError: edits that do not fit the encoder, or images that are not found.
+        """
+        InterventionModel(tower, pool.tasks[:1], self.interventions)
+        for task in pool.tasks:
+            pool.images(task, self.data.split)
+
     def merge(self, pool: ExpertPool) -> tuple[VisionTower, Mixture | None]:
         """The merged encoder, and the mixture it came from where ``coefficients`` are set."""
         if self.coefficients is not None:
             return self._mix(pool)
-        # Ask for what every method will ask for, so that what is missing is said in one line.
-        name = "_merged_" if pool.pool.has_merged else pool.pool.all_model_names[0]
-        tower = pool.tower(name)
         if pool.pool.has_merged:
             log.info("the pool has a merged model: it is repaired, and `base` is not run")
-            return tower, None
+            return pool.tower("_merged_"), None
         if self.base is None:
             raise ConfigError("base", "nothing merges the experts", "a FusionBench method")
         try:
@@ -183,8 +173,8 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         self, pool: ExpertPool, merged: VisionTower, mixture: Mixture | None = None
     ) -> tuple[InterventionModel, Distillation]:
         """Train edits for a merged encoder, which the model takes over."""
-        model = InterventionModel(merged, pool.tasks, self.interventions, self.seed)
-        trained = mixture if mixture is not None and self.coefficients["train"] else None
+        model = InterventionModel(merged, pool.tasks, self.interventions, self.settings.seed)
+        trained = mixture if self.coefficients is not None and self.coefficients.train else None
         done = self._train(pool, model, pool.tasks, trained)
         if mixture is not None:
             model.metadata["coefficients"] = {"coefficients": mixture.coefficients.detach().cpu()}
@@ -207,42 +197,69 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         tasks: Sequence[str],
         mixture: Mixture | None,
     ) -> Distillation:
-        images = {task: pool.images(task, self.data["split"]) for task in tasks}
+        """Solve what the settings say is solved, then train."""
+        settings, data = self.settings, self.data
+        experts = {task: partial(pool.tower, task) for task in tasks}
+        images = {task: pool.images(task, data.split) for task in tasks}
         run = self._identity(pool, model, tasks)
-        return distill(
+        # Nothing tells one live model from another, so their runs are not continued.
+        resume = settings.resume == "auto" and not pool.pool.has_instance_models
+        common: dict[str, Any] = {
+            "fraction": data.fraction,
+            "at_most": data.images,
+            "seed": settings.seed,
+            "num_workers": data.num_workers,
+            "cache_gb": data.cache_gb,
+            "fabric": self.fabric,
+            "state_folder": cache_root() / "states" / run if resume else None,
+            "run": run,
+        }
+        solved = None
+        if any(config.init == "regression" for config in model.interventions.values()):
+            solved = solve(model, experts, images, budget=settings.budget, **common)
+            if not self._steps:
+                return Distillation(
+                    torch.empty(0, len(tasks)),
+                    solved.images,
+                    solved.seconds,
+                    solved.expert_features,
+                    states=solved.states,
+                )
+        done = distill(
             model,
-            {task: partial(pool.tower, task) for task in tasks},
+            experts,
             images,
             steps=self._steps,
-            batch_size=self.data["batch_size"],
-            fraction=self.data["fraction"],
-            num_workers=self.data["num_workers"],
-            cache_gb=self.data["cache_gb"],
-            compile=self.compile,
-            loss=self.loss,
+            batch_size=data.batch_size,
+            compile=settings.compile,
+            loss=settings.loss,
             optimizer=self._make_optimizer,
             mixture=mixture,
-            seed=self.seed,
-            fabric=self.fabric,
-            # Nothing tells one live model from another, so their runs are not continued.
-            state_folder=None
-            if self.resume == "never" or pool.pool.has_instance_models
-            else cache_root() / "states" / run,
-            run=run,
-            save_every=self.save_every,
+            save_every=settings.save_every,
+            cache=ExpertCache(cache_root() / "features") if settings.resume == "auto" else None,
+            **common,
         )
+        if solved is not None:
+            done.seconds = solved.seconds | done.seconds
+        return done
 
     @property
     def images_used(self) -> str:
         """In words, which images the edits were trained on."""
-        return (
-            f"{self.data['fraction']:.0%} of the {self.data['split']} split, unlabelled, "
-            f"{self._steps} steps of {self.data['batch_size']} images a task, seed {self.seed}"
-        )
+        data = self.data
+        which = f"{data.fraction:.0%} of the {data.split} split"
+        if data.images is not None:
+            which += f", at most {data.images} images a task"
+        sites = read_interventions(self.interventions).values()
+        how = ["solved in closed form"] * any(c.init == "regression" for c in sites)
+        if self._steps:
+            how.append(f"{self._steps} steps of {data.batch_size} images a task")
+        words = ", then ".join(how) or "not trained"
+        return f"{which}, unlabelled, {words}, seed {self.settings.seed}"
 
     @property
     def _steps(self) -> int:
-        return min(self.steps, 2) if RuntimeConstants.debug else self.steps
+        return min(self.settings.steps, 2) if RuntimeConstants.debug else self.settings.steps
 
     # -- merging -----------------------------------------------------------------------------------
 
@@ -250,41 +267,56 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         settings = self.coefficients
         tower = pool.tower("_pretrained_")
         theta0 = [p.detach().clone() for p in tower.mergeable().values()]
-        if settings["init"] == "base":
+        if settings.init == "base":
             start = run_adamerging(
-                self.base, pool.pool, self.fabric, self._program, keep=self.resume == "auto"
+                self.base,
+                pool.pool,
+                self.fabric,
+                self._program,
+                keep=self.settings.resume == "auto",
             )
         else:
-            start = settings["init"]
-        init = initial_coefficients(start, len(pool.tasks), len(theta0), settings["granularity"])
-        ties = settings["task_vectors"] == "ties"
-        vectors = (task_vector(pool.tower(task), theta0) for task in pool.tasks)
-        trimmed = (trim(vector, settings["keep"]) if ties else vector for vector in vectors)
-        mixture = Mixture(theta0, trimmed, init, getattr(torch, settings["dtype"]))
+            start = settings.init
+        init = initial_coefficients(start, len(pool.tasks), len(theta0), settings.granularity)
+        ties = settings.task_vectors == "ties"
+        vectors = (self._vector(pool, task, theta0) for task in pool.tasks)
+        trimmed = (trim(vector, settings.keep) if ties else vector for vector in vectors)
+        mixture = Mixture(theta0, trimmed, init, getattr(torch, settings.dtype))
         if ties:
             mixture.elect_signs()
         mixture.write(tower)
-        if not settings["train"]:
+        if not settings.train:
             mixture.release()
         return tower, mixture
+
+    def _vector(self, pool: ExpertPool, task: str, theta0: Sequence[Tensor]) -> list[Tensor]:
+        try:
+            return task_vector(pool.tower(task), theta0)
+        except ConfigError:
+            pool.check_shapes()  # names the expert and the tensor
+            raise
 
     # -- around the trainer ------------------------------------------------------------------------
 
     def _make_optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         from hydra.utils import get_class
 
-        settings = {k: v for k, v in self.optimizer.items() if k not in ("_target_", "_recursive_")}
+        given = {k: v for k, v in self.settings.optimizer.items() if k not in HOST_KEYS}
         try:
-            cls = get_class(self.optimizer["_target_"])
+            cls = get_class(given.pop("_target_", ""))
+            if not issubclass(cls, torch.optim.Optimizer):
+                raise TypeError(f"{cls.__name__} is no torch optimizer")
+            check_arguments(cls, given, "optimizer")
             if cls in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
                 # one kernel for hundreds of small tensors
-                settings = {"fused": True} | settings
-            return cls(parameters, **settings)
+                given = {"fused": True} | given
+            return cls(parameters, **given)
+        except ConfigError:
+            raise
         except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(
-                "optimizer", reason, "{_target_: torch.optim.Adam, lr: 0.003}"
-            ) from None
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            allowed = "{_target_: torch.optim.Adam, lr: 0.003}"
+            raise ConfigError("optimizer", reason, allowed) from None
 
     def _identity(self, pool: ExpertPool, model: InterventionModel, tasks: Sequence[str]) -> str:
         """A digest of everything the trained numbers depend on."""
@@ -294,24 +326,25 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             "steps": self._steps,
             "merged": model.tower.digest(),
             "experts": {task: pool.identity(task) for task in tasks},
-            "images": {task: pool.images_identity(task, self.data["split"]) for task in tasks},
+            "images": {task: pool.images_identity(task, self.data.split) for task in tasks},
             "precision": str(getattr(self.fabric._precision, "precision", "")),
             "processes": self.fabric.world_size,
-            "compile": self.compile,
+            "compile": self.settings.compile,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
 
     def _settings(self, model: InterventionModel) -> dict[str, Any]:
         return {
             "interventions": self.interventions
-            if self.extend is None  # else the saved model's own hold
+            if self.settings.extend is None  # else the saved model's own hold
             else {site: config.to_dict() for site, config in model.interventions.items()},
             "base": self._base_settings(),
-            "coefficients": self.coefficients,
-            "loss": self.loss,
-            "data": self.data,
-            "optimizer": self.optimizer,
-            "seed": self.seed,
+            "budget": self.settings.budget,
+            "coefficients": self.coefficients and self.coefficients.to_dict(),
+            "loss": self.settings.loss,
+            "data": self.data.to_dict(),
+            "optimizer": self.settings.optimizer,
+            "seed": self.settings.seed,
         }
 
     def _base_settings(self) -> Any:
@@ -334,14 +367,14 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             count = min(DIAGNOSED_IMAGES, len(seen))
             head = pool.head(task) if dummy else None
             expert = done.expert_features[task][:count]
-            images = pool.images(task, self.data["split"])
+            images = pool.images(task, self.data.split)
             rows[task] = diagnose(model, task, images, seen[:count], expert, head)
         extra = model.extra_parameters()
-        report = {
+        report: dict[str, Any] = {
             "method": self._settings(model),
             "images_used": self.images_used,
             # Evaluated on the test split, edits trained on its images are a transductive result.
-            "transductive": self.data["split"] == "test",
+            "transductive": self.data.split == "test",
             "images_seen": {task: len(seen) for task, seen in done.images.items()},
             "extra_parameters": extra,
             "seconds": done.seconds,
@@ -362,15 +395,15 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         return report
 
     def _artifact_folder(self) -> Path:
-        return Path(str(self.save_to).format(log_dir=self.log_dir or "."))
+        return Path(str(self.settings.save_to).format(log_dir=self.log_dir or "."))
 
     def _check_writable(self, folder: Path) -> None:
         """Say so before the training, not after it."""
-        parent = folder.absolute()
-        while not parent.exists():
-            parent = parent.parent
-        if not os.access(parent, os.W_OK):
-            raise ConfigError("save_to", f"{parent} cannot be written to", "a writable folder")
+        logs = Path(self.log_dir or ".").resolve()
+        if folder.resolve() in (logs, *logs.parents):
+            allowed = "'{log_dir}/intervmerge', or a folder elsewhere"
+            raise ConfigError("save_to", f"{folder} is where the run's logs go", allowed)
+        check_place(folder, "save_to")
 
 
 def _suggested_task_pool() -> str:

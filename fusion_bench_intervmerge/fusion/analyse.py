@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from fusion_bench import BaseAlgorithm, BaseModelPool
 from fusion_bench.mixins import LightningFabricMixin
+from pydantic import model_validator
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
+from typing_extensions import Self
 
 from .. import artifact
-from ..analysis import MERGED, Subject, analyse, read_analyses
+from ..analysis import ANALYSES, MERGED, Subject, analyse, read_analyses
 from ..encoders import VisionTower
 from ..errors import ConfigError
 from ..files import write_json
 from ..model import InterventionModel
+from ..settings import Folder, Settings, whole
 from .diagnosis import table
 from .experts import ExpertPool
-from .program import has_task_pool, plain
+from .program import check_family, has_task_pool, split_settings
+from .screen import host_in_the_log, one_line
 
 
 class Analyser:
@@ -36,23 +40,13 @@ class Analyser:
         images: images a task, the same for every encoder.
         split: which split they are of.
         device: where the encoders run.
-        where: the config key of ``images``, for errors.
 
     Raises:
-        ConfigError: an analysis that does not exist, or no images.
+        ConfigError: an analysis that does not exist.
     """
 
-    def __init__(
-        self,
-        analyses: Any,
-        images: int,
-        split: str,
-        device: torch.device,
-        where: str = "analysis_images",
-    ):
-        self.names = read_analyses(plain(analyses))
-        if not isinstance(images, int) or isinstance(images, bool) or images < 1:
-            raise ConfigError(where, f"{images!r}", "1 or more")
+    def __init__(self, analyses: Any, images: int, split: str, device: torch.device):
+        self.names = read_analyses(analyses)
         self.images, self.split, self.device = images, split, device
         self.found: dict[str, dict[str, Any]] = {}
 
@@ -108,29 +102,46 @@ class Analyser:
         return torch.cat([batch[0] for batch in batches]), labels if labels.min() >= 0 else None
 
 
-class AnalyseInterventionModel(LightningFabricMixin, BaseAlgorithm):
-    """Analyse a saved model against the pool's experts.
+class AnalyseSettings(Settings):
+    """The settings of ``method=intervmerge/analyse``.
 
     Args:
         path: the artifact's folder.
         analyses: names of analyses, or ``all``.
         images: images a task.
-        split: the split they are of: test, validation, train.
+        split: the split they are of: ``test``, ``validation`` or ``train``.
     """
 
-    def __init__(
-        self,
-        path: str,
-        analyses: Any = "all",
-        images: int = 256,
-        split: str = "test",
-        **kwargs: Any,
-    ):
-        super().__init__(**kwargs)
-        if not isinstance(path, str):
-            raise ConfigError("path", f"{path!r}", "the folder of a saved model")
-        self.path, self.analyses, self.images, self.split = path, analyses, images, split
+    path: Folder
+    analyses: Any = "all"
+    images: Annotated[int, whole(1)] = 256
+    split: Literal["test", "validation", "train"] = "test"
 
+    @model_validator(mode="after")
+    def _analyses_exist(self) -> Self:
+        if not read_analyses(self.analyses):
+            raise ConfigError("analyses", "there is none", f"all, or some of {', '.join(ANALYSES)}")
+        return self
+
+
+class AnalyseInterventionModel(LightningFabricMixin, BaseAlgorithm):
+    """Analyse a saved model against the pool's experts.
+
+    Args:
+        path: the artifact's folder.
+        settings: the other ones of ``AnalyseSettings``.
+    """
+
+    Settings = AnalyseSettings
+
+    @one_line
+    def __init__(self, path: Any = None, **settings: Any):
+        settings, host = split_settings(settings, path=path)
+        super().__init__(**host)
+        self.settings = AnalyseSettings.read(settings)
+
+    @host_in_the_log()
+    @one_line
     def run(self, modelpool: BaseModelPool) -> dict[str, Any] | None:
         """Analyse, and hand the merged encoder and the repaired model to the task pool, if any.
 
@@ -138,10 +149,10 @@ class AnalyseInterventionModel(LightningFabricMixin, BaseAlgorithm):
             ArtifactError: what does not fit in the folder, in one line.
             ConfigError: a setting or a pool that does not fit, in one line.
         """
-        pool, folder = ExpertPool(modelpool), Path(self.path)
-        analyser = Analyser(
-            self.analyses, self.images, self.split, self.fabric.device, where="images"
-        )
+        settings = self.settings
+        pool, folder = ExpertPool(modelpool), Path(settings.path)
+        check_family(self._program, pool.family)
+        analyser = Analyser(settings.analyses, settings.images, settings.split, self.fabric.device)
         model = InterventionModel.from_pretrained(folder)
         tasks = [task for task in pool.tasks if task in model.tasks]
         if not tasks:

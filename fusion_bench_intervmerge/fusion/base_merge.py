@@ -11,19 +11,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 from fusion_bench import BaseModelPool
 from fusion_bench.constants import RuntimeConstants
 from fusion_bench.utils import instantiate
 from lightning import Fabric
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..cache import cache_root
 from ..errors import ConfigError
 from ..files import whole_file
+from ..pickles import read_tensor
+from .hub import watched
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ def run_base(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -> 
         # Methods merge into the models they are given, and these are the user's.
         pool = copy.copy(pool)
         pool._models = {str(n): copy.deepcopy(model) for n, model in pool._models.items()}
+    pool = watched(pool)
     getattr(method, "on_run_start", lambda: None)()  # older methods have neither
     merged = method.run(pool)
     getattr(method, "on_run_end", lambda: None)()
@@ -105,13 +108,14 @@ def run_adamerging(
     kept = _kept_coefficients(config, pool)
     kept.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{kept}.lock"):
-        if kept.is_file():
+        found = _read_kept(kept)
+        if found is not None:
             log.info("AdaMerging's coefficients are those of an earlier run, %s", kept)
-        else:
-            found = _find_coefficients(config, pool, fabric, program)
-            with whole_file(kept) as temporary:
-                save_file({"coefficients": found}, temporary)
-        return load_file(kept)["coefficients"]
+            return found
+        found = _find_coefficients(config, pool, fabric, program)
+        with whole_file(kept) as temporary:
+            save_file({"coefficients": found}, temporary, {"digest": _digest(found)})
+        return found
 
 
 def _find_coefficients(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -> Tensor:
@@ -120,7 +124,28 @@ def _find_coefficients(config: Any, pool: BaseModelPool, fabric: Fabric, program
         run_base(
             OmegaConf.merge(config, {"save_merging_weights": str(path)}), pool, fabric, program
         )
-        return torch.load(path, weights_only=True, map_location="cpu").detach().contiguous()
+        return read_tensor(path)
+
+
+def _read_kept(path: Path) -> Tensor | None:
+    """Coefficients that were kept; None where there are none, or a disk has changed them."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            found, digest = file.get_tensor("coefficients"), (file.metadata() or {}).get("digest")
+    except (SafetensorError, OSError) as error:
+        log.warning("%s cannot be read (%s); the coefficients are found anew", path, error)
+        return None
+    if digest != _digest(found):
+        log.warning("%s is not as it was written; the coefficients are found anew", path)
+        return None
+    return found
+
+
+def _digest(tensor: Tensor) -> str:
+    content = f"{tuple(tensor.shape)} {tensor.dtype} ".encode() + tensor.numpy().tobytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 def _kept_coefficients(config: Any, pool: Any) -> Path:

@@ -5,26 +5,109 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fusion_bench import BaseAlgorithm, BaseModelPool
 from fusion_bench.mixins import LightningFabricMixin
+from pydantic import Field, model_validator
 from torch import nn
+from typing_extensions import Self
 
+from ..analysis import read_analyses
+from ..checkpoint import StateFolder
+from ..coefficients import CoefficientSettings
+from ..distillation import DataSettings, MethodSettings
+from ..distillation.settings import check_method
 from ..encoders import VisionTower
-from ..errors import ConfigError
+from ..errors import ConfigError, named, unknown_key
 from ..files import write_json
+from ..settings import Flag, Seed, Settings, whole
 from .algorithm import IntervMergeAlgorithm
 from .analyse import Analyser
 from .base_merge import run_adamerging
 from .experts import ExpertPool
+from .hub import warn_if_unreachable
 from .individual import IndividualExperts
 from .live import show_comparison
-from .program import plain
+from .program import HOST_KEYS, check_family, split_settings
+from .screen import host_in_the_log, one_line
 
 log = logging.getLogger(__name__)
+
+
+class ComparisonSettings(Settings):
+    """The settings of ``method=intervmerge/compare`` and its like.
+
+    Args:
+        bases: name -> config of a FusionBench method.
+        methods: name -> config of an ``IntervMergeAlgorithm``; its own ``base`` is not used. A
+            method with ``coefficients`` trains those of the merge that it repairs.
+        coefficients: name of a base -> the coefficients that stand for it: ``granularity``,
+            ``init``, ``task_vectors``; with ``init: base`` the base is an AdaMerging method, run
+            once. Bases without are left out for methods that train coefficients.
+        seeds: seeds of the repairs.
+        steps, data: override every method's, so that all have the same; one with ``steps: 0`` is
+            solved, not trained, and stays so.
+        references: whether the pretrained encoder and the experts themselves are evaluated too.
+        analyses: names of analyses of every merge and its repairs at the first seed, ``all``, or
+            null; ``analysis.json`` keeps what they find.
+        analysis_images: images a task for them, of the test split.
+
+    Raises:
+        ConfigError: the first setting that does not fit, those of the methods included.
+    """
+
+    bases: Annotated[
+        dict[str, Any], Field(min_length=1, description="a FusionBench method or more, by name")
+    ]
+    methods: Annotated[
+        dict[str, dict[str, Any]], Field(description="settings of intervmerge or surgery, by name")
+    ]
+    coefficients: Annotated[
+        dict[str, dict[str, Any]] | None, Field(description="coefficients, by the base's name")
+    ] = None
+    seeds: Annotated[
+        list[Seed], Field(min_length=1, description="a list of whole numbers, 0 or more")
+    ] = Field(default=[0])
+    steps: Annotated[int | None, whole(0, 10**7, before="null, or ")] = None
+    data: Annotated[
+        dict[str, Any] | None, Field(description="null, or {split: validation, ...}")
+    ] = None
+    references: Flag = True
+    analyses: Any = None
+    analysis_images: Annotated[int, whole(1)] = 256
+
+    @model_validator(mode="after")
+    def _all_fit(self) -> Self:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ConfigError("seeds", f"{self.seeds} names a seed twice", "each seed once")
+        read_analyses(self.analyses)
+        for name, base in self.bases.items():
+            check_method(base, f"bases.{name}")
+        for name, start in (self.coefficients or {}).items():
+            if name not in self.bases:
+                raise unknown_key(name, self.bases, "base").under("coefficients")
+            CoefficientSettings.read(start, f"coefficients.{name}")
+        DataSettings.read(self.data or {}, "data")
+        for name in self.methods:
+            for settings in (self._own(name), self.method(name)):
+                MethodSettings.read(settings, f"methods.{name}")
+        return self
+
+    def method(self, name: str) -> dict[str, Any]:
+        """A method's settings, with those that hold for all."""
+        own = self._own(name)
+        if self.steps is not None and own.get("steps") != 0:
+            own["steps"] = self.steps
+        if self.data is not None:
+            own["data"] = {**own.get("data", {}), **self.data}
+        return own
+
+    def _own(self, name: str) -> dict[str, Any]:
+        given = self.methods[name]
+        return {k: v for k, v in given.items() if k not in ("_target_", *HOST_KEYS)}
 
 
 class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
@@ -35,56 +118,47 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
     what each one is.
 
     Args:
-        bases: name -> config of a FusionBench method.
-        methods: name -> config of an ``IntervMergeAlgorithm``; its own ``base`` is not used. A
-            method with ``coefficients`` trains those of the merge that it repairs.
-        coefficients: name of a base -> the coefficients that stand for it: ``granularity``,
-            ``init``, ``task_vectors``; with ``init: base`` the base is an AdaMerging method, run
-            once. Bases without are left out for methods that train coefficients.
-        seeds: seeds of the repairs.
-        steps, data: override every method's, so that all have the same.
-        references: whether the pretrained encoder and the experts themselves are evaluated too.
-        analyses: names of analyses of every merge and its repairs at the first seed, ``all``, or
-            null; ``analysis.json`` keeps what they find.
-        analysis_images: images a task for them, of the test split.
+        bases, methods: as in ``ComparisonSettings``.
+        settings: the other ones of ``ComparisonSettings``.
+
+    Raises:
+        ConfigError: a setting that does not exist, or not with that value.
     """
 
-    def __init__(
-        self,
-        bases: Mapping[str, Any],
-        methods: Mapping[str, Any],
-        coefficients: Mapping[str, Any] | None = None,
-        seeds: Sequence[int] = (0,),
-        steps: int | None = None,
-        data: Mapping[str, Any] | None = None,
-        references: bool = True,
-        analyses: Any = None,
-        analysis_images: int = 256,
-        **kwargs: Any,
-    ):
-        super().__init__(**kwargs)
-        if not bases:
-            raise ConfigError(
-                "bases", "there is no merge to repair", "a FusionBench method or more"
-            )
-        self.bases, self.methods, self.seeds = bases, methods, list(seeds)
-        self.coefficients: Any = plain(coefficients) or {}
-        self.steps, self.data, self.references = steps, data, references
-        self.analyses, self.analysis_images = analyses, analysis_images
-        self._losses: dict[str, dict[str, list[float]]] = {}
+    Settings = ComparisonSettings
 
+    @one_line
+    def __init__(self, bases: Any = None, methods: Any = None, **settings: Any):
+        settings, host = split_settings(settings, bases=bases, methods=methods)
+        super().__init__(**host)
+        self.settings = ComparisonSettings.read(settings)
+        for method in self.settings.methods:
+            with named(f"methods.{method}"):
+                IntervMergeAlgorithm(**self.settings.method(method))
+        self._losses: dict[str, dict[str, list[float]]] = {}
+        self._states: list[StateFolder] = []
+
+    @host_in_the_log()
+    @one_line
     def run(self, modelpool: BaseModelPool) -> dict[str, Any]:
         """Returns every model by name, and ``comparison``: what each is."""
         pool = ExpertPool(modelpool)
-        analyser = Analyser(self.analyses, self.analysis_images, "test", self.fabric.device)
+        check_family(self._program, pool.family)
+        warn_if_unreachable(pool.pool._models.values())
+        settings = self.settings
+        analyser = Analyser(settings.analyses, settings.analysis_images, "test", self.fabric.device)
+        tower = pool.first_tower()
+        for method in settings.methods:
+            with named(f"methods.{method}"):
+                self._algorithm(settings.method(method), seed=0).look_ahead(pool, tower)
         models: dict[str, Any] = {}
         about: dict[str, dict[str, Any]] = {}
-        if self.references:
+        if settings.references:
             models["pretrained"] = pool.raw("_pretrained_")
             models["experts"] = IndividualExperts(pool)
             about["pretrained"] = {"kind": "pretrained"}
             about["experts"] = {"kind": "experts"}
-        for base_name, base in self.bases.items():
+        for base_name, base in settings.bases.items():
             started = time.perf_counter()
             merged, start = self._merge(pool, base_name, base)
             models[base_name] = copy.deepcopy(merged.stock())
@@ -95,16 +169,17 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
                 "extra_parameters": 0,
                 "seconds": time.perf_counter() - started,
             }
-            for method_name, config in self.methods.items():
-                settings = {k: v for k, v in plain(config).items() if not k.startswith("_")}
-                if settings.get("coefficients"):
+            for method_name in settings.methods:
+                own = settings.method(method_name)
+                if own.get("coefficients"):
                     if start is None:
                         continue
-                    settings["coefficients"] = {**start, "train": True}
-                for seed in self.seeds:
+                    own["coefficients"] = {**start, "train": True}
+                for seed in settings.seeds:
                     name = f"{base_name}/{method_name}/seed{seed}"
                     log.info("repairing: %s", name)
-                    models[name], about[name] = self._repair(name, pool, merged, settings, seed)
+                    with named(f"methods.{method_name}"):
+                        models[name], about[name] = self._repair(name, pool, merged, own, seed)
                     about[name] |= {"base": base_name, "method": method_name}
             if analyser.names and self.fabric.is_global_zero:
                 repaired = self._first_seed(models, base_name)
@@ -118,19 +193,21 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         if self.log_dir is not None and self.fabric.is_global_zero:
             # apart from the report, which FusionBench prints whole
             write_json(Path(self.log_dir) / "losses.json", self._losses, indent=None)
+        for states in self._states:
+            states.clear()
         models["comparison"] = {"tasks": pool.tasks, "models": about}
         return models
 
     def _first_seed(self, models: Mapping[str, Any], base: str) -> dict[str, Any]:
         """Method -> its repair of a merge at the first seed."""
-        names = {m: f"{base}/{m}/seed{seed}" for m in self.methods for seed in self.seeds[:1]}
+        names = {m: f"{base}/{m}/seed{self.settings.seeds[0]}" for m in self.settings.methods}
         return {method: models[name] for method, name in names.items() if name in models}
 
     def _merge(
         self, pool: ExpertPool, name: str, base: Any
     ) -> tuple[VisionTower, dict[str, Any] | None]:
         """The merged encoder, and the coefficients that stand for it, if any do."""
-        start = self.coefficients.get(name)
+        start = (self.settings.coefficients or {}).get(name)
         settings: dict[str, Any] = {"interventions": {"attention": {}}, "base": base}
         if start is not None and start.get("init") == "base":
             found = run_adamerging(base, pool.pool, self.fabric, self._program)
@@ -154,22 +231,20 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
             tower, mixture = copy.deepcopy(merged), None
         model, done = algorithm.repair(pool, tower, mixture)
         self._losses[name] = done.by_task()
+        if done.states is not None:
+            self._states.append(done.states)
         return model, {
             "kind": "repair",
             "seed": seed,
             "extra_parameters": model.extra_parameters()["total"],
             "seconds": time.perf_counter() - started,
+            "resumed_at": done.resumed_at,
             "images_used": algorithm.images_used,
-            "transductive": algorithm.data["split"] == "test",
-            "final_loss": float(done.losses[-1].mean()),
+            "transductive": algorithm.data.split == "test",
+            "final_loss": float(done.losses[-1].mean()) if len(done.losses) else None,
         }
 
     def _algorithm(self, settings: Mapping[str, Any], seed: int) -> IntervMergeAlgorithm:
-        settings = {**settings, "seed": seed}
-        if self.steps is not None:
-            settings["steps"] = self.steps
-        if self.data is not None:
-            settings["data"] = {**(settings.get("data") or {}), **self.data}
-        algorithm = IntervMergeAlgorithm(**settings)
+        algorithm = IntervMergeAlgorithm(**{**settings, "seed": seed})
         algorithm._program, algorithm._fabric_instance = self._program, self.fabric
         return algorithm

@@ -1,6 +1,6 @@
 """What a run needs of a model pool: towers, images, zero-shot heads.
 
-What cannot be had is said in one line.
+What is not found is said in one line.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from fusion_bench.dataset import CLIPDataset
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..encoders import VisionTower, as_tower
+from ..encoders import MissingProjectionError, VisionTower, as_tower
 from ..errors import ConfigError
+from ..task_names import check_task_name
+from .hub import fetch, watched
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,6 @@ SPLITS = {
     "validation": ("load_val_dataset", "val_datasets"),
     "train": ("load_train_dataset", "train_datasets"),
 }
-OFFLINE_POOL = "modelpool=clip-vit-tiny_TA8 taskpool=clip-vit-tiny_TA8 need no download"
 
 
 class ExpertPool:
@@ -36,26 +37,42 @@ class ExpertPool:
         pool: a ``CLIPVisionModelPool`` or an ``OpenCLIPVisionModelPool``.
 
     Raises:
-        ConfigError: the pool has no experts.
+        ConfigError: the pool has no experts, or a name that no task may have.
     """
 
     def __init__(self, pool: BaseModelPool):
-        self.pool: Any = pool
+        self.pool: Any = watched(pool)
         self.tasks: list[str] = list(pool.model_names)
         if not self.tasks:
             raise ConfigError("modelpool.models", "there are no experts", "one model a task")
+        for index, task in enumerate(self.tasks):
+            check_task_name(task, self.tasks[:index], "modelpool.models")
         self._projection: nn.Linear | None = None
+        self._images: dict[tuple[str, str], Dataset] = {}
+
+    @property
+    def family(self) -> str:
+        """``openclip`` or ``huggingface``."""
+        return "openclip" if hasattr(self.pool, "load_classification_head") else "huggingface"
 
     def tower(self, name: str) -> VisionTower:
         """The model of that name, ``_pretrained_`` and ``_merged_`` included, as a tower.
 
         Raises:
-            ConfigError: its checkpoint cannot be had, or it is no CLIP vision encoder.
+            ConfigError: its checkpoint is not found, or it is no CLIP vision encoder.
         """
-        model = self._load(name)
+        model = self.pool.load_model(name)
         if self.pool.has_instance_models:
             model = copy.deepcopy(model)  # a live module is the user's, and hooks would stay on it
-        return self.wrap(model)
+        return self.wrap(model, f"modelpool.models.{name}")
+
+    def first_tower(self) -> VisionTower:
+        """The tower that a run starts from: a merged model of the pool's, or its first one.
+
+        Raises:
+            ConfigError: as in ``tower``.
+        """
+        return self.tower("_merged_" if self.pool.has_merged else self.pool.all_model_names[0])
 
     def check_shapes(self) -> None:
         """Make sure that the models can be merged.
@@ -79,26 +96,30 @@ class ExpertPool:
         """The model of that name as the pool gives it.
 
         Raises:
-            ConfigError: its checkpoint cannot be had.
+            ConfigError: its checkpoint is not found.
         """
-        return self._load(name)
+        return self.pool.load_model(name)
 
-    def wrap(self, model: nn.Module) -> VisionTower:
+    def wrap(self, model: nn.Module, where: str = "base") -> VisionTower:
         """A vision model of this pool's kind as a tower.
 
         Raises:
             ConfigError: it is no CLIP vision encoder.
         """
         try:
-            return as_tower(model, self._visual_projection())
+            try:
+                return as_tower(model)
+            except MissingProjectionError:
+                return as_tower(model, self._visual_projection())
         except TypeError as error:
-            raise ConfigError("modelpool", str(error)) from None
+            raise ConfigError(where, str(error), "models of one CLIP architecture") from None
 
     def images(self, task: str, split: str) -> Dataset:
-        """A split's images, preprocessed: items are (pixel values, label).
+        """A split's images, preprocessed: items are (pixel values, label), -1 for no label.
 
         Raises:
-            ConfigError: an unknown split, or the pool has no such data for the task.
+            ConfigError: an unknown split, or the pool has no such data for the task, or none that
+                can be read.
         """
         if split not in SPLITS:
             raise ConfigError("data.split", f"there is no split {split!r}", ", ".join(SPLITS))
@@ -106,8 +127,12 @@ class ExpertPool:
         where = f"modelpool.{group}.{task}"
         if task not in (getattr(self.pool, f"_{group}", None) or {}):
             raise ConfigError(where, f"the pool has no {split} images for this task")
-        dataset = _fetch(lambda: getattr(self.pool, method)(task), where)
-        return CLIPDataset(dataset, self._processor())
+        if (task, split) not in self._images:
+            items = _Items(getattr(self.pool, method)(task), where)
+            if len(items):
+                items[0]  # what all of them lack is said before the merge
+            self._images[task, split] = CLIPDataset(items, self._processor())
+        return self._images[task, split]
 
     def head(self, task: str) -> Callable[[Tensor], Tensor] | None:
         """Zero-shot logits from image features (batch, projection_dim), not normalised.
@@ -182,13 +207,10 @@ class ExpertPool:
         """What the config says of a split's images."""
         return str((getattr(self.pool, f"_{SPLITS[split][1]}", None) or {}).get(task))
 
-    def _load(self, name: str) -> nn.Module:
-        return _fetch(lambda: self.pool.load_model(name), f"modelpool.models.{name}")
-
     def _processor(self) -> Any:
         if hasattr(self.pool, "test_processor"):
             return self.pool.test_processor
-        return _fetch(self.pool.load_processor, "modelpool.processor")
+        return self.pool.load_processor()
 
     def _visual_projection(self) -> nn.Linear | None:
         # Only Hugging Face's vision models come without their projection.
@@ -199,25 +221,37 @@ class ExpertPool:
                 problem = "is missing" if config is None else "is a live module"
                 raise ConfigError(
                     where,
-                    f"{problem}, so that the visual projection cannot be had",
+                    f"{problem}, so that there is no visual projection",
                     "the id or the folder of a whole CLIP; experts may be live modules",
                 )
-            clip = _fetch(lambda: self.pool.load_clip_model("_pretrained_"), where)
+            clip = self.pool.load_clip_model("_pretrained_")
             self._projection = copy.deepcopy(clip.visual_projection)
         return self._projection
 
 
-def _fetch(load: Callable[[], Any], where: str) -> Any:
-    """Load something that may be far away; one line when it cannot be had."""
-    try:
-        return load()
-    except ConfigError:
-        raise
-    except (OSError, ConnectionError, EOFError) as error:
-        log.debug("%s could not be loaded", where, exc_info=True)
-        reason = (
-            str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        )
-        raise ConfigError(
-            where, f"cannot be had ({reason})", f"a reachable id or a local folder; {OFFLINE_POOL}"
-        ) from None
+class _Items(Dataset):
+    """A data set's items as ``{"image": ..., "label": ...}``; -1 stands for no label.
+
+    Args:
+        dataset: items are mappings with ``image``, and with ``label`` where there is one, or pairs.
+        where: the data set's config key, for errors.
+
+    Raises:
+        ConfigError: an item cannot be read, or has no image.
+    """
+
+    def __init__(self, dataset: Any, where: str):
+        self.dataset, self.where = dataset, where
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = fetch(lambda: self.dataset[index], f"{self.where}[{index}]")
+        if isinstance(item, (tuple, list)) and len(item) == 2:
+            item = {"image": item[0], "label": item[1]}
+        if not isinstance(item, dict) or "image" not in item:
+            found = ", ".join(map(str, item)) if isinstance(item, dict) else type(item).__name__
+            allowed = "items with `image` (and `label`), or pairs of both"
+            raise ConfigError(self.where, f"items hold {found}, and no image", allowed)
+        return {"label": -1, **item}

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from ..errors import ConfigError
+from pydantic import BeforeValidator, Field, model_validator
+
+from ..errors import ConfigError, unknown_key
+from ..settings import Flag, Settings, shown, whole
+from .functions import ACTIVATIONS, function_class
 
 SITES = ("attention", "mlp", "block", "output")
 
-Span = tuple[int, int]
+
+class PartSettings(Settings):
+    """Entries of a site's width, by their number; ``InterventionConfig.part`` says how."""
+
+    size: Annotated[int | float | str, Field(description="a number of entries, a share, or even")]
+    start: Annotated[int | float, Field(description="the first entry, or a share")] = 0
+    shift: Flag = False
 
 
-@dataclass(frozen=True)
-class InterventionConfig:
+_PART = "null, [j, p], a list of those, or {size, start, shift}"
+
+
+def _read_part(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        PartSettings.read(value)
+    elif value is not None and not (isinstance(value, list) and value):
+        raise ConfigError("", f"{shown(value)} is no part", _PART)
+    return value
+
+
+class InterventionConfig(Settings):
     """The edit at one site.
 
     Args:
@@ -33,17 +52,43 @@ class InterventionConfig:
         share_tokens: one edit for all chosen tokens, or one for each (the paper's patch tokens).
         activation: ``relu``, ``gelu``, ``silu`` or ``tanh`` between down and up, for noreft,
             loreft, direft and nodireft.
-        init: ``reference`` draws the published start, ``identity`` starts as the merged encoder.
+        init: ``reference`` draws the published start, ``identity`` starts as the merged encoder,
+            ``regression`` has no edits until ``solve`` finds them in closed form.
+
+    Raises:
+        ConfigError: a setting that no encoder could take.
     """
 
-    function: str = "noreft"
-    rank: int = 1
-    blocks: str | Sequence[int] = "all"
-    tokens: str | Sequence[int] = "class"
-    part: Sequence[int] | Sequence[Span] | Mapping[str, Any] | None = None
-    share_tokens: bool = True
-    activation: str | None = None
-    init: str = "reference"
+    function: Annotated[str, Field(description="the name of a function")] = "noreft"
+    rank: Annotated[int, whole(1)] = 1
+    blocks: Annotated[
+        str | list[int],
+        Field(description="all, every_n, first_n, middle_n, last_n or a list of indices"),
+    ] = "all"
+    tokens: Annotated[
+        str | list[int],
+        Field(description="class, first, middle, last, patch, all or a list of positions"),
+    ] = "class"
+    part: Annotated[
+        list[int] | list[list[int]] | dict[str, Any] | None,
+        BeforeValidator(_read_part),
+        Field(description=_PART),
+    ] = None
+    share_tokens: Flag = True
+    activation: Annotated[str | None, Field(description=f"null, {', '.join(ACTIVATIONS)}")] = None
+    init: Literal["reference", "identity", "regression"] = "reference"
+
+    @model_validator(mode="after")
+    def _the_function_takes_them(self) -> InterventionConfig:
+        cls = function_class(self.function)
+        if self.activation is not None and self.activation not in ACTIVATIONS:
+            allowed = f"null, {', '.join(ACTIVATIONS)}"
+            raise ConfigError("activation", shown(self.activation), allowed)
+        if self.activation is not None and not cls.takes_activation:
+            raise ConfigError("activation", f"{self.function} takes none", "null")
+        if self.init == "identity" and not cls.identity_start:
+            raise ConfigError("init", f"{self.function} cannot be the identity", "reference")
+        return self
 
     @classmethod
     def from_mapping(
@@ -52,17 +97,9 @@ class InterventionConfig:
         """Read one site's settings.
 
         Raises:
-            ConfigError: a key that is none of the settings.
+            ConfigError: a setting that does not exist, or not with that value.
         """
-        known = [field.name for field in fields(cls)]
-        for key in mapping:
-            if key not in known:
-                raise ConfigError(f"{where}.{key}", "no such setting", ", ".join(known))
-        return cls(**{key: _plain(value) for key, value in mapping.items()})
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON values."""
-        return _plain(asdict(self))
+        return cls.read(mapping, where)
 
 
 def read_interventions(
@@ -73,22 +110,29 @@ def read_interventions(
     Raises:
         ConfigError: an unknown site or setting, or no site at all.
     """
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(where, shown(mapping), f"a mapping with keys of {', '.join(SITES)}")
     configs = {}
     for site, settings in mapping.items():
         if site not in SITES:
-            raise ConfigError(f"{where}.{site}", "no such site", ", ".join(SITES))
-        if isinstance(settings, InterventionConfig):
-            configs[site] = settings
-        elif settings is not None:
-            configs[site] = InterventionConfig.from_mapping(settings, f"{where}.{site}")
+            raise unknown_key(site, SITES, "site").under(where)
+        if settings is None:
+            continue
+        if not isinstance(settings, InterventionConfig):
+            settings = InterventionConfig.from_mapping(settings, f"{where}.{site}")
+        if site == "output":
+            _check_output(settings, f"{where}.{site}")
+        configs[site] = settings
     if not configs:
         raise ConfigError(where, "no site is edited", f"one or more of {', '.join(SITES)}")
     return configs
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(entry) for entry in value]
-    return value
+def _check_output(config: InterventionConfig, where: str) -> None:
+    """The image features are one vector an image: a choice of blocks or tokens is a mistake."""
+    fields = InterventionConfig.model_fields
+    for key, noun in (("blocks", "blocks"), ("tokens", "tokens"), ("share_tokens", "tokens")):
+        value, default = getattr(config, key), fields[key].default
+        if value != default:
+            problem = f"{shown(value)}, but the image features have no {noun}"
+            raise ConfigError(f"{where}.{key}", problem, f"{shown(default)}, the default")

@@ -223,7 +223,7 @@ def _length(index: Index) -> int:
 
 def _entries(value: object, width: int, at_least: int) -> object:
     """A share of the width as a number of entries; anything else as it is."""
-    if isinstance(value, float) and 0 <= value <= 1:
+    if isinstance(value, float) and (value > 0 if at_least else value >= 0) and value <= 1:
         return max(at_least, round(value * width))
     return value
 

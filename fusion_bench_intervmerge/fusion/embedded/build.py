@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -30,13 +31,15 @@ from .tokenizer import write_tokenizer
 log = logging.getLogger(__name__)
 
 POOL = "clip-vit-tiny_TA8"
+DIGESTS = "digests.json"
 
 
 def ensure_pool(seed: int = 0, root: Path | None = None, recipe: Recipe | None = None) -> Path:
     """The folder of the embedded pool, built on first use.
 
     The pool is built under another name and renamed once it is whole. Processes that ask for it
-    meanwhile wait for the one that builds.
+    meanwhile wait for the one that builds. One whose files are not as they were written (a disk, or
+    a copy that was cut short) is built anew.
 
     Args:
         seed: decides images, initial weights and batches.
@@ -45,7 +48,7 @@ def ensure_pool(seed: int = 0, root: Path | None = None, recipe: Recipe | None =
 
     Returns:
         a folder with ``pretrained/`` (a CLIPModel and its processor), ``experts/<task>/``
-        (CLIPVisionModels), ``data/<task>.npz`` and ``recipe.json``.
+        (CLIPVisionModels), ``data/<task>.npz``, ``digests.json`` and ``recipe.json``.
 
     Raises:
         ConfigError: the cache folder cannot be written.
@@ -60,18 +63,48 @@ def ensure_pool(seed: int = 0, root: Path | None = None, recipe: Recipe | None =
         if not _is_whole(folder):
             # Nobody else builds while we hold the lock: what lies here is left from a killed build.
             unfinished = root / f".{folder.name}.building"
-            for remains in (folder, unfinished):
-                shutil.rmtree(remains, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
             try:
                 _build(recipe, unfinished)
+                shutil.rmtree(folder, ignore_errors=True)
                 unfinished.rename(folder)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
+_found_sound: set[Path] = set()  # one look a process: it reads some 90 MB
+
+
 def _is_whole(folder: Path) -> bool:
-    return (folder / "recipe.json").is_file()  # written last
+    if not (folder / "recipe.json").is_file():  # written last
+        return False
+    if folder not in _found_sound:
+        for name in _damaged(folder):
+            log.warning("%s is not as it was written; the embedded pool is built anew", name)
+            return False
+        _found_sound.add(folder)
+    return True
+
+
+def _damaged(folder: Path) -> Iterator[Path]:
+    """The files that are gone or have changed; pools of before there were digests pass."""
+    told = folder / DIGESTS
+    if not told.is_file():
+        return
+    try:
+        digests = json.loads(told.read_text(encoding="utf-8"))
+    except ValueError:
+        yield told
+        return
+    for name, digest in digests.items():
+        path = folder / name
+        if not path.is_file() or _sha256(path) != digest:
+            yield path
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextmanager
@@ -112,6 +145,9 @@ def _build(recipe: Recipe, folder: Path) -> None:
             bar.update(recipe.pretraining.batch_size)
         for _ in workers.finetune(recipe, folder):
             bar.update(recipe.finetuning.batch_size)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    digests = {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+    (folder / DIGESTS).write_text(json.dumps(digests, indent=2), encoding="utf-8")
     (folder / "recipe.json").write_text(recipe.to_json(), encoding="utf-8")
 
 

@@ -14,8 +14,9 @@ from fusion_bench_intervmerge.encoders.convert import to_openclip
 from fusion_bench_intervmerge.encoders.huggingface import HuggingFaceTower
 
 from ..openclip import ImageEncoder, OpenCLIPVisionModelPool
+from ..screen import one_line
 from .build import ensure_pool
-from .pool import load_clip, load_dataset, load_processor
+from .pool import PoolSettings, check_keys, load_clip, load_dataset, load_processor
 from .tasks import SPLITS, TASKS
 
 
@@ -27,7 +28,10 @@ class EmbeddedOpenCLIPVisionModelPool(OpenCLIPVisionModelPool):
         models: further models by name, such as ``_merged_``.
     """
 
+    @one_line
     def __init__(self, seed: int = 0, models: Mapping[str, Any] | None = None, **kwargs: Any):
+        check_keys(kwargs, type(self))
+        seed = PoolSettings.read({"seed": seed}, "modelpool").seed
         own: Any = {name: _target(load_encoder, name=name, seed=seed) for name in _folders()}
         heads = {name: _target(load_head, task=name, seed=seed) for name in TASKS}
         datasets = {

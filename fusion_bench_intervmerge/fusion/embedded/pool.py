@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from fusion_bench.modelpool import CLIPVisionModelPool
 from fusion_bench.tasks.clip_classification import CLIPTemplateFactory
 from omegaconf import OmegaConf
 from PIL import Image
+from pydantic import Field
 from torch.utils.data import Dataset
 from transformers import CLIPModel, CLIPProcessor
 
-from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.errors import ConfigError, unknown_key
+from fusion_bench_intervmerge.settings import Seed, Settings
 
+from ..screen import one_line
 from .build import ensure_pool
 from .tasks import SPLITS, TASKS
+
+
+class PoolSettings(Settings):
+    """The embedded pool's own settings."""
+
+    seed: Seed = 0
+    tasks: Annotated[
+        list[str] | None, Field(description=f"null, or a list of {', '.join(TASKS)}")
+    ] = None
 
 
 class EmbeddedCLIPVisionModelPool(CLIPVisionModelPool):
@@ -32,6 +45,7 @@ class EmbeddedCLIPVisionModelPool(CLIPVisionModelPool):
 
     _config_mapping = CLIPVisionModelPool._config_mapping | {"seed": "seed", "tasks": "tasks"}
 
+    @one_line
     def __init__(
         self,
         seed: int = 0,
@@ -39,11 +53,12 @@ class EmbeddedCLIPVisionModelPool(CLIPVisionModelPool):
         models: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
-        self.seed, self.tasks = seed, list(tasks or TASKS)
+        check_keys(kwargs, type(self))
+        settings = PoolSettings.read({"seed": seed, "tasks": tasks}, "modelpool")
+        self.seed, self.tasks = settings.seed, settings.tasks or list(TASKS)
         for task in self.tasks:
             if task not in TASKS:
-                allowed = ", ".join(TASKS)
-                raise ConfigError("modelpool.tasks", f"there is no task {task!r}", allowed)
+                raise unknown_key(task, TASKS, "task").under("modelpool.tasks")
         folder = ensure_pool(seed)
         own = {"_pretrained_": str(folder / "pretrained")}
         own |= {name: str(folder / "experts" / name) for name in self.tasks}
@@ -55,6 +70,20 @@ class EmbeddedCLIPVisionModelPool(CLIPVisionModelPool):
         }
         given = {"processor": own["_pretrained_"], **datasets, **kwargs}
         super().__init__({**own, **(models or {})}, **given)
+
+
+def check_keys(given: Iterable[str], cls: type) -> None:
+    """FusionBench's pools take any key, and leave the unknown ones where they are.
+
+    Raises:
+        ConfigError: a key that neither the class nor one it derives from has.
+    """
+    signatures = [inspect.signature(base.__init__) for base in cls.__mro__]  # type: ignore[misc]
+    known = dict.fromkeys(name for s in signatures for name in s.parameters)
+    for key in given:
+        if key not in known:
+            shown = [name for name in known if name not in ("self", "args", "kwargs")]
+            raise unknown_key(key, shown).under("modelpool")
 
 
 def _dataset_config(task: str, split: str, seed: int) -> dict[str, Any]:

@@ -1,20 +1,17 @@
 """Reads encoders and heads: safetensors, state dicts, and the task-vectors paper's pickles.
 
 The paper's checkpoints are whole modules, pickled under open_clip 2.0.2 and classes of the paper's
-own code. Unpickling runs whatever a file asks for, so a file may ask for nothing but the classes
-listed here, and each of those names stands for an empty object that collects attributes. Then the
-tensors are taken out of these objects, converted to safetensors once, and read from there the next
-time.
+own code. Unpickling runs whatever a file asks for, so they are read by
+:mod:`fusion_bench_intervmerge.pickles`, which runs nothing: a file may name the classes listed
+here, and an object of one is nothing but its attributes. The tensors are taken out of these,
+converted to safetensors once, and read from there the next time.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import pickle
-import re
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +28,9 @@ from fusion_bench_intervmerge.encoders import as_tower
 from fusion_bench_intervmerge.encoders.openclip import OpenCLIPTower
 from fusion_bench_intervmerge.errors import ConfigError
 from fusion_bench_intervmerge.files import whole_file
+from fusion_bench_intervmerge.pickles import ForbiddenName, StandIn, View, copy_out, read
 
-from .encoder import ImageEncoder, fitting_spec, named_spec
+from .encoder import ImageEncoder, fitting_spec, named_spec, told_spec
 
 NO_DOWNLOAD = "modelpool=openclip-vit-tiny_TA8, which needs no download"
 
@@ -62,18 +60,20 @@ def load_encoder(
     try:
         if model_name is not None:
             spec = named_spec(model_name, where)
-        elif "spec" in file.metadata:
-            spec = json.loads(file.metadata["spec"])
         else:
             spec = fitting_spec(weights)
+            if "spec" in file.metadata:
+                spec = told_spec(file.metadata["spec"], spec)
         with torch.device("meta"):  # no time, and no random numbers, for weights to be replaced
             tower = OpenCLIPTower.from_spec(spec)
-        tower.to_empty(device="cpu").load_weights(weights)
+        if _shapes(tower.weights()) == _shapes(weights):  # else loading says what does not fit
+            tower.to_empty(device="cpu")
+        tower.load_weights(weights)
     except ConfigError:
         raise
-    except (LookupError, ValueError) as error:
+    except (LookupError, ValueError, ArithmeticError, TypeError, RuntimeError) as error:
         wanted = model_name or "vision transformer"
-        why = f"lacks {error}" if isinstance(error, KeyError) else error
+        why = f"lacks {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
         raise ConfigError(where, f"{path} holds no {wanted} ({why})", NO_DOWNLOAD) from None
     return ImageEncoder(tower)
 
@@ -91,12 +91,22 @@ def load_head(path: str | Path, *, where: str = "path") -> ClassificationHead:
         ConfigError: as for ``load_encoder``.
     """
     file = _read(Path(path), where)
-    weight = file.tensors.get("weight")
-    if weight is None or weight.dim() != 2:
-        raise ConfigError(where, f"{path} holds no classification head", NO_DOWNLOAD)
-    normalize = json.loads(file.metadata.get("normalize", "true"))
+    weight: Any = file.tensors.get("weight")
     bias: Any = file.tensors.get("bias")
-    return ClassificationHead(normalize, weight, bias)
+    given = [tensor for tensor in (weight, bias) if tensor is not None]
+    if (
+        weight is None
+        or weight.dim() != 2
+        or weight.numel() == 0
+        or given[-1].shape[:1] != weight.shape[:1]
+        or not all(tensor.is_floating_point() for tensor in given)
+        or (bias is not None and bias.dim() != 1)
+    ):
+        raise ConfigError(where, f"{path} holds no classification head", NO_DOWNLOAD)
+    normalize = file.metadata.get("normalize", "true")
+    if normalize not in ("true", "false"):
+        raise ConfigError(where, f"{path} says normalize: {normalize[:40]!r}", "true, false")
+    return ClassificationHead(normalize == "true", weight, bias)
 
 
 def save_encoder(encoder: nn.Module, path: str | Path) -> None:
@@ -125,21 +135,33 @@ class _File:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
 def _read(path: Path, where: str) -> _File:
     if not path.is_file():
         allowed = f"a checkpoint that is there, or {NO_DOWNLOAD}"
         raise ConfigError(where, f"no file {path}", allowed)
     if path.suffix != ".safetensors":
         converted = cache_root() / "openclip" / f"{_sha256(path)}.safetensors"
-        if not converted.is_file():
+        try:
+            return _read_safetensors(converted)
+        except (SafetensorError, OSError):  # not there yet, or torn
             _write(converted, _convert(path, where))
         path = converted
     try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return _File({name: file.get_tensor(name) for name in names}, file.metadata() or {})
-    except SafetensorError as error:
-        raise ConfigError(where, f"{path} cannot be read ({error})", NO_DOWNLOAD) from None
+        return _read_safetensors(path)
+    # There are many ways to be broken, each with an exception of its own.
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(where, f"{path} cannot be read ({reason})", NO_DOWNLOAD) from None
+
+
+def _read_safetensors(path: Path) -> _File:
+    with safe_open(path, framework="pt") as file:
+        names = file.keys()
+        return _File({name: file.get_tensor(name) for name in names}, file.metadata() or {})
 
 
 def _write(path: Path, file: _File) -> None:
@@ -158,60 +180,55 @@ def _sha256(path: Path) -> str:
 
 
 def _convert(path: Path, where: str) -> _File:
+    allowed = f"a CLIP checkpoint, or {NO_DOWNLOAD}"
     try:
-        return _kept(_unpickle(path))
+        return _kept(_unpickle(path), path.stat().st_size)
+    except ForbiddenName as error:
+        reason = f"{error}, which does not belong into a checkpoint, and was not unpickled"
     # There are many ways to be broken, each with an exception of its own.
     except Exception as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        reason = (
-            f"asks for {asked[1]}, which does not belong into a checkpoint, and was not unpickled"
-            if asked
-            else f"cannot be read ({type(error).__name__})"
-        )
-        allowed = f"a CLIP checkpoint, or {NO_DOWNLOAD}"
-        raise ConfigError(where, f"{path} {reason}", allowed) from None
+        said = f": {error}" if isinstance(error, pickle.UnpicklingError) else ""
+        reason = f"cannot be read ({type(error).__name__}{said.splitlines()[0] if said else ''})"
+    raise ConfigError(where, f"{path} {reason}", allowed)
 
 
-def _kept(unpickled: Any) -> _File:
+def _kept(unpickled: Any, limit: int) -> _File:
     """The vision tower of an encoder under the paper's names, or all of a head."""
-    # Copies: tensors of a checkpoint may be views of one another, which safetensors refuses.
-    tensors = {name: tensor.clone() for name, tensor in _named_tensors(unpickled)}
+    views = dict(_named_views(unpickled))
     vision = {
-        f"model.{name.removeprefix('model.')}": tensor
-        for name, tensor in tensors.items()
+        f"model.{name.removeprefix('model.')}": view
+        for name, view in views.items()
         if name.startswith(("model.visual.", "visual."))
     }
     if vision:
-        return _File(vision)
-    normalize = getattr(unpickled, "normalize", True) is not False
-    return _File(tensors, {"normalize": json.dumps(normalize)})
+        return _File(copy_out(vision, limit))
+    attributes = unpickled.state if isinstance(unpickled, StandIn) else {}
+    normalize = attributes.get("normalize", True) is not False
+    return _File(copy_out(views, limit), {"normalize": json.dumps(normalize)})
 
 
-def _named_tensors(unpickled: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a state dict, or of a module that came as a stand-in."""
-    if isinstance(unpickled, Mapping):
-        state = unpickled
-    elif isinstance(unpickled, _StandIn):
-        attributes = vars(unpickled)
-        state = {**attributes.get("_parameters", {}), **attributes.get("_buffers", {})}
-        for name, module in attributes.get("_modules", {}).items():
-            yield from _named_tensors(module, f"{prefix}{name}.")
-    else:
-        return
-    for name, tensor in state.items():
-        if isinstance(tensor, Tensor):
-            yield f"{prefix}{name}", tensor
+def _named_views(unpickled: Any) -> Iterator[tuple[str, View]]:
+    """The tensors of a state dict, or of a module that came as a stand-in, each module once."""
+    seen: set[int] = set()
+    modules: list[tuple[str, Any]] = [("", unpickled)]
+    while modules:
+        prefix, module = modules.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, StandIn):
+            parts = {key: module.state.get(key) or {} for key in ("_parameters", "_buffers")}
+            state: Any = {**parts["_parameters"], **parts["_buffers"]}
+            inside = module.state.get("_modules") or {}
+            modules.extend((f"{prefix}{name}.", child) for name, child in inside.items())
+        else:
+            state = module if isinstance(module, Mapping) and not prefix else {}
+        for name, value in state.items():
+            if isinstance(value, View):
+                yield f"{prefix}{name}", value
 
 
 # -- pickles ---------------------------------------------------------------------------------------
-
-
-class _StandIn:
-    """An object of an old class: it takes every argument and keeps what attributes it is given."""
-
-    def __init__(self, *args: Any):
-        pass
-
 
 _OLD_CLASSES = {
     "src.modeling": "ImageEncoder ClassificationHead",
@@ -231,56 +248,11 @@ _OLD_CLASSES = {
     "torchvision.transforms.transforms": "CenterCrop Compose Normalize RandomResizedCrop Resize "
     "ToTensor",
 }
-# One class a name, since torch's allow-list goes by a class's own module and name. No real class is
-# put there, so nothing that somebody else allowed is disallowed when the list is taken back.
-_STAND_INS: dict[str, Any] = {
-    f"{module}.{name}": type(name, (_StandIn,), {"__module__": module})
-    for module, names in _OLD_CLASSES.items()
-    for name in names.split()
-}
+_NAMES = frozenset(
+    f"{module}.{name}" for module, names in _OLD_CLASSES.items() for name in names.split()
+)
 
 
 def _unpickle(path: Path) -> Any:
-    """A state dict, or the stand-in of a module.
-
-    Raises:
-        UnpicklingError: the file asks for a name off the list; whatever else comes of broken files.
-    """
-    with path.open("rb") as stream:
-        start = stream.read(len(_TORCH_LEGACY))
-        stream.seek(0)
-        if not start.startswith(b"PK") and start != _TORCH_LEGACY:
-            return _ClosedUnpickler(stream).load()
-    with torch.serialization.safe_globals(list(_STAND_INS.values())):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-# What torch.save's files started with before they became zip archives.
-_TORCH_LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
-
-
-class _ClosedUnpickler(pickle.Unpickler):
-    """For files by ``pickle.dump``, which torch.load does not read: the paper's ViT-B-16 for Cars.
-
-    It knows the stand-ins and the few functions that put a tensor together, and no other name.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        asked = f"{module}.{name}"
-        if asked not in _IN_PLAIN_PICKLES:
-            raise pickle.UnpicklingError(f"GLOBAL {asked}")
-        return _IN_PLAIN_PICKLES[asked]
-
-
-def _storage(content: bytes) -> Any:
-    """A tensor's storage; the function of torch that stands here in a pickle unpickles openly."""
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-
-_IN_PLAIN_PICKLES = _STAND_INS | {
-    "builtins.set": set,
-    "collections.OrderedDict": OrderedDict,
-    "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
-    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
-    "torch.storage._load_from_bytes": _storage,
-}
+    """A state dict, or the stand-in of a module; what comes of broken files is various."""
+    return read(path, _NAMES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from math import isqrt
 from typing import Any
@@ -14,6 +16,8 @@ from fusion_bench_intervmerge.errors import ConfigError
 
 # OpenAI's vision transformers, which the paper fine-tuned, all have heads of this width.
 HEAD_WIDTH = 64
+# more than any vision transformer has; a file's tensors could name any number
+MOST_BLOCKS = 256
 
 
 class ImageEncoder(nn.Module):
@@ -81,12 +85,16 @@ def fitting_spec(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         weights: ``visual.*``.
 
     Raises:
-        KeyError: these are not a vision transformer's tensors.
+        LookupError, ValueError: these are not a vision transformer's tensors.
     """
+    if any(tensor.numel() == 0 for tensor in weights.values()):
+        raise ValueError("a tensor has no entries")
     width, _, _, patch_size = weights["visual.conv1.weight"].shape
     blocks = {name.split(".")[3] for name in weights if name.startswith("visual.transformer.res")}
     tokens = weights["visual.positional_embedding"].shape[0]
     hidden = weights["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
+    if len(blocks) > MOST_BLOCKS or width % max(1, width // HEAD_WIDTH):
+        raise ValueError(f"{len(blocks)} blocks of width {width}")
     return _spec(
         image_size=patch_size * isqrt(tokens - 1),
         patch_size=patch_size,
@@ -96,6 +104,36 @@ def fitting_spec(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         mlp_ratio=hidden / width,
         output_dim=weights["visual.proj"].shape[1],
     )
+
+
+def told_spec(told: str, fitting: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes that a file by ``save_encoder`` tells, as far as its tensors agree.
+
+    Args:
+        told: JSON.
+        fitting: what its tensors tell.
+
+    Raises:
+        ValueError: it is not such a description, or not one of these tensors.
+    """
+    spec = json.loads(told)
+    if not isinstance(spec, dict) or spec.keys() != fitting.keys():
+        raise ValueError("its header describes no encoder")
+    free = ("heads", "quick_gelu", "mean", "std")  # which no tensor's shape tells
+    for name in fitting:
+        if name not in free and spec[name] != fitting[name]:
+            raise ValueError(f"its header says {name} {str(spec[name])[:40]}, not {fitting[name]}")
+    heads, width = spec["heads"], fitting["width"]
+    colours = [spec["mean"], spec["std"]]
+    if (
+        not (type(heads) is int and 1 <= heads <= width and width % heads == 0)
+        or type(spec["quick_gelu"]) is not bool
+        or not all(isinstance(c, list) and len(c) == 3 for c in colours)
+        or not all(type(n) in (int, float) and abs(n) < math.inf for c in colours for n in c)
+        or not all(n > 0 for n in spec["std"])
+    ):
+        raise ValueError("its header has heads, quick_gelu, mean or std that cannot be")
+    return spec
 
 
 def _spec(**sizes: Any) -> dict[str, Any]:

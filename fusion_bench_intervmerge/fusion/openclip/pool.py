@@ -14,6 +14,7 @@ from torch import nn
 from fusion_bench_intervmerge.errors import ConfigError
 from fusion_bench_intervmerge.model import InterventionModel
 
+from ..screen import one_line
 from .checkpoints import load_encoder, load_head, save_encoder
 
 
@@ -25,6 +26,7 @@ class OpenCLIPVisionModelPool(HostOpenCLIPVisionModelPool):
     ``ImageEncoder``).
     """
 
+    @one_line
     def load_model(self, model_name_or_config: Any, *args: Any, **kwargs: Any) -> Any:
         """Load an encoder.
 
@@ -66,6 +68,7 @@ class OpenCLIPVisionModelPool(HostOpenCLIPVisionModelPool):
             self._test_processor = getattr(encoder, "val_preprocess", None)
         return encoder
 
+    @one_line
     def load_classification_head(self, model_name_or_config: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a classification head.
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from fusion_bench_intervmerge.errors import ConfigError
 from fusion_bench_intervmerge.task_aware import TaskAwareModel
 
+from ..screen import one_line
 from .pool import read_head
 
 
@@ -28,6 +29,7 @@ class OpenCLIPVisionModelTaskPool(HostOpenCLIPVisionModelTaskPool):
     them, and images are prepared as the encoder says, so that nothing is downloaded.
     """
 
+    @one_line
     def evaluate(self, model: Any, **kwargs: Any) -> dict[str, Any]:
         """Evaluate an encoder on every task.
 

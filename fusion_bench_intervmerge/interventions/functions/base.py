@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +21,72 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class ClosedForms(Protocol):
+    """What a form may ask when it is solved instead of trained: ``solving.Regression``.
+
+    Tensors have a leading entry a token position with ``copies``, else a leading 1; k is the width.
+    """
+
+    def affine(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The best z + W2'(W1 z + b): W1, W2 (_, rank, k), b (_, rank); W2 has orthonormal rows."""
+
+    def affine_gains(self) -> Tensor:
+        """(_, k), what each further rank of it gains."""
+
+    def constant(self) -> Tensor:
+        """The best z + v: (_, k)."""
+
+    def replacement(self, rank: int) -> tuple[Tensor, Tensor]:
+        """The best z + R'(b - R z): R (_, rank, k) with orthonormal rows, b (_, rank)."""
+
+    def replacement_gains(self) -> Tensor:
+        """(_, k), what each further rank of it gains."""
+
+
 class Orthonormal(nn.Module):
     """Keeps the rows of R orthonormal while any optimizer moves them.
 
     R = L^-1 X with L L' = X X' (Cholesky QR): the rows of R span the rows of X. An X that is
-    orthonormal already comes back as it is, so an R that was read from a file stays that R.
-    torch's own ``orthogonal`` parametrization was not taken because it keeps a second tensor of
-    the size of R and leaves a loaded R only through a QR that may flip its signs.
+    orthonormal already comes back as it is but for rounding. An X whose rows do not span r
+    directions (zero or equal rows) has no such R and is taken as it is. torch's own ``orthogonal``
+    parametrization was not taken because it keeps a second tensor of the size of R from the start
+    and leaves a loaded R only through a QR that may flip its signs.
+
+    Attributes:
+        loaded: R as a file had it. Until X moves away from it, R is this to the bit, so that a
+            model that was saved and loaded computes what it computed before.
     """
 
+    loaded: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("loaded", None, persistent=False)
+
     def forward(self, X: Tensor) -> Tensor:
-        # cholesky_ex does not make a GPU wait to look for failure. Rows that span nothing
-        # (R = 0, "no direction") stay as they are.
         wide = X.to(torch.promote_types(X.dtype, torch.float32))
-        factor, failed = torch.linalg.cholesky_ex(wide @ wide.mT)
+        gram = wide @ wide.mT
+        dependent = self._dependent(gram.detach())
+        # The gradient of a failed factorisation is not a number, even where nothing depends on it.
+        gram = torch.where(dependent, torch.eye(gram.shape[-1]).to(gram), gram)
+        factor, _ = torch.linalg.cholesky_ex(gram)
         rows = torch.linalg.solve_triangular(factor, wide, upper=False).to(X.dtype)
-        return torch.where((failed != 0)[..., None, None], X, rows)
+        rows = torch.where(dependent, X, rows)
+        if self.loaded is None:
+            return rows
+        # the value is X, the gradient that of the rows
+        as_loaded = X.detach() - (rows.detach() - rows)
+        return torch.where((self.loaded == X).all(), as_loaded, rows)
+
+    @staticmethod
+    def _dependent(gram: Tensor) -> Tensor:
+        """Whether a row lies within rounding of the others' span: (..., 1, 1)."""
+        # cholesky_ex does not make a GPU wait to look for failure
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        lengths = gram.diagonal(dim1=-2, dim2=-1)
+        left = factor.diagonal(dim1=-2, dim2=-1).square()
+        lost = left < 10 * torch.finfo(gram.dtype).eps * lengths
+        return ((failed != 0) | lost.any(dim=-1))[..., None, None]
 
     def right_inverse(self, R: Tensor) -> Tensor:
         return R.clone()  # torch stores what comes back, not a copy of it
@@ -45,9 +96,9 @@ class Function(nn.Module, ABC):
     """An edit z -> z' of vectors of one width.
 
     A subclass names its formula in its docstring, creates its tensors in ``reset_parameters``
-    and applies them in ``edit``. The tensors are arguments of ``edit`` so that the same formula
-    serves one task (tensors as stored), one edit a token position, and a batch of images of
-    different tasks (tensors gathered per image).
+    and applies them (or sums of them, see ``terms``) in ``edit``. The tensors are arguments of
+    ``edit`` so that the same formula serves one task (tensors as stored), one edit a token
+    position, and a batch of images of different tasks (tensors gathered per image).
 
     Args:
         width: k, the number of entries of a vector that the function sees.
@@ -60,7 +111,7 @@ class Function(nn.Module, ABC):
     """
 
     name: str
-    # The formula: vectors z (..., n, width) and its tensors by name -> (..., n, width).
+    # The formula: vectors z (..., n, width) and its ``terms`` by name -> (..., n, width).
     edit: Callable[..., Tensor]
     takes_activation = False
     identity_start = True
@@ -88,6 +139,24 @@ class Function(nn.Module, ABC):
     def reset_parameters(self, generator: torch.Generator | None, identity: bool) -> None:
         """Create the tensors of the formula at their initial values."""
 
+    @classmethod
+    def solved(cls, forms: ClosedForms, rank: int) -> dict[str, Tensor]:
+        """The formula's tensors at which the edit comes closest to a target, in closed form.
+
+        Forms that have a solution override this and ``gains``.
+        """
+        raise TypeError(f"{cls.name} has no closed solution")
+
+    @classmethod
+    def gains(cls, forms: ClosedForms) -> Tensor:
+        """(_, number of ranks), what each further rank takes off the mean squared distance."""
+        raise TypeError(f"{cls.name} has no closed solution")
+
+    @classmethod
+    def is_solvable(cls) -> bool:
+        """Whether the form has a closed solution (without an activation)."""
+        return cls.solved.__func__ is not Function.solved.__func__  # type: ignore[attr-defined]
+
     def folded(self) -> Function:
         """An equal function that needs least at inference: the same outputs within rounding."""
         return copy.deepcopy(self)
@@ -96,6 +165,29 @@ class Function(nn.Module, ABC):
         """The tensors of the formula by name; R as its orthonormal value."""
         names = [*self._parameters, *getattr(self, "parametrizations", {})]
         return {name: getattr(self, name) for name in names}
+
+    def terms(self, **tensors: Tensor) -> dict[str, Tensor]:
+        """What ``edit`` takes: the tensors of the formula, or sums of them.
+
+        Sums are formed here, in the tensors' own type: rounded to that of the vectors first, two
+        tensors that are almost equal would leave little but their rounding.
+        """
+        return tensors
+
+    def prepared(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The ``terms`` of these tensors, for vectors of a type."""
+        return {name: term.to(dtype) for name, term in self.terms(**tensors).items()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of the formula, as ``tensors`` names them."""
+        parametrized: Any = getattr(self, "parametrizations", {})
+        for name, tensor in tensors.items():
+            if name in parametrized:
+                parametrized[name].original.copy_(tensor)
+                parametrized[name][0].loaded = parametrized[name].original.clone()
+            else:
+                getattr(self, name).copy_(tensor)
 
     def forward(self, z: Tensor) -> Tensor:
         """Apply the edit.
@@ -106,7 +198,7 @@ class Function(nn.Module, ABC):
         Returns:
             The edited vectors, in z's shape and dtype.
         """
-        tensors = {name: tensor.to(z.dtype) for name, tensor in self.tensors().items()}
+        tensors = self.prepared(self.tensors(), z.dtype)
         if self.copies is None:
             return self.edit(z, **tensors)
         return self.edit(z.unsqueeze(-2), **tensors).squeeze(-2)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import Function, linear, linear_transposed
+from .base import ClosedForms, Function, linear, linear_transposed
 
 
 class ConsReFT(Function):
@@ -22,3 +22,12 @@ class ConsReFT(Function):
 
     def edit(self, z: Tensor, R: Tensor, b: Tensor) -> Tensor:
         return z + linear_transposed(b.unsqueeze(-2) - linear(z, R), R)
+
+    @classmethod
+    def solved(cls, forms: ClosedForms, rank: int) -> dict[str, Tensor]:
+        R, b = forms.replacement(rank)
+        return {"R": R, "b": b}
+
+    @classmethod
+    def gains(cls, forms: ClosedForms) -> Tensor:
+        return forms.replacement_gains()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import Function
+from .base import ClosedForms, Function
 
 
 class Constant(Function):
@@ -17,3 +17,11 @@ class Constant(Function):
 
     def edit(self, z: Tensor, v: Tensor) -> Tensor:
         return z + v.unsqueeze(-2)
+
+    @classmethod
+    def solved(cls, forms: ClosedForms, rank: int) -> dict[str, Tensor]:
+        return {"v": forms.constant()}
+
+    @classmethod
+    def gains(cls, forms: ClosedForms) -> Tensor:
+        return forms.constant().square().sum(dim=-1, keepdim=True)

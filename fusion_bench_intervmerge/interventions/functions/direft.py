@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import Function, linear, linear_transposed
+from .base import ClosedForms, Function, linear, linear_transposed
 from .nodireft import NodiReFT
 
 
@@ -23,6 +23,15 @@ class DiReFT(Function):
 
     def edit(self, z: Tensor, R: Tensor, W1: Tensor, b: Tensor) -> Tensor:
         return z + linear_transposed(self._activate(linear(z, W1, b)), R)
+
+    @classmethod
+    def solved(cls, forms: ClosedForms, rank: int) -> dict[str, Tensor]:
+        W1, W2, b = forms.affine(rank)
+        return {"R": W2, "W1": W1, "b": b}
+
+    @classmethod
+    def gains(cls, forms: ClosedForms) -> Tensor:
+        return forms.affine_gains()
 
     def folded(self) -> Function:
         return self._as(NodiReFT, W1=self.W1, W2=self.R, b=self.b)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from .base import Function, linear, linear_transposed
+from .base import ClosedForms, Function, linear, linear_transposed
 from .nodireft import NodiReFT
 
 
@@ -25,10 +25,23 @@ class LoReFT(Function):
             weight, bias = self.R.detach().clone(), torch.zeros_like(bias)
         self.W1, self.b = nn.Parameter(weight), nn.Parameter(bias)
 
-    def edit(self, z: Tensor, R: Tensor, W1: Tensor, b: Tensor) -> Tensor:
-        if self.activation is None:
-            return z + linear_transposed(linear(z, W1 - R, b), R)
-        return z + linear_transposed(self._activate(linear(z, W1, b)) - linear(z, R), R)
+    def terms(self, R: Tensor, W1: Tensor, b: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"down": W1 if self.activation else W1 - R, "R": R, "b": b}
+
+    def edit(self, z: Tensor, down: Tensor, R: Tensor, b: Tensor) -> Tensor:
+        inner = self._activate(linear(z, down, b))
+        if self.activation:
+            inner = inner - linear(z, R)
+        return z + linear_transposed(inner, R)
+
+    @classmethod
+    def solved(cls, forms: ClosedForms, rank: int) -> dict[str, Tensor]:
+        W1, W2, b = forms.affine(rank)
+        return {"R": W2, "W1": W1 + W2, "b": b}
+
+    @classmethod
+    def gains(cls, forms: ClosedForms) -> Tensor:
+        return forms.affine_gains()
 
     def folded(self) -> Function:
         if self.activation is not None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import Function, linear, linear_transposed
+from .base import ClosedForms, Function, linear, linear_transposed
 
 
 class NodiReFT(Function):
@@ -22,3 +22,12 @@ class NodiReFT(Function):
 
     def edit(self, z: Tensor, W1: Tensor, W2: Tensor, b: Tensor) -> Tensor:
         return z + linear_transposed(self._activate(linear(z, W1, b)), W2)
+
+    @classmethod
+    def solved(cls, forms: ClosedForms, rank: int) -> dict[str, Tensor]:
+        W1, W2, b = forms.affine(rank)
+        return {"W1": W1, "W2": W2, "b": b}
+
+    @classmethod
+    def gains(cls, forms: ClosedForms) -> Tensor:
+        return forms.affine_gains()

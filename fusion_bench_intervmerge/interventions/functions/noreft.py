@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import Function, linear, linear_transposed
+from .base import ClosedForms, Function, linear, linear_transposed
 from .nodireft import NodiReFT
 
 
@@ -22,10 +22,23 @@ class NoReFT(Function):
         self.W1, self.b = nn.Parameter(weight1), nn.Parameter(bias)
         self.W2 = nn.Parameter(torch.zeros_like(weight2) if identity else weight2)
 
-    def edit(self, z: Tensor, W1: Tensor, W2: Tensor, b: Tensor) -> Tensor:
-        if self.activation is None:
-            return z + linear_transposed(linear(z, W1 - W2, b), W2)
-        return z + linear_transposed(self._activate(linear(z, W1, b)) - linear(z, W2), W2)
+    def terms(self, W1: Tensor, W2: Tensor, b: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"down": W1 if self.activation else W1 - W2, "W2": W2, "b": b}
+
+    def edit(self, z: Tensor, down: Tensor, W2: Tensor, b: Tensor) -> Tensor:
+        inner = self._activate(linear(z, down, b))
+        if self.activation:
+            inner = inner - linear(z, W2)
+        return z + linear_transposed(inner, W2)
+
+    @classmethod
+    def solved(cls, forms: ClosedForms, rank: int) -> dict[str, Tensor]:
+        W1, W2, b = forms.affine(rank)
+        return {"W1": W1 + W2, "W2": W2, "b": b}
+
+    @classmethod
+    def gains(cls, forms: ClosedForms) -> Tensor:
+        return forms.affine_gains()
 
     def folded(self) -> Function:
         if self.activation is not None:

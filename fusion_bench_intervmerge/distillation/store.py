@@ -11,39 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from ..images import read_images
 from .schedule import Schedule
 
 Prepare = Callable[[Tensor], Tensor]
-
-
-class Pixels(Dataset):
-    """Images of several tasks, addressed by (task, index); labels are left behind."""
-
-    def __init__(self, datasets: Mapping[str, Dataset]):
-        self.datasets = datasets
-
-    def __getitem__(self, key: tuple[str, int]) -> Tensor:
-        item = self.datasets[key[0]][key[1]]  # type: ignore[index]
-        return item[0] if isinstance(item, (tuple, list)) else item
-
-
-def read(
-    datasets: Mapping[str, Dataset],
-    batches: Sequence[Sequence[tuple[str, int]]],
-    num_workers: int,
-) -> Iterator[Tensor]:
-    """Batches of images, decoded in worker processes ahead of their use."""
-    # A sampler that is a list of batches; DataLoader has no name for that but batch_sampler.
-    return iter(
-        DataLoader(
-            Pixels(datasets),
-            batch_sampler=batches,  # type: ignore[arg-type]
-            num_workers=num_workers,
-            pin_memory=torch.cuda.is_available(),
-        )
-    )
 
 
 class ImageStore:
@@ -79,7 +52,9 @@ class ImageStore:
         rows = torch.arange(len(unique)).split(batch_size)
         batches = [[(task, unique[row]) for row in part.tolist()] for part in rows]
         room: int | None = None
-        for part, images in zip(rows, read(self.datasets, batches, self.num_workers), strict=True):
+        for part, images in zip(
+            rows, read_images(self.datasets, batches, self.num_workers), strict=True
+        ):
             if room is None or int(part[0]) < room:
                 states = prepare(images)
                 if room is None:
@@ -102,7 +77,7 @@ class ImageStore:
             (images of the pass, ...) in the order of the plan's tasks and rows.
         """
         missing = [self._missing(entry) for entry in plan]
-        reader = read(self.datasets, [keys for keys in missing if keys], self.num_workers)
+        reader = read_images(self.datasets, [keys for keys in missing if keys], self.num_workers)
         for entry, keys in zip(plan, missing, strict=True):
             fresh = prepare(next(reader)) if keys else None
             yield self._assemble(entry, fresh)

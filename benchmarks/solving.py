@@ -1,0 +1,99 @@
+"""What solving costs: ``solve`` against bare forward passes of expert and merged encoder.
+
+    python benchmarks/solving.py --size b32 --json solving_b32.json
+
+* bare: every image of every task once through its expert and once through the merged encoder,
+  nothing else; the experts are loaded as ``solve`` loads them.
+* ours: ``solve``, all of it: reading, both encoders, sums, regressions, edits.
+
+Both run in one process, in turns, and the median of the ratio counts. Weights and images are
+random: speed does not depend on them. Peak memory is of a process of its own (``--only``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import resource
+import statistics
+import time
+
+import torch
+from distillation import SIZES, Setting
+
+from fusion_bench_intervmerge import InterventionModel, solve
+
+BATCH = 32
+
+
+class Images(torch.utils.data.Dataset):
+    """Random images without a file behind them."""
+
+    def __init__(self, count: int, side: int):
+        self.pixels = torch.randn(count, 3, side, side)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.pixels[index]
+
+
+def bare(setting: Setting, images: Images, model: InterventionModel) -> float:
+    started = time.perf_counter()
+    with torch.no_grad():
+        for name in setting.names:
+            expert = setting.expert(name)
+            for batch in images.pixels.split(BATCH):
+                expert.features(batch)
+                model.tower.features(batch)
+    return time.perf_counter() - started
+
+
+def ours(
+    setting: Setting, images: Images, model: InterventionModel, budget: int | None, cache: float
+) -> float:
+    started = time.perf_counter()
+    datasets = dict.fromkeys(setting.names, images)
+    solve(model, setting.experts(), datasets, budget=budget, cache_gb=cache)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--size", choices=SIZES, default="b32")
+    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--budget", type=int)
+    parser.add_argument("--cache-gb", type=float, default=2.0)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--only", choices=("bare", "ours"))
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    setting = Setting(options.size, options.tasks, 1, False, torch.float32)
+    images = Images(options.images, SIZES[options.size]["image_size"])
+    site = {"function": "nodireft", "tokens": "all", "init": "regression", "rank": options.rank}
+    model = InterventionModel(copy.deepcopy(setting.pretrained), setting.names, {"block": site})
+    seconds: dict[str, list[float]] = {"bare": [], "ours": []}
+    for _ in range(options.turns):
+        if options.only != "ours":
+            seconds["bare"].append(bare(setting, images, model))
+        if options.only != "bare":
+            found = ours(setting, images, model, options.budget, options.cache_gb)
+            seconds["ours"].append(found)
+        print({way: [round(s, 2) for s in times] for way, times in seconds.items()}, flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    result = {**vars(options), "seconds": seconds, "peak_gib": round(peak, 2)}
+    if not options.only:
+        pairs = zip(seconds["ours"], seconds["bare"], strict=True)
+        result["ratio"] = round(statistics.median(a / b for a, b in pairs), 3)
+    print(json.dumps(result))
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(result, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""Edits found in closed form instead of trained."""
+
+from .budget import allocate
+from .regression import Moments, Regression
+from .solver import Solution, solve
+
+__all__ = ["Moments", "Regression", "Solution", "allocate", "solve"]

@@ -1,0 +1,260 @@
+"""``solve``: edits in closed form for every task, at given ranks or within a budget."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..checkpoint import Progress, StateFolder, interruptible
+from ..encoders import VisionTower
+from ..errors import ConfigError
+from ..images import choose_images
+from ..interventions.functions import function_class
+from ..model import InterventionModel
+from ..precision import computing_dtype
+from .budget import allocate
+from .sweep import Place, Sweep
+
+log = logging.getLogger(__name__)
+
+Experts = Mapping[str, Callable[[], VisionTower]]
+# An edit at a site takes in what the edits before it did.
+SITES_IN_ORDER = ("attention", "mlp", "block")
+
+
+@dataclass
+class Solution:
+    """What ``solve`` did.
+
+    Attributes:
+        images: task -> dataset indices of the images seen.
+        expert_features: task -> (images seen, projection_dim).
+        gains: task -> what each further rank at each place takes off the mean squared distance of
+            a row to the expert's, place by place as in ``solved_places``.
+        seconds: wall-clock time, as ``solving``.
+        states: what is kept on disk of the run, if anything.
+    """
+
+    images: dict[str, list[int]]
+    expert_features: dict[str, Tensor]
+    gains: dict[str, dict[Place, list[float]]]
+    seconds: dict[str, float]
+    states: StateFolder | None = None
+
+
+@torch.no_grad()
+def solve(
+    model: InterventionModel,
+    experts: Experts,
+    images: Mapping[str, Dataset],
+    *,
+    budget: int | None = None,
+    fraction: float = 1.0,
+    at_most: int | None = None,
+    seed: int = 0,
+    num_workers: int = 0,
+    cache_gb: float = 2.0,
+    ridge: float | None = None,
+    class_weight: float | None = None,
+    fabric: L.Fabric | None = None,
+    state_folder: Path | None = None,
+    run: str = "",
+) -> Solution:
+    """Find the edits of sites whose ``init`` is ``regression``, in closed form, without labels.
+
+    Args:
+        model: the model, whose edits at these sites are replaced; other edits act as they are.
+        experts: task -> function that loads the expert; one expert is in memory at a time.
+        images: task -> dataset of pixel values, or of (pixel values, anything).
+        budget: numbers to spend over all tasks. They go, rank by rank, to the (task, site, block)
+            where the next one takes most off the distance to the expert, as a first solution at
+            full rank tells; ``rank`` is then not read. None: every edit has the rank of its config.
+        fraction, at_most, seed: which images, as in ``choose_images``.
+        num_workers: worker processes that decode images.
+        cache_gb: GiB of memory for the images' states; beyond it they lie in a temporary file.
+        ridge: of the regressions, in mean variances of what an edit reads (0 is for float64 alone,
+            whose rounding it does not fit); None chooses one for each by generalised
+            cross-validation.
+        class_weight: how many patch tokens the class token counts for; half of them by default.
+        fabric: device, precision and processes; one device by default.
+        state_folder: where to keep what is solved of a run that may be stopped, until its
+            ``clear``; None: nowhere.
+        run: identifies the run; only a state of the same run is continued.
+
+    Raises:
+        ConfigError: no such site, a form without a closed solution, no images for a task, or a
+            budget that buys not one rank.
+        Interrupted: on Ctrl-C; the tasks that were finished are kept.
+    """
+    fabric = fabric or L.Fabric(devices=1, accelerator="auto")
+    for task in experts:
+        model.check_task(task)
+        if task not in images:
+            raise ConfigError("modelpool", f"no images for task {task!r}")
+    chosen = {
+        task: choose_images(
+            task,
+            len(images[task]),  # type: ignore[arg-type]
+            fraction=fraction,
+            at_most=at_most,
+            seed=seed,
+        )
+        for task in experts
+    }
+    places = solved_places(model)
+    states = StateFolder(state_folder, run, "solved") if state_folder is not None else None
+    finished = _Finished(states, places)
+    started = time.perf_counter()
+    home, dtype = model.tower.device, computing_dtype(fabric)
+    weight = (model.tower.num_tokens - 1) / 2 if class_weight is None else class_weight
+
+    def sweep(task: str, ranks: Mapping[Place, int] | None) -> Sweep:
+        keys = [(task, index) for index in chosen[task]]
+        expert = experts[task]()
+        with expert.in_dtype(dtype), model.tower.in_dtype(dtype):
+            done = Sweep(model, task, expert, places, fabric, ridge, weight)
+            done.run(images, keys, num_workers, cache_gb * 2**30, ranks)
+        return done
+
+    try:
+        model.to(fabric.device)
+        with interruptible("solving", states):
+            same = {place: model.interventions[place[0]].rank for place in places}
+            ranks = {task: same for task in experts}
+            if budget is not None:
+                for task in experts:
+                    if not finished.has_gains(task):
+                        finished.keep_gains(task, sweep(task, None).gains)
+                ranks = share_out(model, {task: finished.gains(task) for task in experts}, budget)
+            for task in experts:
+                if not finished.restore(model, task):
+                    done = sweep(task, ranks[task])
+                    if budget is None:
+                        finished.keep_gains(task, done.gains)
+                    finished.keep_edits(model, task, done.features)
+    finally:
+        model.to(home)
+    return Solution(
+        images=chosen,
+        expert_features={task: finished.features(task) for task in experts},
+        gains={task: finished.gains(task) for task in experts},
+        seconds={"solving": time.perf_counter() - started},
+        states=states if fabric.is_global_zero else None,
+    )
+
+
+def solved_places(model: InterventionModel) -> list[Place]:
+    """Where a model has edits to solve, in the order of the forward pass.
+
+    Raises:
+        ConfigError: a form without a closed solution, or nothing to solve.
+    """
+    sites = [s for s, config in model.interventions.items() if config.init == "regression"]
+    if not sites:
+        raise ConfigError("interventions", "no site's init is regression", "init: regression")
+    for site in sites:
+        config = model.interventions[site]
+        if config.activation is not None or not function_class(config.function).is_solvable():
+            what = config.function + (f" with {config.activation}" if config.activation else "")
+            raise ConfigError(
+                f"interventions.{site}.init",
+                f"{what} has no closed solution",
+                "regression for nodireft, noreft, loreft, direft, consreft and lobireft",
+            )
+    inside = [
+        (site, block)
+        for block in range(model.tower.num_blocks)
+        for site in SITES_IN_ORDER
+        if site in sites and block in model.placements[site].blocks
+    ]
+    return inside + [("output", 0)] * ("output" in sites)
+
+
+def share_out(
+    model: InterventionModel, gains: Mapping[str, Mapping[Place, Sequence[float]]], budget: int
+) -> dict[str, dict[Place, int]]:
+    """Task -> place -> rank, within a budget over all tasks.
+
+    Raises:
+        ConfigError: the budget buys not one rank.
+    """
+    task = next(iter(gains))
+    costs = {}
+    for site, block in gains[task]:
+        function = model.set_rank(task, site, block, 1)
+        assert function is not None
+        costs[site] = sum(parameter.numel() for parameter in function.parameters())
+        model.set_rank(task, site, block, 0)
+    flat = {(task, place): g for task, of in gains.items() for place, g in of.items()}
+    ranks = allocate(flat, {key: costs[key[1][0]] for key in flat}, budget)
+    return {task: {place: ranks[task, place] for place in of} for task, of in gains.items()}
+
+
+class _Finished:
+    """What of a run is solved: in memory, and on disk where there is a state folder.
+
+    Args:
+        states: the run's states, read at once.
+        places: of the run, in order.
+    """
+
+    def __init__(self, states: StateFolder | None, places: Sequence[Place]):
+        self._states, self._places = states, places
+        self._tensors = {} if states is None else states.tensors()
+        if self._tensors:
+            log.info("going on with what is solved already")
+
+    def has_gains(self, task: str) -> bool:
+        return f"gains.{task}.0" in self._tensors
+
+    def gains(self, task: str) -> dict[Place, list[float]]:
+        """What each further rank at each place gains."""
+        return {
+            place: self._tensors[f"gains.{task}.{index}"].tolist()
+            for index, place in enumerate(self._places)
+        }
+
+    def features(self, task: str) -> Tensor:
+        """The expert's image features (images, projection_dim)."""
+        return self._tensors[f"features.{task}"]
+
+    def restore(self, model: InterventionModel, task: str) -> bool:
+        """Put a task's edits into the model, if they are solved."""
+        if f"ranks.{task}" not in self._tensors:
+            return False
+        ranks = self._tensors[f"ranks.{task}"].tolist()
+        for index, (place, rank) in enumerate(zip(self._places, ranks, strict=True)):
+            function = model.set_rank(task, *place, rank)
+            if function is not None:
+                start = f"edits.{task}.{index}."
+                function.load({n: self._tensors[start + n] for n in function.tensors()})
+        return True
+
+    def keep_gains(self, task: str, gains: Mapping[Place, Sequence[float]]) -> None:
+        for index, place in enumerate(self._places):
+            self._tensors[f"gains.{task}.{index}"] = torch.tensor(gains[place], dtype=torch.float64)
+        self._save()
+
+    def keep_edits(self, model: InterventionModel, task: str, features: Tensor) -> None:
+        ranks = model.ranks()[task]
+        of_places = [ranks[site].get(block, 0) for site, block in self._places]
+        self._tensors[f"ranks.{task}"] = torch.tensor(of_places)
+        self._tensors[f"features.{task}"] = features
+        for index, (site, block) in enumerate(self._places):
+            function = model.edit_at(task, site, block)
+            if function is not None:
+                for name, tensor in function.tensors().items():
+                    self._tensors[f"edits.{task}.{index}.{name}"] = tensor.detach().cpu()
+        self._save()
+
+    def _save(self) -> None:
+        if self._states is not None:
+            self._states.save(Progress(len(self._tensors), torch.empty(0)), self._tensors)

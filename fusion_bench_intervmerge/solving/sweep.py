@@ -1,0 +1,297 @@
+"""Edits in closed form: block by block, the repaired encoder is brought back to the expert.
+
+For one task, from the first block to the last: with z the states of the *repaired* encoder so far
+and t the expert's of the same images and tokens, find the edit of z that comes closest to t in
+weighted least squares, apply it, go on (``regression.Regression`` has the formula). Each image
+passes once through the merged encoder and once through its expert. Nothing is differentiated.
+
+What an edit at a site has to make up for is the difference of the residual streams behind it:
+
+========== ==================== ==================================================
+site       it reads x           it should add y
+========== ==================== ==================================================
+attention  attention output a   (expert's h + a) - (h + a), h being what enters
+mlp        MLP output m         expert's block output - block output
+block      block output z       expert's block output - z
+output     image features f     expert's image features - f
+========== ==================== ==================================================
+
+Tokens are weighed: the class token as much as half of the patches together, in the last block it
+alone, since nothing else is read there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..encoders import VisionTower
+from ..encoders.base import Edit
+from ..images import read_images
+from ..interventions.functions import function_class
+from ..model import InterventionModel
+from .image_states import ImageStates
+from .regression import Moments, Regression
+
+Place = tuple[str, int]  # site, block
+
+
+class Sweep:
+    """One task's images on their way through the repaired encoder and the expert.
+
+    Args:
+        model: the edits at the places are replaced.
+        task: whose edits.
+        expert: the task's.
+        places: (site, block), in the order of the forward pass.
+        fabric: device and processes; each process takes its share of the images.
+        ridge, class_weight: as in ``solve``.
+
+    Attributes:
+        gains: place -> what each further rank there takes off the mean squared distance of a row.
+        features: the expert's image features, (images, projection_dim).
+    """
+
+    def __init__(
+        self,
+        model: InterventionModel,
+        task: str,
+        expert: VisionTower,
+        places: Sequence[Place],
+        fabric: L.Fabric,
+        ridge: float | None,
+        class_weight: float,
+    ):
+        self.model, self.task, self.places, self.fabric = model, task, places, fabric
+        self.tower, self.expert = model.tower, expert.to(fabric.device).eval()
+        self.ridge, self.class_weight = ridge, class_weight
+        self.gains: dict[Place, list[float]] = {}
+        self.features: Tensor
+
+    def run(
+        self,
+        images: Mapping[str, Dataset],
+        keys: Sequence[tuple[str, int]],
+        num_workers: int,
+        room: float,
+        ranks: Mapping[Place, int] | None,
+    ) -> None:
+        """Solve every place.
+
+        Args:
+            images, num_workers: as in ``solve``.
+            keys: the images: task and index.
+            room: bytes of memory for the images' states.
+            ranks: of the places; None for as many as gain anything.
+        """
+        for place in self.places:
+            self.model.set_rank(self.task, *place, 0)
+        rows = torch.arange(len(keys)).split(self._batch_size)
+        mine = rows[self.fabric.global_rank :: self.fabric.world_size]
+        batches = [[keys[row] for row in part.tolist()] for part in mine]
+        states = ImageStates(room / 2, self.device)  # of the repaired encoder
+        targets = ImageStates(room / 2, self.device)  # of the expert
+        for pixels in read_images(images, batches, num_workers):
+            pixels = pixels.to(self.device, self.tower.dtype)
+            states.append(self.tower.embed(pixels))
+            targets.append(self.expert.embed(pixels))
+        for block in range(self.tower.num_blocks):
+            sites = [site for site, at in self.places if at == block and site != "output"]
+            for site in sites:
+                self._solve(site, block, states, targets, ranks, leave=site == sites[-1])
+            if not sites:
+                if block <= self._last_needed:
+                    self._move_on(block, states)
+                for index, target in enumerate(targets):
+                    targets[index] = self._of_expert(block, target)[0]
+        features = [self.expert.readout(target) for target in targets]
+        if ("output", 0) in self.places:
+            self._solve_output(states, features, ranks)
+        self.features = self._gathered(features, mine, len(keys))
+
+    # -- a place -----------------------------------------------------------------------------------
+
+    def _solve(
+        self,
+        site: str,
+        block: int,
+        states: ImageStates,
+        targets: ImageStates,
+        ranks: Mapping[Place, int] | None,
+        leave: bool,
+    ) -> None:
+        """Solve a site of a block; with ``leave`` all images leave the block then."""
+        moments = self._no_moments(site)
+        for index, (state, target) in enumerate(zip(states, targets, strict=True)):
+            out, x = self._of_student(block, state, site)
+            wanted, theirs = self._of_expert(block, target, site)
+            if site == "attention":
+                missing = (target[:, : theirs.shape[1]] + theirs) - (state[:, : x.shape[1]] + x)
+            else:
+                missing = wanted - out
+            self._add(moments, site, block, x, missing)
+            if leave:
+                targets[index] = wanted
+                if site == "block":
+                    states[index] = out
+        self._place(site, block, moments, ranks)
+        if leave and site == "block":
+            for index, state in enumerate(states):
+                with self.model.for_task(self.task):
+                    states[index] = self.model.apply_edit(site, block, state)
+        elif leave:
+            self._move_on(block, states)
+
+    def _solve_output(
+        self, states: ImageStates, features: list[Tensor], ranks: Mapping[Place, int] | None
+    ) -> None:
+        moments = self._no_moments("output")
+        for state, target in zip(states, features, strict=True):
+            with self.model.for_task(self.task):  # without an edit there yet
+                x = self.tower.readout(state)
+            self._add(moments, "output", 0, x.unsqueeze(1), (target - x).unsqueeze(1))
+        self._place("output", 0, moments, ranks)
+
+    def _place(
+        self, site: str, block: int, moments: Moments, ranks: Mapping[Place, int] | None
+    ) -> None:
+        """Put the solved edit into the model."""
+        moments = self._over_processes(moments)
+        regression = Regression(moments, self.ridge)
+        form = function_class(self.model.interventions[site].function)
+        # copies have one rank, so what it gains is the mean over them
+        gains = form.gains(regression).mean(dim=0).tolist()
+        worthwhile = next((rank for rank, gain in enumerate(gains) if gain <= 0), len(gains))
+        self.gains[site, block] = gains[:worthwhile]
+        rank = worthwhile if ranks is None else ranks[site, block]
+        if not moments.weight.any():
+            rank = 0  # no token here is read by anything
+        function = self.model.set_rank(self.task, site, block, rank)
+        if function is not None:
+            one = self.model.placements[site].copies is None
+            solved = form.solved(regression, rank)
+            function.load({name: t.squeeze(0) if one else t for name, t in solved.items()})
+
+    def _no_moments(self, site: str) -> Moments:
+        placement = self.model.placements[site]
+        return Moments.none(placement.width, placement.copies or 1, self.device)
+
+    def _add(self, moments: Moments, site: str, block: int, x: Tensor, y: Tensor) -> None:
+        """Take in a batch: x is what the edit reads, y what it should add, (images, tokens, _)."""
+        placement, alone = self.model.placements[site], x.shape[1] == 1
+        tokens = slice(0, 1) if alone or placement.tokens is None else placement.tokens
+        part = placement.parts[block]
+        weights = torch.ones(1) if alone else self._weights(block)[tokens]
+        weights = weights.to(x.device).expand(len(x), -1)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x, y = (z[:, tokens][..., part].to(wide) for z in (x, y))
+        if placement.copies is None:
+            rows = (x.flatten(0, 1)[None], y.flatten(0, 1)[None], weights.flatten()[None])
+        else:
+            rows = (x.transpose(0, 1), y.transpose(0, 1), weights.mT)
+        moments.merge(Moments.of(*rows))
+
+    def _weights(self, block: int) -> Tensor:
+        """What each token counts."""
+        last = block == self.tower.num_blocks - 1
+        weights = torch.full((self.tower.num_tokens,), 0.0 if last else 1.0)
+        weights[0] = self.class_weight
+        return weights
+
+    # -- a batch in a block ------------------------------------------------------------------------
+
+    def _of_student(
+        self, block: int, states: Tensor, site: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What leaves a block of the repaired encoder, and the tensor of one of its sites."""
+        with self.model.for_task(self.task):
+            return self._through(self.tower, block, states, site, self.model.apply_edit)
+
+    def _of_expert(
+        self, block: int, states: Tensor, site: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self._through(self.expert, block, states, site, lambda site, block, z: z)
+
+    def _through(
+        self, tower: VisionTower, block: int, states: Tensor, site: str | None, edit: Edit
+    ) -> tuple[Tensor, Tensor]:
+        seen: list[Tensor] = []
+
+        def watch(name: str, index: int, z: Tensor) -> Tensor:
+            if name == site:
+                seen.append(z)
+            return edit(name, index, z)
+
+        with ExitStack() as stack:
+            if site in ("attention", "mlp"):
+                hook = tower.site(site, block).register_forward_hook(
+                    lambda module, args, output: seen.append(tower.site_tensor(output))
+                )
+                stack.callback(hook.remove)
+            if block == tower.num_blocks - 1 and self._class_token_will_do:
+                out = tower.run_block_for_class_token(block, states, watch)
+            else:
+                out = tower.run_block(block, states)
+        return out, (seen[0] if seen else out)
+
+    def _move_on(self, block: int, states: ImageStates) -> None:
+        for index, state in enumerate(states):
+            states[index] = self._of_student(block, state)[0]
+
+    # -- what follows from the model ---------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.fabric.device
+
+    @property
+    def _batch_size(self) -> int:
+        # large enough for the matrix products, small enough for a processor's caches
+        return max(16, min(256, 2**20 // (self.tower.num_tokens * self.tower.width)))
+
+    @property
+    def _last_needed(self) -> int:
+        """The last block that the repaired encoder must run."""
+        if ("output", 0) in self.places:
+            return self.tower.num_blocks - 1
+        return max(block for _, block in self.places)
+
+    @cached_property
+    def _class_token_will_do(self) -> bool:
+        """Whether the last block may work on the class token alone: no edit there needs others."""
+        last = self.tower.num_blocks - 1
+        return all(
+            isinstance(p.tokens, slice) and p.tokens.start == 0 and p.copies is None
+            for site, p in self.model.placements.items()
+            if site != "output" and last in p.blocks
+        )
+
+    # -- processes ---------------------------------------------------------------------------------
+
+    def _over_processes(self, moments: Moments) -> Moments:
+        if self.fabric.world_size == 1:
+            return moments
+        parts = {name: self.fabric.all_gather(t) for name, t in vars(moments).items()}
+        total = self._no_rows_like(moments)
+        for rank in range(self.fabric.world_size):
+            total.merge(Moments(**{name: part[rank] for name, part in parts.items()}))  # type: ignore[index]
+        return total
+
+    @staticmethod
+    def _no_rows_like(moments: Moments) -> Moments:
+        return Moments.none(moments.mean_x.shape[1], len(moments.weight), moments.weight.device)
+
+    def _gathered(self, features: list[Tensor], rows: Sequence[Tensor], count: int) -> Tensor:
+        """All images' features in every process, in order."""
+        whole = torch.zeros(count, self.tower.projection_dim, device=self.device)
+        for of, values in zip(rows, features, strict=True):
+            whole[of.to(self.device)] = values.float()
+        if self.fabric.world_size > 1:
+            whole = self.fabric.all_reduce(whole, reduce_op="sum")  # type: ignore[assignment]
+        return whole.cpu()

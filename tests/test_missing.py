@@ -1,0 +1,160 @@
+"""What a pool lacks, or what does not fit it, is one line that names the config key."""
+
+from __future__ import annotations
+
+import logging
+import socket
+
+import pytest
+import torch
+from conftest import hf_tower, openclip_tower
+from fusion_bench import BaseModelPool
+from fusion_bench.method import SimpleAverageAlgorithm
+from PIL import Image
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from fusion_bench_intervmerge.encoders import as_tower
+from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.fusion import IntervMergeAlgorithm
+from fusion_bench_intervmerge.fusion.experts import ExpertPool
+from fusion_bench_intervmerge.fusion.hub import warn_if_unreachable
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+PICTURE = Image.new("RGB", (32, 32))
+
+
+class Pool(BaseModelPool):
+    """Models and data sets in memory; an exception among them is raised when it is loaded."""
+
+    def load_model(self, name, *args, **kwargs):
+        return _given(self._models[name])
+
+    def load_test_dataset(self, name, *args, **kwargs):
+        return _given(self._test_datasets[name])
+
+    def load_processor(self):
+        return lambda image: torch.zeros(3, 32, 32)
+
+
+class Broken(list):
+    def __getitem__(self, index):
+        raise OSError("image file is truncated")
+
+
+def _given(thing):
+    if isinstance(thing, Exception):
+        raise thing
+    return thing
+
+
+def pool_of(items, **models):
+    models = models or {"_pretrained_": hf_tower().model, "bees": hf_tower().model}
+    pool = ExpertPool(Pool(models, test_datasets={"bees": items}))
+    pool._projection = hf_tower().projection
+    return pool
+
+
+def told(call, *args):
+    with pytest.raises(ConfigError) as error:
+        call(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("label", [{"label": 3}, {}], ids=["labelled", "not labelled"])
+def test_items_need_no_label(label):
+    images = pool_of([{"image": PICTURE, **label}]).images("bees", "test")
+    pixels, found = images[0]
+    assert pixels.shape == (3, 32, 32) and found == label.get("label", -1)
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([{"img": 1, "fine_label": 2}], "bees: items hold img, fine_label, and no image; allowed"),
+        ([5], "bees: items hold int, and no image; allowed: items with `image`"),
+        (Broken([1]), "bees[0]: could not be loaded (image file is truncated)"),
+        (
+            ValueError('Unknown split "tset".\nIt has: test'),
+            "bees: could not be loaded (Unknown sp",
+        ),
+        (ConnectionError("refused"), "bees: could not be loaded (refused); allowed: a reachable"),
+    ],
+)
+def test_images_that_cannot_be_read(items, message):
+    line = told(pool_of(items).images, "bees", "test")
+    assert line.startswith(f"modelpool.test_datasets.{message}")
+
+
+def test_an_expert_that_only_the_base_loads():
+    experts = {"bees": hf_tower().model, "ants": OSError("401 Client Error: gated repo")}
+    pool = pool_of([], _pretrained_=hf_tower().model, **experts)
+    pool.pool._models["ants"] = experts["ants"]
+    line = told(IntervMergeAlgorithm({"attention": {}}, SimpleAverageAlgorithm()).merge, pool)
+    assert line.startswith("modelpool.models.ants: could not be loaded (401 Client Error: gated")
+    assert "modelpool=clip-vit-tiny_TA8" in line
+
+
+def test_an_expert_of_another_shape_under_coefficients():
+    other = CLIPVisionModel(CLIPVisionConfig(**SMALL | {"intermediate_size": 48}))
+    pool = pool_of([], _pretrained_=hf_tower().model, bees=other)
+    line = told(IntervMergeAlgorithm({"attention": {}}, coefficients={}).merge, pool)
+    assert line.startswith("modelpool.models.bees: ") and "has shape (48" in line
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: SiglipVisionModel(SiglipVisionConfig(**SMALL)),
+        lambda: Dinov2Model(Dinov2Config(**SMALL)),
+    ],
+    ids=["siglip", "dinov2"],
+)
+def test_vision_models_that_are_no_clip_are_refused_by_name(model):
+    model = model()
+    with pytest.raises(TypeError, match=f"no vision tower is known for .*{type(model).__name__}"):
+        as_tower(model, torch.nn.Linear(32, 16, bias=False))
+    line = told(pool_of([], bees=model).tower, "bees")
+    assert line.startswith("modelpool.models.bees: no vision tower is known for transformers.")
+
+
+@pytest.mark.parametrize("family", ["huggingface", "openclip"])
+def test_a_task_pool_of_the_other_family(family):
+    from fusion_bench.taskpool import CLIPVisionModelTaskPool
+
+    from fusion_bench_intervmerge.fusion.openclip import OpenCLIPVisionModelTaskPool
+    from fusion_bench_intervmerge.fusion.program import check_family
+
+    class Program:
+        taskpool = object.__new__(OpenCLIPVisionModelTaskPool)
+
+    if family == "openclip":
+        Program.taskpool = object.__new__(CLIPVisionModelTaskPool)
+    else:
+        Program.taskpool._classifier_heads = {}
+    line = told(
+        check_family,
+        Program(),
+        {"huggingface": hf_tower, "openclip": openclip_tower}[family]().family,
+    )
+    assert line.startswith("taskpool: it evaluates ") and "the same name" in line
+    check_family(Program(), {"openclip": "huggingface", "huggingface": "openclip"}[family])
+
+
+def test_a_hub_that_does_not_answer_is_said_at_once(monkeypatch, caplog):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with caplog.at_level(logging.WARNING):
+        warn_if_unreachable(["openai/clip-vit-base-patch32"])
+    assert f"{address} does not answer" in caplog.text and "HF_HUB_OFFLINE=1" in caplog.text
