@@ -29,7 +29,8 @@ def to_clip_model(
             model, or its name with a schema (``hf-hub:...``, ``local-dir:...``). It is not changed.
 
     Returns:
-        transformers' ``CLIPModel``, or ``open_clip``'s model, in evaluation mode.
+        transformers' ``CLIPModel``, or ``open_clip``'s model, in evaluation mode, on the model's
+        device.
 
     Raises:
         ValueError: the model has no such task.
@@ -49,7 +50,7 @@ def to_clip_model(
             _build_in(module, SiteEdit(placement, int(block), function, _turned(tower)))
     if hasattr(whole, "save_pretrained"):
         whole.save_pretrained = _refuse_to_save
-    return whole.requires_grad_(False).eval()
+    return whole.requires_grad_(False).eval().to(model.device)
 
 
 def load_clip(model: InterventionModel, clip: str | Path | nn.Module | None = None) -> Any:

@@ -240,6 +240,21 @@ def test_more_than_a_file_can_hold(model, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("package", "dtype"), [("onnx", "fp32"), ("onnxscript", "fp32"), ("onnxruntime", "int8")]
+)
+def test_a_package_that_is_not_installed(package, dtype, tmp_path, monkeypatch):
+    for name in [n for n in sys.modules if n.partition(".")[0] == package]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    # the graph is not made first: what is missing is said at once
+    monkeypatch.setattr("fusion_bench_intervmerge.export.files._graph", lambda encoder: 1 / 0)
+    model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
+    with pytest.raises(ConfigError, match=rf"to: {package}.* is not installed; .*\[export\]'"):
+        export(model, tmp_path / "model.onnx", dtype=dtype)
+    assert not list(tmp_path.iterdir())
+
+
 # -- the command -------------------------------------------------------------------------------
 
 

@@ -107,8 +107,12 @@ def _write_onnx(encoder: PlainEncoder, file: Path, facts: Mapping[str, Any], dty
     try:
         import onnx
         import onnxscript  # noqa: F401
+
+        quantizer = _quantizer() if dtype == "int8" else None
     except ImportError as error:
-        raise _missing(error) from None
+        name = (error.name or "").partition(".")[0]
+        extra = "pip install 'fusion-bench-intervmerge[export]'"
+        raise ConfigError("to", f"{name} is not installed", extra) from None
     tensors = [*encoder.parameters(), *encoder.buffers()]
     if sum(t.numel() * t.element_size() for t in tensors) > MOST_BYTES:
         raise ConfigError(
@@ -126,30 +130,22 @@ def _write_onnx(encoder: PlainEncoder, file: Path, facts: Mapping[str, Any], dty
     proto = program.model_proto
     for node in proto.graph.node:
         node.ClearField("metadata_props")  # the exporter's notes, often larger than the weights
-    if dtype == "int8":
-        proto = _in_8_bits(proto)
+    if quantizer is not None:
+        in_8_bits = quantizer(proto, bits=8, block_size=INT8_GROUP)
+        in_8_bits.process()
+        proto = in_8_bits.model.model
     for key, value in facts.items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
     onnx.save(proto, file)
 
 
-def _in_8_bits(proto: Any) -> Any:
-    """The matrices that images are multiplied with in 8 bits, by onnxruntime's own tool."""
+def _quantizer() -> Any:
+    """onnxruntime's tool that keeps matrices in fewer bits."""
     # Its module sets up logging for the whole process, unless somebody did.
     root, somebody = logging.getLogger(), logging.NullHandler()
     root.addHandler(somebody)
     try:
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-    except ImportError as error:
-        raise _missing(error) from None
     finally:
         root.removeHandler(somebody)
-    quantizer = MatMulNBitsQuantizer(proto, bits=8, block_size=INT8_GROUP)
-    quantizer.process()
-    return quantizer.model.model
-
-
-def _missing(error: ImportError) -> ConfigError:
-    return ConfigError(
-        "to", f"{error.name} is not installed", "pip install 'fusion-bench-intervmerge[export]'"
-    )
+    return MatMulNBitsQuantizer
