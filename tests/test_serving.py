@@ -6,9 +6,11 @@ import base64
 import importlib.util
 import io
 import re
+import runpy
 import shutil
 import struct
 import subprocess
+import sys
 import threading
 import zlib
 from http.client import HTTPConnection
@@ -162,6 +164,27 @@ def test_bad_requests_cost_the_good_ones_of_their_batch_nothing(served):
         else:
             assert status == 200 and said["class"] == right[0]
             assert abs(said["score"] - right[1]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("nowhere", "nowhere: no saved model"),
+        ("empty", "empty: no saved model"),
+        ("torn", "torn: no saved model"),
+        ("unknown", "unknown does not know its tasks' classes; name them by --classes FILE"),
+    ],
+)
+def test_a_model_that_cannot_be_served(model, said, tmp_path, monkeypatch, capsys):
+    for name in ("empty", "torn", "unknown"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "torn" / "config.json").write_text("{")
+    (tmp_path / "unknown" / "config.json").write_text('{"tasks": ["ants"], "metadata": {}}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["serve.py", model])
+    with pytest.raises(SystemExit, match=said) as stopped:
+        runpy.run_path(str(ROOT / "examples" / "serve.py"), run_name="__main__")
+    assert "\n" not in str(stopped.value)
 
 
 def test_pictures_of_all_kinds(served, connection):
