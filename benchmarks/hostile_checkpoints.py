@@ -254,6 +254,8 @@ def lies(trace: str) -> Iterator[tuple[str, bytes]]:
             yield f"lie: {name}, {form}", wrap(in_dict(body))
     many = [tensor(storage("1", big), sequence(big), sequence(1)) for _ in range(1000)]
     content = {"data/1": bytes(4 * big)}
+    less = tensor(storage("1", big), sequence(-1, 2**40), sequence(1, 1))
+    yield "lie: as many, and one of less than nothing", as_zip(in_dict(*many, less), content)
     yield "lie: 1,000 tensors of one storage of 4 MB", as_zip(in_dict(*many), content)
 
 

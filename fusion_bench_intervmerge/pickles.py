@@ -75,6 +75,11 @@ class View:
     size: tuple[int, ...]
     stride: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        numbers = (self.offset, *self.size, *self.stride)
+        if any(type(n) is not int or n < 0 for n in numbers) or len(self.size) != len(self.stride):
+            raise pickle.UnpicklingError("a tensor has no shape")
+
     @property
     def nbytes(self) -> int:
         return math.prod(self.size) * self.storage.dtype.itemsize
@@ -86,9 +91,6 @@ class View:
             UnpicklingError: the view does not lie within its storage, or that not within the file.
         """
         storage, item = self.storage, self.storage.dtype.itemsize
-        numbers = (storage.numel, self.offset, *self.size, *self.stride)
-        if any(type(n) is not int or n < 0 for n in numbers) or len(self.size) != len(self.stride):
-            raise pickle.UnpicklingError("a tensor has no shape")
         if storage.start + storage.numel * item > len(storage.content):
             raise pickle.UnpicklingError("a storage is larger than the file")
         if 0 in self.size:
@@ -231,7 +233,7 @@ _DTYPES = {
 }
 _STORAGES = {f"torch.{name}Storage": dtype for name, dtype in _DTYPES.items()}
 _TYPES = [str(dtype) for dtype in _DTYPES.values()]
-# what a file calls but that is not a class of somebody's own; Python 2's names are protocol 2's
+# the calls that put tensors and containers together
 _CALLS: dict[str, Callable[..., Any]] = {
     "builtins.set": lambda items=(): {_key(item) for item in items},
     "collections.OrderedDict": lambda items=(): OrderedDict((_key(k), v) for k, v in items),
@@ -240,7 +242,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": lambda data, *rest: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *rest: data,
 }
-_CALLS["__builtin__.set"] = _CALLS["builtins.set"]
+_CALLS["__builtin__.set"] = _CALLS["builtins.set"]  # its name in protocol 2
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> View:

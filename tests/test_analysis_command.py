@@ -117,7 +117,7 @@ def test_a_saved_model_is_analysed_and_evaluated(saved, tmp_path):
     ("overrides", "message"),
     [
         (["method.analyses=[bais]"], "analyses: there is no analysis 'bais'; allowed: null, all"),
-        (["method.analysis_images=0"], "analysis_images: 0; allowed: a whole number, 1 or more"),
+        (["method.analysis_images=0"], "analysis_images: 0; allowed: a whole number, 1 to"),
     ],
 )
 def test_what_cannot_be_analysed_is_said_before_anything_runs(overrides, message, tmp_path):

@@ -198,6 +198,9 @@ def test_the_main_job_reports_what_it_did(run):
         assert story["features"][task]["bias_after"] < story["features"][task]["bias_before"]
         assert len(story["losses"][task]) == 60
     assert "24,768 extra parameters, trained on 100% of the test split" in done.stdout
+    # what FusionBench says meanwhile is in its file
+    (log,) = log_dir.glob("*.log")
+    assert "Loading model" in log.read_text() and "Loading model" not in done.stdout
 
 
 def test_a_saved_model_is_evaluated_later_with_the_same_report(run, tmp_path):
@@ -266,7 +269,7 @@ def test_a_saved_merge_in_the_pool_wins_over_the_base(run, tmp_path):
         folder=tmp_path,
     )
     digests = [
-        json.loads((folder / "config.json").read_text())["merged_digest"]
+        json.loads((folder / "config.json").read_text())["files"]["merged/model.safetensors"]
         for folder in (log_dir / "intervmerge", tmp_path / "again")
     ]
     assert digests[0] == digests[1]

@@ -237,6 +237,14 @@ def test_a_pickle_is_unpickled_once(encoder, images, tmp_path, cache, monkeypatc
     assert torch.equal(load_encoder(path)(images), encoder(images))
 
 
+def test_a_torn_conversion_is_made_again(encoder, images, tmp_path, cache):
+    path = write_old(encoder, tmp_path, "state dict")
+    load_encoder(path)
+    (converted,) = cache.iterdir()
+    converted.write_bytes(converted.read_bytes()[:-7])
+    assert torch.equal(load_encoder(path)(images), encoder(images))
+
+
 def test_the_allow_list_is_taken_back(encoder, tmp_path, cache):
     before = torch.serialization.get_safe_globals()
     load_encoder(write_old(encoder, tmp_path, "whole module by torch.save"))

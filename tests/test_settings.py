@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pickle
+from pathlib import Path
 
 import pytest
 
@@ -44,7 +46,7 @@ def refused(make, **settings):
         ({"data": {"batch_size": True}}, "data.batch_size: true; allowed: a whole number"),
         ({"data": {"cache_gb": True}}, "data.cache_gb: true; allowed: a number"),
         ({"data": {"cache_gb": NAN}}, "data.cache_gb: nan; allowed: a number"),
-        ({"data": {"images": 0}}, "data.images: 0; allowed: null, or a whole number"),
+        ({"data": {"images": 0}}, "data.images: 0; allowed: null, or a whole number, 1 to"),
         ({"data": {"images": 2.0}}, "data.images: 2.0; allowed: null, or a whole number"),
         ({"coefficients": {"init": INF}}, "coefficients.init: inf; allowed: a number in [0, 1]"),
         ({"coefficients": {"init": -1}}, "coefficients.init: -1; allowed: a number in [0, 1]"),
@@ -52,16 +54,18 @@ def refused(make, **settings):
         ({"coefficients": {"train": "no"}}, "coefficients.train: 'no'; allowed: true, false"),
         ({"compile": 1}, "compile: 1; allowed: true, false"),
         ({"save_to": ""}, "save_to: ''; allowed: the path of a folder"),
+        ({"save_to": True}, "save_to: true; allowed: null, or the path of a folder"),
         ({"save_to": "{run}"}, "save_to: '{run}'; allowed: a folder; {log_dir} stands"),
         ({"base": 5}, "base: names no method; allowed: method@method.base="),
         ({"optimizer": None}, "optimizer: null; allowed: a mapping"),
         ({"optimizer": ADAM | {"lr": NAN}}, "optimizer.lr: nan; allowed: a number"),
         ({"optimizer": ADAM | {"lr": True}}, "optimizer.lr: true; allowed: a number"),
+        ({"optimizer": ADAM | {"lr": 0}}, "optimizer.lr: 0; allowed: a number in (0, 1000]"),
         ({"optimizer": ADAM | {"l": 1}}, "optimizer.l: no such setting, did you mean lr?"),
         ({"optimizer": ADAM | {"fused": "no"}}, "optimizer.fused: 'no'; allowed: null, true"),
         ({"optimizer": {"_target_": "os.getcwd"}}, "optimizer: "),
         ({"budget": 6192}, "budget: only edits in closed form have one; allowed: null, or a site"),
-        ({"budget": 0}, "budget: 0; allowed: null, or a whole number, 1 or more"),
+        ({"budget": 0}, "budget: 0; allowed: null, or a whole number, 1 to"),
         ({"interventions": None}, "interventions: null; allowed: a mapping"),
         ({"interventions": {"atention": {}}}, "interventions.atention: no such site, did you mean"),
     ],
@@ -121,7 +125,7 @@ def test_an_edit(site, edit, message):
         ({"data": {"spli": "test"}}, "data.spli: no such setting, did you mean split?"),
         ({"references": "no"}, "references: 'no'; allowed: true, false"),
         ({"analyses": 5}, "analyses: 5; allowed: null, all, or a list of agreement"),
-        ({"analysis_images": 0}, "analysis_images: 0; allowed: a whole number, 1 or more"),
+        ({"analysis_images": 0}, "analysis_images: 0; allowed: a whole number, 1 to"),
     ],
 )
 def test_a_comparison(settings, message):
@@ -149,3 +153,18 @@ def test_what_can_be_meant_is_taken():
     assert settings.coefficients is not None and settings.coefficients.granularity == "task"
     # what FusionBench's own configs may carry
     IntervMergeAlgorithm({"attention": {}}, _recursive_=False, _usage_="to try", _version_="0.2.33")
+
+
+def test_a_sample_of_the_campaign(tmp_path):
+    """Composed by Hydra and run up to the training, as the command does."""
+    file = Path(__file__).parents[1] / "benchmarks" / "hostile_settings.py"
+    spec = importlib.util.spec_from_file_location("hostile_settings", file)
+    campaign = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(campaign)
+    sample = campaign.cases()[::61]
+    with campaign.Door(tmp_path) as door:
+        outcomes = {" ".join(overrides): door.outcome(overrides) for overrides in sample}
+        well = door.outcome(["method=intervmerge", "method.steps=7"])
+    assert len(sample) >= 20
+    assert {o: told for o, told in outcomes.items() if not told[0].startswith("refused")} == {}
+    assert well[0] == "accepted", well

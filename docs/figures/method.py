@@ -234,6 +234,47 @@ def distillation() -> Figure:
 
 
 @figure
+def solving() -> Figure:
+    """Solved, not trained: block by block the repaired encoder is brought back to the expert."""
+    sheet, axes = canvas(11.9, 3.55)
+    top, bottom, step = 2.75, 0.95, 2.6
+    stack(axes, 0.75, (top + bottom) / 2)
+    label(axes, 0.8, 0.82, "unlabelled\nimages", MUTED, size=9, va="top")
+    for y, text, curve in ((top, "the expert", -0.2), (bottom, "the merged encoder", 0.2)):
+        arrow(axes, (1.35, (top + bottom) / 2 + 0.1 * (y - 1.85)), (2.2, y), curve=curve)
+        label(axes, 2.28, y + (0.52 if y == top else -0.52), text, MUTED, ha="left", size=9)
+    for place in range(3):
+        x = 2.65 + step * place
+        name = f"block {place}" if place < 2 else "block $b$"
+        for y in (top, bottom):
+            box(axes, x, y, 0.95, 0.62, name)
+            arrow(axes, (x + 0.49, y), (x + 1.05, y))
+        z = x + 1.2
+        label(axes, z, top, "$t$", size=14)
+        label(axes, z, bottom, "$z$", size=14)
+        last = place == 2
+        axes.annotate(
+            "", (z, top - 0.2), (z, bottom + 0.2),
+            arrowprops={"arrowstyle": "<->", "color": HUES[1], "lw": 1.4},
+        )  # fmt: skip
+        text = "1  fit $t - z$ to $z$" if place == 0 else "fit"
+        label(axes, z - 0.08, 1.85, text, HUES[1], size=9, ha="right")
+        pill(axes, z + 0.45, bottom, strong=True)
+        arrow(axes, (z + 0.12, bottom), (z + 0.28, bottom))
+        if place == 0:
+            label(axes, z + 0.45, bottom - 0.42, "2  apply", HUES[0], size=9)
+            label(axes, z + 1.2, bottom - 0.42, "3  go on", MUTED, size=9)
+        if not last:
+            arrow(axes, (z + 0.15, top), (x + step - 0.49, top))
+            arrow(axes, (z + 0.63, bottom), (x + step - 0.5, bottom))
+    arrow(axes, (z + 0.15, top), (z + 1.3, top))
+    arrow(axes, (z + 0.63, bottom), (z + 1.3, bottom))
+    label(axes, z + 1.75, top, "expert's\nfeatures", size=9)
+    label(axes, z + 1.75, bottom, "repaired\nfeatures", size=9)
+    return sheet
+
+
+@figure
 def mixed_batch() -> Figure:
     """Inference: images of several tasks in one forward pass, each edited for its own task."""
     sheet, axes = canvas(10.9, 4.2)

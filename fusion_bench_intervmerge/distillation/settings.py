@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..interventions import read_interventions
 from ..settings import Flag, Folder, Seed, Settings, nested, whole
 
+OPTIONAL_FOLDER = Field(description="null, or the path of a folder")
 OPTIMIZER = {"_target_": "torch.optim.Adam", "lr": 3e-3}
 
 
@@ -30,7 +31,7 @@ class DataSettings(Settings):
 
     split: Literal["test", "validation", "train"] = "test"
     fraction: Annotated[float, Field(gt=0, le=1, description="a fraction in (0, 1]")] = 1.0
-    images: Annotated[int | None, whole(1, before="null, or ")] = None
+    images: Annotated[int | None, whole(1, 10**9, before="null, or ")] = None
     batch_size: Annotated[int, whole(1, 10**6)] = 16
     num_workers: Annotated[int, whole(0, 1024)] = 0
     cache_gb: Annotated[float, Field(ge=0, le=10**6, description="a number, 0 or more")] = 2.0
@@ -70,7 +71,7 @@ class MethodSettings(Settings):
 
     interventions: Any
     base: Any = None
-    budget: Annotated[int | None, whole(1, before="null, or ")] = None
+    budget: Annotated[int | None, whole(1, 10**12, before="null, or ")] = None
     coefficients: Annotated[CoefficientSettings, nested(CoefficientSettings)] | None = None
     loss: Literal["output", "blocks"] = "output"
     data: Annotated[DataSettings, nested(DataSettings)] = DataSettings()
@@ -79,11 +80,11 @@ class MethodSettings(Settings):
         default=OPTIMIZER
     )
     seed: Seed = 0
-    save_to: Folder | None = None
+    save_to: Annotated[Folder | None, OPTIONAL_FOLDER] = None
     resume: Literal["auto", "never"] = "auto"
     save_every: Annotated[int, whole(1, 10**7)] = 100
     compile: Flag = False
-    extend: Folder | None = None
+    extend: Annotated[Folder | None, OPTIONAL_FOLDER] = None
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:

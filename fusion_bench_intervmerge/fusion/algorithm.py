@@ -37,6 +37,7 @@ from ..expert_cache import ExpertCache
 from ..files import write_json
 from ..interventions import read_interventions
 from ..model import InterventionModel
+from ..settings import shown
 from ..solving import solve
 from .base_merge import run_adamerging, run_base
 from .diagnosis import diagnose, table
@@ -49,6 +50,7 @@ from .screen import host_in_the_log, one_line
 log = logging.getLogger(__name__)
 
 DIAGNOSED_IMAGES = 256
+MAX_RATE = 1000  # beyond it no learning rate is meant
 
 
 class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
@@ -307,6 +309,9 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             if not issubclass(cls, torch.optim.Optimizer):
                 raise TypeError(f"{cls.__name__} is no torch optimizer")
             check_arguments(cls, given, "optimizer")
+            rate = given.get("lr", 1)
+            if rate == 0 or rate > MAX_RATE:
+                raise ConfigError("optimizer.lr", shown(rate), f"a number in (0, {MAX_RATE}]")
             if cls in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
                 # one kernel for hundreds of small tensors
                 given = {"fused": True} | given

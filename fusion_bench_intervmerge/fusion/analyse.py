@@ -114,7 +114,7 @@ class AnalyseSettings(Settings):
 
     path: Folder
     analyses: Any = "all"
-    images: Annotated[int, whole(1)] = 256
+    images: Annotated[int, whole(1, 10**9)] = 256
     split: Literal["test", "validation", "train"] = "test"
 
     @model_validator(mode="after")

@@ -77,7 +77,7 @@ class ComparisonSettings(Settings):
     ] = None
     references: Flag = True
     analyses: Any = None
-    analysis_images: Annotated[int, whole(1)] = 256
+    analysis_images: Annotated[int, whole(1, 10**9)] = 256
 
     @model_validator(mode="after")
     def _all_fit(self) -> Self:

@@ -90,4 +90,4 @@ def _load(load: Callable[..., Any], where: str, *args: Any, **kwargs: Any) -> An
 def _reason(error: Exception) -> str:
     """The first cause in a chain that says something, on one line."""
     told = " ".join(str(error).split()) or type(error).__name__
-    return told if len(told) <= 300 else f"{told[:297]}..."
+    return told if len(told) <= 200 else f"{told[:197]}..."

@@ -83,11 +83,14 @@ class HostFilter(logging.Filter):
 
 @contextmanager
 def host_in_the_log() -> Iterator[None]:
-    """Keeps what FusionBench logs off the screen, and its boxes around calls; files have the logs.
+    """In a Hydra run, keeps FusionBench's logs and boxes off the screen; the file has the logs.
 
     A run with ``print_function_call=false`` has no boxes afterwards either: FusionBench reads that
     setting, and then does not look at it.
     """
+    if not HydraConfig.initialized():
+        yield
+        return
     screens, quiet = _screens(), HostFilter()
     for screen in screens:
         screen.addFilter(quiet)

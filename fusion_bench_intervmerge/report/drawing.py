@@ -26,7 +26,7 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
-from .words import count, family_and_rank
+from .words import count, family_and_budget, family_and_rank
 
 INK, MUTED, GRID, SURFACE = "#1c2127", "#5c6670", "#dde1e6", "#fffffe"
 # Okabe and Ito's colours: told apart by people of any colour vision, and each has its own marker.
@@ -308,11 +308,13 @@ def _print(figure: Figure, kind: str, **kwargs: Any) -> bytes:
 
 def _family(method: str) -> str:
     name, _, folder = method.partition("@")
-    return family_and_rank(name)[0] + folder
+    return family_and_rank(family_and_budget(name)[0])[0] + folder
 
 
 def _rank(method: str) -> int | None:
-    return family_and_rank(method.partition("@")[0])[1]
+    """What tells the members of a family apart: a rank, or a budget."""
+    name = method.partition("@")[0]
+    return family_and_budget(name)[1] or family_and_rank(name)[1]
 
 
 def _tinted(hue: int, tint: int) -> str:

@@ -311,6 +311,8 @@ def _base_name(settings: Mapping[str, Any], hydra: _Hydra) -> str:
 
 def _method_name(settings: Mapping[str, Any], hydra: _Hydra) -> str:
     name = str(hydra.choices().get("method") or "intervmerge").replace("/", "_")
+    if settings.get("budget") is not None:
+        return f"{name}_b{settings['budget']}"
     ranks = {edit.get("rank") for edit in settings["interventions"].values() if edit}
     return f"{name}_r{ranks.pop()}" if len(ranks) == 1 and None not in ranks else name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -190,7 +191,8 @@ def _series(about: Mapping[str, Any], settings: Settings) -> dict[str, list[tupl
     for labels, row in settings:
         if x == "extra_parameters":
             at = float(row.extra_parameters or 0)
-            name = (row.method or "").split(" r=")[0]
+            # "Surgery r=4", "Closed form, budget of 6192": what comes before the size
+            name = re.split(r" r=| of ", row.method or "")[0]
         else:
             at = float(labels[x])
             rest = [v for axis, v in labels.items() if axis not in (x, "base")]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 _KNOWN = {
+    "intervmerge_closed_form": "Closed form",
+    "closed_form": "Closed form",
     "layer_wise_adamerging": "layer-wise AdaMerging",
     "task_wise_adamerging": "task-wise AdaMerging",
     "weight_averaging": "Weight Averaging",
@@ -12,6 +14,7 @@ _KNOWN = {
     "simple_average": "Weight Averaging",
     "fisher_merging": "Fisher Merging",
     "ties_merging": "Ties-Merging",
+    "all_tokens": "All tokens",
     "intervmerge": "IntervMerge",
     "surgery_v2": "SurgeryV2",
     "adamerging": "AdaMerging",
@@ -25,18 +28,29 @@ _NAME = re.compile("|".join(_KNOWN))
 
 
 def readable(name: str) -> str:
-    """A run's name as a person would write it: ``intervmerge_r4`` is ``IntervMerge r=4``."""
+    """A run's name as a person would write it.
+
+    ``intervmerge_r4`` is ``IntervMerge r=4``, ``closed_form_b6192`` is ``Closed form 6.2k``.
+    """
     name, _, folder = name.partition("@")
+    name, budget = family_and_budget(name)
     name, rank = family_and_rank(name)
     shown = _NAME.sub(lambda found: _KNOWN[found[0]], name)
     shown = re.sub(r"[_/\s]+", " ", shown).strip()
     shown += "" if rank is None else f" r={rank}"
+    shown += "" if budget is None else f" {count(budget)}"
     return shown + (f" ({folder})" if folder else "")
 
 
 def family_and_rank(name: str) -> tuple[str, int | None]:
     """Split a method's name: (``intervmerge_mini``, 1) of ``intervmerge_mini_r1``."""
     found = re.fullmatch(r"(.+?)_r(\d+)", name)
+    return (found[1], int(found[2])) if found else (name, None)
+
+
+def family_and_budget(name: str) -> tuple[str, int | None]:
+    """Split a method's name: (``closed_form``, 6192) of ``closed_form_b6192``."""
+    found = re.fullmatch(r"(.+?)_b(\d+)", name)
     return (found[1], int(found[2])) if found else (name, None)
 
 
