@@ -29,8 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .encoders import VisionTower, tower_from_spec
-from .errors import ConfigError
+from .errors import ArtifactError, ConfigError
 from .files import opened_folder, whole_folder
+from .hub.card import model_card
 from .interventions import InterventionConfig, read_interventions
 from .interventions.functions.base import Orthonormal
 from .schema import Strict, checked
@@ -46,10 +47,6 @@ _MEANT = {MERGED: "the weights that the edits were trained on"}
 
 # Settings in a file may be of any kind; what they break is the file's fault, in one line.
 MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-
-
-class ArtifactError(ValueError):
-    """A folder that is no artifact, or one whose files do not belong together."""
 
 
 @dataclass
@@ -80,8 +77,13 @@ class Artifact:
         return list(self.edits)
 
 
-def write(artifact: Artifact, folder: Path) -> None:
+def write(artifact: Artifact, folder: Path, card_name: str | None = None) -> None:
     """Write an artifact to a folder; a saved model of that name is replaced as a whole.
+
+    Args:
+        artifact: what to write.
+        folder: where to.
+        card_name: what the model card calls it, the folder's name where None.
 
     Raises:
         ConfigError: the folder cannot be written to, or holds what is no saved model.
@@ -115,7 +117,8 @@ def write(artifact: Artifact, folder: Path) -> None:
         config = json.loads(json.dumps(config))  # as it will be read: tuples are lists
         config["digest"] = _digest_of_config(config)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (temporary / "README.md").write_text(_card(artifact, folder.name), encoding="utf-8")
+        card = model_card(artifact, card_name or folder.name)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
 def read(folder: Path) -> Artifact:
@@ -377,33 +380,3 @@ def _write_stock_config(tower: VisionTower, folder: Path) -> None:
             "model_type": "clip_vision_model",
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _card(artifact: Artifact, name: str) -> str:
-    settings = "\n".join(
-        f"| {site} | {config.function} | {config.rank} | {config.blocks} | {config.tokens} "
-        f"| {config.part} |"
-        for site, config in artifact.interventions.items()
-    )
-    images, extra = artifact.metadata.get("images"), artifact.extra_parameters
-    trained = f"\nTrained on {images}.\n" if images else ""
-    example = artifact.tasks[0] if artifact.tasks else "..."
-    return f"""# {name}
-
-A merged CLIP vision encoder with task-specific interventions
-([IntervMerge](https://arxiv.org/abs/2412.17023)) for {len(artifact.tasks)} tasks:
-{", ".join(artifact.tasks)}.
-{trained}
-{extra["total"]:,} extra parameters over all tasks ({extra["folded"]:,} when folded).
-
-| site | function | rank | blocks | tokens | part |
-|---|---|---|---|---|---|
-{settings}
-
-```python
-from fusion_bench_intervmerge import InterventionModel
-
-model = InterventionModel.from_pretrained("{name}")
-features = model.encode(images, task="{example}")
-```
-"""

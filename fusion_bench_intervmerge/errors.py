@@ -1,4 +1,4 @@
-"""The error of a bad setting: what is wrong, where, and what is allowed."""
+"""The errors of bad input: what is wrong, where, and what is allowed, in one line."""
 
 from __future__ import annotations
 
@@ -53,3 +53,7 @@ def named(key: str) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise error.under(key) from None
+
+
+class ArtifactError(ValueError):
+    """A folder that is no artifact, or one whose files do not belong together."""

@@ -14,12 +14,14 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import artifact
 from .encoders import VisionTower
 from .encoders.base import check_fit
+from .hub.names import local_folder, one_line
 from .interventions import (
     Function,
     InterventionConfig,
@@ -67,7 +69,7 @@ def _told(variable: ContextVar[Mapping[object, T]], hooks: object, value: T) -> 
         variable.reset(token)
 
 
-class InterventionModel(TaskAwareModel):
+class InterventionModel(TaskAwareModel, ModelHubMixin):
     """A frozen merged encoder and, for each task, edits of its representations.
 
     Without a task it is the merged encoder, bit for bit. The tasks' edits are modules of their own:
@@ -240,8 +242,20 @@ class InterventionModel(TaskAwareModel):
         folded = sum(_count(f.folded()) for f in self._functions())
         return {"total": sum(per_task.values()), "per_task": per_task, "folded": folded}
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(  # type: ignore[override]
+        self,
+        folder: str | Path,
+        *,
+        config: Any = None,
+        model_card_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write the artifact: plain files, safetensors and JSON, whole or not at all.
+
+        Args:
+            folder: where to; a finished model there is replaced.
+            config: given by ``huggingface_hub``, and not used: the artifact has its own.
+            model_card_kwargs: ``name``, what the model card calls the model, the folder's name
+                where it is not given.
 
         Raises:
             ConfigError: the folder cannot be written to.
@@ -258,16 +272,24 @@ class InterventionModel(TaskAwareModel):
                 self.metadata,
             ),
             Path(folder),
+            (model_card_kwargs or {}).get("name"),
         )
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> InterventionModel:
+    def from_pretrained(  # type: ignore[override]
+        cls, folder: str | Path, **hub: Any
+    ) -> InterventionModel:
         """Read an artifact.
+
+        Args:
+            folder: where it lies, or its id on the hub, ``owner/model``.
+            hub: for the hub: ``revision``, ``token``, ``cache_dir``, ``force_download``,
+                ``local_files_only``.
 
         Raises:
             ArtifactError: what does not fit, in one line.
         """
-        saved = artifact.read(Path(folder))
+        saved = artifact.read(local_folder(folder, **hub))
         try:
             model = cls(saved.tower, [], saved.interventions, saved.seed)
             for task, tensors in saved.edits.items():
@@ -281,6 +303,43 @@ class InterventionModel(TaskAwareModel):
             raise artifact.misfit(folder, error) from None
         model.metadata = saved.metadata
         return model
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Put the artifact on the hub; ``intervmerge push`` adds what other programs need.
+
+        Args:
+            repo_id: ``owner/model``; it is made where it is missing.
+            options: as ``huggingface_hub.ModelHubMixin.push_to_hub`` takes them.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ArtifactError: the hub refuses, or is not reached.
+        """
+        with one_line(f"{repo_id}: not pushed"):
+            card = {"name": repo_id}
+            commit: Any = super().push_to_hub(repo_id, model_card_kwargs=card, **options)
+            return str(commit.commit_url)
+
+    def to_clip_model(self, task: str, clip: Any = None) -> Any:
+        """One task's encoder as an ordinary CLIP; see ``fusion_bench_intervmerge.clip``.
+
+        Args:
+            task: whose edits to build in.
+            clip: the CLIP that the experts started from, whose text tower it takes: an id, a folder
+                or a model; by default the one in ``metadata``.
+
+        Returns:
+            transformers' ``CLIPModel`` for a Hugging Face encoder, ``open_clip``'s for the other.
+
+        Raises:
+            ValueError: the model has no such task.
+            ConfigError: no CLIP is known, it is not found, or its encoder has another shape.
+        """
+        from .clip import to_clip_model
+
+        return to_clip_model(self, task, clip)
 
     def _unequal_ranks(self) -> dict[str, dict[str, dict[str, int]]] | None:
         """``ranks``, where they are not all as the settings say."""
@@ -369,7 +428,7 @@ class InterventionModel(TaskAwareModel):
         if len(found) == 1:
             return placement.apply(z, block, functions[0])
         if (site, block) not in route.gathered:
-            route.gathered[site, block] = _stack(found, route.ids)
+            route.gathered[site, block] = stacked(found, route.ids)
         tensors = functions[0].prepared(route.gathered[site, block], z.dtype)
 
         def edit(vectors: Tensor) -> Tensor:
@@ -552,7 +611,7 @@ def _load(edits: Any, tensors: Mapping[str, Tensor]) -> None:
             function.load({name: tensors[f"{site}.{block}.{name}"] for name in names})
 
 
-def _stack(functions: Sequence[Function | None], ids: Tensor | None) -> dict[str, Tensor]:
+def stacked(functions: Sequence[Function | None], ids: Tensor | None = None) -> dict[str, Tensor]:
     """The functions' tensors side by side: a set a task, or one an image where ``ids`` names it.
 
     Ranks may differ, and a task may have no edit: rows of zeros take part in no formula.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,13 @@ def datasets() -> dict[str, Tensor]:
 def relative(value: Tensor, reference: Tensor) -> float:
     """Largest deviation, relative to the reference's largest entry."""
     return float(((value - reference).abs().max() / reference.abs().max()).detach())
+
+
+def blocks(page: str, language: str = "") -> list[str]:
+    """The code blocks of one language in a page of docs/."""
+    text = (Path(__file__).parents[1] / "docs" / page).read_text()
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+    return [block for said, block in found if said == language]
 
 
 def acts(before: Tensor, after: Tensor) -> bool:

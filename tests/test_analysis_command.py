@@ -8,8 +8,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_command import TINY, in_process
 
+from fusion_bench_intervmerge.cli import main as report
 from fusion_bench_intervmerge.errors import ConfigError
-from fusion_bench_intervmerge.report.cli import main as report
 
 TASKS = ["digits", "positions"]
 OTHERS = ["letters", "shapes", "counting", "colours", "gratings", "textures"]

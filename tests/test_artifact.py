@@ -315,7 +315,7 @@ def test_a_save_that_fails_leaves_the_old_model(folder, monkeypatch):
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     model = InterventionModel(hf_tower(1, 0.1), TASKS, {"attention": {"rank": 2}})
     monkeypatch.setattr(
-        "fusion_bench_intervmerge.artifact._card",
+        "fusion_bench_intervmerge.artifact.model_card",
         lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")),
     )  # a disk that fills up cannot be had in a test
     with pytest.raises(ConfigError, match="No space left on device"):

@@ -366,7 +366,7 @@ def test_a_comparison_evaluates_every_model_alike(comparison, seeds):
 
 
 def test_the_report_shows_what_the_task_pool_said(comparison, tmp_path):
-    from fusion_bench_intervmerge.report.cli import main
+    from fusion_bench_intervmerge.cli import main
 
     assert main(["report", str(comparison), "--to", str(tmp_path / "report")]) == 0
     names = {path.name for path in (tmp_path / "report").iterdir()}
@@ -592,7 +592,7 @@ def test_within_hydra_an_error_is_one_that_hydra_shows_as_a_line(tmp_path):
 
 
 def test_ctrl_c_is_one_line(tmp_path, monkeypatch):
-    from fusion_bench_intervmerge.distillation import Interrupted
+    from fusion_bench_intervmerge.checkpoint import Interrupted
 
     told = "stopped after step 12 of 200; the same command goes on from there"
 

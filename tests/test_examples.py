@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_command import compose, in_process
 
-from fusion_bench_intervmerge.report.cli import main as report
+from fusion_bench_intervmerge.cli import main as report
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -46,7 +46,9 @@ def run(command, cwd, **environment):
 
 def test_no_example_is_forgotten():
     names = {path.name for path in EXAMPLES.iterdir() if path.is_file()}
-    assert names == {*SCRIPTS, *SHELL, "study.sh"}
+    # test_hub.py, test_serving.py
+    elsewhere = {"push_and_classify.sh", "classify.py", "serve.py", "serve.html"}
+    assert names == {*SCRIPTS, *SHELL, "study.sh", *elsewhere}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def test_a_python_example(name, shown):
 
 def commands(name, arguments, folder):
     """What a shell example calls: the shell's own work for real, its commands written down."""
-    for command in ("fusion_bench", "intervmerge"):
+    for command in ("fusion_bench", "intervmerge", "uv"):
         (folder / command).write_text(RECORDER)
         (folder / command).chmod(0o755)
     run(

@@ -17,7 +17,8 @@ import pytest
 import synthetic_runs as synthetic
 from rich.console import Console
 
-from fusion_bench_intervmerge.report import cli, drawing, figures, gather, read_run, rows, words
+from fusion_bench_intervmerge import cli
+from fusion_bench_intervmerge.report import drawing, figures, gather, read_run, rows, words
 from fusion_bench_intervmerge.report.analysis_figures import drawings
 from fusion_bench_intervmerge.report.page import analysed, write_report
 from fusion_bench_intervmerge.report.tables import to_terminal
@@ -502,7 +503,7 @@ def test_the_command_writes_beside_the_run(
 
 def test_a_report_needs_neither_toolkit_nor_torch() -> None:
     code = (
-        "import sys, fusion_bench_intervmerge.report.cli\n"
+        "import sys, fusion_bench_intervmerge.cli\n"
         "print([m for m in ('torch', 'fusion_bench', 'transformers', 'matplotlib.pyplot')"
         " if m in sys.modules])"
     )

@@ -10,6 +10,8 @@ from torch import Tensor
 from .huggingface import HuggingFaceTower
 from .openclip import OpenCLIPTower
 
+OPENCLIP_EPS = 1e-5
+
 _OUTSIDE = {
     "embeddings.class_embedding": "class_embedding",
     "embeddings.patch_embedding.weight": "conv1.weight",
@@ -36,9 +38,11 @@ def to_openclip(tower: HuggingFaceTower, mean: tuple, std: tuple) -> OpenCLIPTow
         mean, std: what its images are normalised with.
 
     Raises:
-        ValueError: the tower's activation has no counterpart in OpenCLIP.
+        ValueError: the tower's activation or layer norm has no counterpart in OpenCLIP.
     """
     config = tower.config
+    if config.layer_norm_eps != OPENCLIP_EPS:
+        raise ValueError(f"layer_norm_eps {config.layer_norm_eps} has no counterpart in OpenCLIP")
     if config.hidden_act not in ("gelu", "quick_gelu"):
         raise ValueError(f"hidden_act {config.hidden_act!r} has no counterpart in OpenCLIP")
     converted = OpenCLIPTower.from_spec(

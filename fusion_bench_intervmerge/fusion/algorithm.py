@@ -104,7 +104,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
                 model, done = self.repair(pool, merged, mixture)
         with interruptible("measuring the repair", done.states):
             report = self._report(pool, model, done)
-        self._remember(model, done, report)
+        self._remember(pool, model, done, report)
         if self.settings.save_to is not None and self.fabric.is_global_zero:
             self._save(model, done)
         done.clear()
@@ -122,10 +122,17 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         log.info("the model is saved in %s", folder)
 
     def _remember(
-        self, model: InterventionModel, done: Distillation, report: Mapping[str, Any]
+        self,
+        pool: ExpertPool,
+        model: InterventionModel,
+        done: Distillation,
+        report: Mapping[str, Any],
     ) -> None:
-        """Keep with the model what it was trained on, earlier trainings included."""
+        """Keep with the model its CLIP, and what it was trained on, earlier trainings included."""
         seen, now = model.metadata, {key: report[key] for key in ("method", "transductive")}
+        about = pool.about()
+        classes = (seen.get("classes") or {}) | about.pop("classes", {})
+        seen |= about | ({"classes": classes} if classes else {})
         if self.settings.extend is None:
             model.metadata |= {"images": report["images_used"], **now}
             return

@@ -6,8 +6,9 @@ What is not found is said in one line.
 from __future__ import annotations
 
 import copy
+import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fusion_bench import BaseModelPool
@@ -161,6 +162,38 @@ class ExpertPool:
         return lambda features: (
             nn.functional.normalize(features.float(), dim=-1).to(weights.device) @ weights.T
         )
+
+    def about(self) -> dict[str, Any]:
+        """What a saved model should know of its CLIP to be of use elsewhere, as JSON values.
+
+        Returns:
+            ``base_model``, the pretrained CLIP's id or folder; ``preprocessor``, the settings of
+            its image processor; ``classes``, task -> names and templates of the captions, where
+            FusionBench knows them. Without what the pool does not tell.
+        """
+        from fusion_bench.tasks.clip_classification import get_classnames_and_templates
+
+        found: dict[str, Any] = {}
+        config = self.pool._models.get("_pretrained_")
+        if isinstance(config, Mapping):
+            config = config.get("pretrained_model_name_or_path")
+        if hasattr(self.pool, "load_clip_model") and isinstance(config, str):
+            found["base_model"] = config
+        images = getattr(self._processor(), "image_processor", None)
+        if images is not None:
+            found["preprocessor"] = json.loads(images.to_json_string())
+        classes = {}
+        for task in self.tasks:
+            try:
+                names, functions = get_classnames_and_templates(task)
+            except ValueError:
+                continue
+            templates = [function("{}") for function in functions]
+            pairs = list(zip(templates, functions, strict=True))
+            # A template may be any function; kept are those that a text can say.
+            if all(text.format(name) == say(name) for text, say in pairs for name in names):
+                classes[task] = {"names": list(names), "templates": templates}
+        return found | ({"classes": classes} if classes else {})
 
     def identity(self, name: str) -> str:
         """What the config says of a model: enough to tell one run's models from another's.

@@ -1,0 +1,207 @@
+"""Serve a repaired model: POST an image and its task, get the class and its score.
+
+    python examples/serve.py FOLDER               # a saved model, or its id on a hub
+    curl localhost:8000/predict -H 'Content-Type: application/json' \\
+      -d "{\\"task\\": \\"digits\\", \\"image\\": \\"$(base64 -w0 seven.png)\\"}"
+    {"task": "digits", "class": "seven", "score": 0.93}
+
+http://localhost:8000 is a page to drop or draw an image on; /health says whether the model is up.
+Requests that come together are one forward pass, whatever their tasks. LitServe queues and batches
+them (pip install 'fusion-bench-intervmerge[serve]'). The classes are those that the saved model
+knows of its tasks; ``--classes`` and ``--clip`` tell others, as for ``intervmerge export``.
+"""
+# Without `from __future__ import annotations`: LitServe and FastAPI read them as types.
+
+import argparse
+import base64
+import binascii
+import io
+import json
+import sys
+from pathlib import Path
+
+import litserve
+import torch
+from fastapi.exceptions import RequestValidationError
+from PIL import Image
+from pydantic import BaseModel, field_validator
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse
+from starlette.routing import Route
+
+from fusion_bench_intervmerge.hub.names import local_folder
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+MOST_PIXELS = 32_000_000
+MOST_BYTES = 24_000_000
+PAGE = Path(__file__).with_suffix(".html")
+
+
+class Asked(BaseModel):
+    """A request. What is wrong with it is found before it takes a place in a batch."""
+
+    image: str
+    task: str
+
+    @field_validator("image")
+    @classmethod
+    def is_a_picture(cls, image: str) -> str:
+        try:
+            open_picture(image)
+        except binascii.Error:
+            raise ValueError("not in base64") from None
+        return image
+
+
+def open_picture(image: str) -> Image.Image:
+    """A picture whose pixels are not read yet; its size is in its first bytes."""
+    content = base64.b64decode(image, validate=True)
+    try:
+        picture = Image.open(io.BytesIO(content), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise ValueError("too many pixels") from None
+    except (OSError, SyntaxError, ValueError):
+        raise ValueError(f"not a picture ({', '.join(FORMATS)})") from None
+    if picture.width * picture.height > MOST_PIXELS:
+        raise ValueError("too many pixels")
+    return picture
+
+
+class Refusal(Exception):
+    """One line for whoever asked; the others of the batch get their answers."""
+
+
+class Classifier(litserve.LitAPI):
+    """Requests of any tasks -> classes and scores.
+
+    Args:
+        model, classes, clip: as the command line has them.
+    """
+
+    def __init__(self, model: str, classes: str | None, clip: str | None, **batching):
+        super().__init__(**batching)
+        self.sources = model, classes, clip
+
+    def setup(self, device):
+        # Here and not above: the process that takes the requests needs none of it.
+        from fusion_bench_intervmerge import InterventionModel
+        from fusion_bench_intervmerge.clip import image_processor
+        from fusion_bench_intervmerge.export.command import known_heads, read_classes
+        from fusion_bench_intervmerge.export.plain import Heads
+
+        name, classes, clip = self.sources
+        self.model = InterventionModel.from_pretrained(name).fold().to(device)
+        self.processor = image_processor(self.model)
+        given = None if classes is None else read_classes(Path(classes))
+        heads, self.classes = known_heads(self.model, None, given, clip)
+        self.heads = Heads([heads[task] for task in self.model.tasks]).to(device)
+        self.names = [*self.model.tasks, *(["auto"] if self.has_router() else [])]
+
+    def has_router(self) -> bool:
+        """Whether the model tells an image's task; it says so itself when it is asked."""
+        size = self.processor.crop_size
+        try:
+            self.model.route(torch.zeros(1, 3, size["height"], size["width"], device=self.device))
+        except (AttributeError, ValueError):
+            return False
+        return True
+
+    def decode_request(self, request: Asked):
+        # A refusal is returned: raised, it would be the answer to the whole batch.
+        if request.task not in self.names:
+            return Refusal(f"task: there is no {request.task!r}, but {', '.join(self.names)}")
+        try:
+            picture = open_picture(request.image).convert("RGB")
+        except (OSError, SyntaxError, ValueError):
+            return Refusal("image: it is torn")
+        return self.processor(picture, return_tensors="pt")["pixel_values"][0], request.task
+
+    def batch(self, inputs):
+        return inputs
+
+    @torch.inference_mode()
+    def predict(self, batch):
+        asked = [entry for entry in batch if not isinstance(entry, Refusal)]
+        answers = iter(self.classify(*zip(*asked, strict=True)) if asked else [])
+        return [entry if isinstance(entry, Refusal) else next(answers) for entry in batch]
+
+    def classify(self, images, tasks):
+        """Images and their tasks, ``auto`` among them -> an answer each, in one forward pass."""
+        images, tasks = torch.stack(images).to(self.device), list(tasks)
+        unnamed = [index for index, task in enumerate(tasks) if task == "auto"]
+        if unnamed:
+            for index, task in zip(unnamed, self.model.route(images[unnamed]), strict=True):
+                tasks[index] = task
+        indices = torch.tensor([self.model.tasks.index(task) for task in tasks])
+        logits = self.heads(self.model.encode(images, tasks), indices.to(images.device))
+        scores, places = logits.softmax(dim=-1).max(dim=-1)
+        found = zip(tasks, places.tolist(), scores.tolist(), strict=True)
+        return [{"task": t, "class": self.classes[t][p], "score": score} for t, p, score in found]
+
+    def unbatch(self, output):
+        return output
+
+    def encode_response(self, output):
+        if isinstance(output, Refusal):
+            return JSONResponse({"detail": str(output)}, status_code=422)
+        return output
+
+
+def in_one_line(request: Request, error: RequestValidationError) -> JSONResponse:
+    """What is wrong with a request: the field, and why."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str))
+    problem = first["msg"].removeprefix("Value error, ")
+    return JSONResponse({"detail": f"{where or 'request'}: {problem}"}, status_code=422)
+
+
+def make_server(options: argparse.Namespace) -> litserve.LitServer:
+    """The service; ``run`` starts it."""
+    try:
+        folder = local_folder(options.model)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        sys.exit(f"{options.model}: no saved model ({error})")
+    if not (options.classes or config["metadata"].get("classes")):
+        sys.exit(f"{options.model} does not know its tasks' classes; name them by --classes FILE")
+    tasks = config["tasks"]
+    page = PAGE.read_text(encoding="utf-8").replace('["TASKS"]', json.dumps(tasks))
+    classifier = Classifier(
+        str(folder),
+        options.classes,
+        options.clip,
+        max_batch_size=options.batch,
+        batch_timeout=options.wait,
+    )
+    server = litserve.LitServer(
+        classifier,
+        accelerator=options.accelerator,
+        timeout=options.timeout,
+        max_payload_size=MOST_BYTES,
+        model_metadata={"tasks": tasks},
+    )
+    server.app.add_exception_handler(RequestValidationError, in_one_line)
+    # In front of LitServe's own page.
+    server.app.router.routes.insert(0, Route("/", lambda request: HTMLResponse(page)))
+    return server
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="a saved model's folder, or its id on a hub")
+    parser.add_argument("--classes", metavar="FILE", help="as for intervmerge export")
+    parser.add_argument("--clip", metavar="CLIP", help="as for intervmerge export")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for other machines too")
+    parser.add_argument("--batch", type=int, default=32, help="images in a pass at most, 2 or more")
+    parser.add_argument("--wait", type=float, default=0.005, help="seconds for a batch to fill")
+    parser.add_argument("--timeout", type=float, default=30, help="seconds in the queue, then 504")
+    parser.add_argument("--accelerator", default="auto", help="cpu, cuda, mps or auto")
+    options = parser.parse_args()
+    if options.batch < 2:
+        parser.error("--batch: 2 or more")
+    make_server(options).run(host=options.host, port=options.port, generate_client_file=False)
+
+
+if __name__ == "__main__":
+    main()

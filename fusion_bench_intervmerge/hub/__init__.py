@@ -1,0 +1,1 @@
+"""Saved models on a hub: their card, pushing, and fetching."""

@@ -1,0 +1,108 @@
+"""The model card of a saved model: what a hub indexes, and what a reader asks first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from .names import is_hub_id
+
+if TYPE_CHECKING:
+    from ..artifact import Artifact
+
+LIBRARY = "fusion-bench-intervmerge"
+TAGS = ["intervmerge", "fusion-bench", "model-merging", "clip"]
+
+
+def model_card(artifact: Artifact, name: str) -> str:
+    """The card as Markdown behind its metadata.
+
+    Args:
+        artifact: its ``metadata`` may tell ``images`` (what the edits were trained on),
+            ``transductive``, ``base_model`` and ``results`` (task -> accuracy on the test split).
+        name: what ``from_pretrained`` takes: a folder or a hub's id.
+    """
+    known = artifact.metadata
+    settings = "\n".join(
+        f"| {site} | {config.function} | {config.rank} | {config.blocks} | {config.tokens} "
+        f"| {config.part} |"
+        for site, config in artifact.interventions.items()
+    )
+    extra = artifact.extra_parameters
+    example = artifact.tasks[0] if artifact.tasks else "..."
+    return f"""---
+{_data(artifact, name).to_yaml()}
+---
+
+# {name}
+
+A merged CLIP vision encoder with task-specific interventions
+([IntervMerge](https://arxiv.org/abs/2412.17023)) for {len(artifact.tasks)} tasks:
+{", ".join(artifact.tasks)}.
+{_trained(known)}
+{extra["total"]:,} extra parameters over all tasks ({extra["folded"]:,} when folded).
+
+| site | function | rank | blocks | tokens | part |
+|---|---|---|---|---|---|
+{settings}
+
+```python
+from fusion_bench_intervmerge import InterventionModel
+
+model = InterventionModel.from_pretrained("{name}")
+features = model.encode(images, task="{example}")
+```
+{_results(known)}"""
+
+
+def _data(artifact: Artifact, name: str) -> ModelCardData:
+    known = artifact.metadata
+    base = known.get("base_model")
+    # A folder of this machine is no model that a hub knows.
+    known_to_hubs = isinstance(base, str) and is_hub_id(base) and not Path(base).exists()
+    results = [
+        EvalResult(
+            task_type="zero-shot-image-classification",
+            dataset_type=task,
+            dataset_name=task,
+            dataset_split="test",
+            metric_type="accuracy",
+            metric_value=accuracy,
+        )
+        for task, accuracy in (known.get("results") or {}).items()
+    ]
+    return ModelCardData(
+        library_name=LIBRARY,
+        pipeline_tag="zero-shot-image-classification",
+        tags=TAGS,
+        base_model=base if known_to_hubs else None,
+        model_name=name.rpartition("/")[2],
+        eval_results=results or None,
+    )
+
+
+def _trained(known: dict[str, Any]) -> str:
+    if not known.get("images"):
+        return ""
+    kind = {
+        True: " These include images that it is tested on, without labels: its test results are "
+        "transductive.",
+        False: " Its test results are held-out: none of these is a test image.",
+    }.get(known.get("transductive"), "")  # type: ignore[arg-type]
+    return f"\nTrained on {known['images']}.{kind}\n"
+
+
+def _results(known: dict[str, Any]) -> str:
+    results = known.get("results") or {}
+    if not results:
+        return ""
+    rows = "\n".join(f"| {task} | {100 * accuracy:.1f} |" for task, accuracy in results.items())
+    mean = 100 * sum(results.values()) / len(results)
+    return f"""
+| task | accuracy on the test split, % |
+|---|---:|
+{rows}
+| average | {mean:.1f} |
+"""

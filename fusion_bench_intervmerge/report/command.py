@@ -1,0 +1,39 @@
+"""``intervmerge report``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rich.console import Console
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to a parser's."""
+    report = commands.add_parser(
+        "report",
+        help="tables, figures and one HTML page",
+        description="Write tables, figures and one self-contained HTML page about runs of "
+        "`fusion_bench method=intervmerge/compare` and `method=intervmerge`.",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
+    report.add_argument("--to", metavar="FOLDER", help="default: report, in the first run's folder")
+    report.add_argument(
+        "--base",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="report this merging method only, by its name in the run; may be given several times",
+    )
+    report.add_argument("--title", default="IntervMerge report", help="of the page")
+    report.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write the report."""
+    from .page import write_report
+
+    console = Console()
+    folder = write_report(options.runs, options.to, options.base, options.title, console)
+    # soft_wrap: a path that is broken over lines cannot be copied
+    console.print(f"The report is in {folder / 'report.html'}", soft_wrap=True, highlight=False)

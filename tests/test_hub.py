@@ -1,0 +1,254 @@
+"""Pushing and pulling, by the stock client, on a hub that is served on 127.0.0.1."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import TASKS, blocks, hf_tower, openclip_tower, perturbed
+from huggingface_hub import ModelCard, constants, file_download
+from loopback_hub import serve
+from PIL import Image
+from test_clip import make_repaired
+from test_command import in_process
+from test_examples import commands
+
+from fusion_bench_intervmerge import InterventionModel
+from fusion_bench_intervmerge.artifact import ArtifactError
+from fusion_bench_intervmerge.cli import main
+from fusion_bench_intervmerge.clip import image_processor
+from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.export import zero_shot_heads
+from fusion_bench_intervmerge.hub.push import read_results
+
+UV = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with serve(tmp_path / "hub") as hub:
+        # What HF_ENDPOINT, HF_TOKEN and HF_HOME say to a process that starts.
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", "hf_of_this_test")
+        yield hub
+
+
+@pytest.fixture
+def model():
+    return perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {"rank": 2}}))
+
+
+def test_what_is_pushed_is_what_is_pulled(hub, model, images, tmp_path):
+    model.metadata["images"] = "ten drawings"
+    address = model.push_to_hub("me/repaired")
+    assert address.startswith(f"{hub.endpoint}/me/repaired/commit/")
+    model.save_pretrained(tmp_path / "saved")
+    saved = {p.relative_to(tmp_path / "saved").as_posix() for p in _files(tmp_path / "saved")}
+    assert set(hub.files("me/repaired")) == saved
+    again = InterventionModel.from_pretrained("me/repaired")
+    assert again.metadata == model.metadata
+    with torch.no_grad():
+        for task in (None, *TASKS):
+            assert torch.equal(again.encode(images, task), model.encode(images, task))
+    assert 'from_pretrained("me/repaired")' in hub.files("me/repaired")["README.md"].decode()
+
+
+def test_an_older_revision_and_a_second_push(hub, model, images):
+    first = model.push_to_hub("me/repaired").rpartition("/")[2]
+    model.drop_task("bees")
+    model.push_to_hub("me/repaired", delete_patterns="interventions/*")
+    assert InterventionModel.from_pretrained("me/repaired").tasks == ["ants", "cats"]
+    assert InterventionModel.from_pretrained("me/repaired", revision=first).tasks == TASKS
+
+
+def _files(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+# -- the card ----------------------------------------------------------------------------------
+
+
+def test_the_card_is_what_a_hub_indexes(model, tmp_path):
+    model.metadata |= {
+        "base_model": "openai/clip-vit-base-patch32",
+        "images": "all of the test split",
+        "transductive": True,
+        "results": {"ants": 0.5, "bees": 0.75, "cats": 1.0},
+    }
+    model.save_pretrained(tmp_path / "repaired")
+    card = ModelCard.load(tmp_path / "repaired" / "README.md")
+    assert card.data.library_name == "fusion-bench-intervmerge"
+    assert card.data.pipeline_tag == "zero-shot-image-classification"
+    assert card.data.base_model == "openai/clip-vit-base-patch32"
+    assert {"clip", "model-merging"} < set(card.data.tags)
+    assert [(r.dataset_name, r.metric_type, r.metric_value) for r in card.data.eval_results] == [
+        ("ants", "accuracy", 0.5),
+        ("bees", "accuracy", 0.75),
+        ("cats", "accuracy", 1.0),
+    ]
+    text = " ".join(card.text.split())
+    assert "Trained on all of the test split." in text and "test results are transductive" in text
+    assert "| average | 75.0 |" in text
+
+
+def test_a_card_says_nothing_that_is_not_known(model, tmp_path):
+    model.metadata |= {
+        "base_model": str(tmp_path),
+        "images": "the train split",
+        "transductive": False,
+    }
+    model.save_pretrained(tmp_path / "repaired")
+    text = (tmp_path / "repaired" / "README.md").read_text()
+    assert str(tmp_path) not in text  # a folder of this machine is no base model
+    assert "base_model" not in text and "model-index" not in text and "average" not in text
+    assert "its test results are held-out" in " ".join(text.lower().split())
+
+
+# -- what goes wrong ---------------------------------------------------------------------------
+
+
+def test_no_model_of_that_name(hub):
+    with pytest.raises(ArtifactError, match="me/nothing: there is no such folder, and it is not"):
+        InterventionModel.from_pretrained("me/nothing")
+
+
+def test_no_hub(model, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ArtifactError, match=r"\Ame/repaired: .*\Z"):
+        InterventionModel.from_pretrained("me/repaired")
+    with pytest.raises(ArtifactError, match=r"\Ame/repaired: not pushed .*\Z"):
+        model.push_to_hub("me/repaired", token="t")
+
+
+def test_no_token(hub, model):
+    with pytest.raises(ArtifactError, match=r"me/repaired: not pushed .*401"):
+        model.push_to_hub("me/repaired", token=False)
+    assert not (hub.folder / "me").exists()
+
+
+def test_half_a_model(hub, model):
+    model.push_to_hub("me/repaired")
+    files = hub.files("me/repaired")
+    del files["interventions/bees.safetensors"]
+    hub.commit("me/repaired", files)
+    with pytest.raises(ArtifactError, match=r"bees\.safetensors"):
+        InterventionModel.from_pretrained("me/repaired")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["{nowhere}", "me/x"], "no artifact here"),
+        (["{saved}", "no name"], "repo: 'no name' is no repository's name; allowed: owner/model"),
+        (["{saved}", "me/x", "--run", "{nowhere}"], "no program_report.json there"),
+        (["{saved}", "me/x", "--run", "{saved}"], "its program_report.json lacks 'ants'"),
+        (["{saved}", "me/x", "--no-onnx"], "clip: the model does not say which CLIP"),
+    ],
+)
+def test_bad_input_gets_one_line(words, said, hub, model, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "program_report.json").write_text('{"average": {"accuracy": 1}}')
+    paths = {name: tmp_path / name for name in ("saved", "nowhere")}
+    assert main(["push", *(word.format(**paths) for word in words)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and said in err and err.count("\n") == 1
+    assert not any("POST" in line for line in hub.asked)
+
+
+def test_a_report_that_is_none(tmp_path):
+    for text in ("[", "[]", '{"ants": 1}', '{"ants": {"accuracy": "high"}}'):
+        (tmp_path / "program_report.json").write_text(text)
+        with pytest.raises(ConfigError, match="is no report of accuracies"):
+            read_results(tmp_path, ["ants"])
+
+
+def test_openclip_models_are_pushed_as_well(hub, tmp_path, capsys):
+    model = InterventionModel(openclip_tower(), TASKS, {"attention": {}})
+    model.save_pretrained(tmp_path / "saved")
+    assert main(["push", str(tmp_path / "saved"), "me/other", "--no-onnx"]) == 0
+    assert capsys.readouterr().out.startswith(f"me/other: {hub.endpoint}/me/other/commit/")
+    processor = huggingface_hub.hf_hub_download("me/other", "preprocessor_config.json")
+    assert '"image_std"' in Path(processor).read_text()
+    assert InterventionModel.from_pretrained("me/other").tower.family == "openclip"
+
+
+# -- three commands: train, push, and classify where nothing else is installed -------------------
+
+
+def test_train_push_and_classify_elsewhere(hub, tmp_path, capfd):
+    """examples/push_and_classify.sh: two commands in this process, the third in a fresh venv."""
+    if UV is None:
+        pytest.skip("needs uv for a fresh environment")
+    from transformers import CLIPModel
+
+    from fusion_bench_intervmerge.fusion.embedded import load_processor
+    from fusion_bench_intervmerge.fusion.embedded.tasks import TASKS as EMBEDDED
+
+    drawn, _ = EMBEDDED["shapes"].images(0, "test", 6)
+    files = [str(tmp_path / f"{index}.png") for index in range(len(drawn))]
+    for file, image in zip(files, drawn, strict=True):
+        Image.fromarray(image).save(file)
+    words = ["me/repaired", "shapes", *files]
+    (tmp_path / "calls").mkdir()
+    train, push, classify = commands("push_and_classify.sh", words, tmp_path / "calls")
+    assert [train[0], push[0], classify[0]] == ["fusion_bench", "intervmerge", "uv"]
+    (run,) = (Path(w.partition("=")[2]) for w in train if w.startswith("path.log_dir="))
+    in_process(*train[1:], "fast_dev_run=true", folder=run.parent)
+    assert main(push[1:]) == 0
+
+    card = ModelCard(hub.files("me/repaired")["README.md"].decode())
+    assert len(card.data.eval_results) == 8 and "transductive" in card.text
+
+    capfd.readouterr()
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    alone |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run([UV, *classify[1:]], env=alone, capture_output=True, text=True)
+    if "No solution found" in done.stderr or "Failed to fetch" in done.stderr:
+        pytest.skip("no package index is reached")
+    assert done.returncode == 0, done.stderr
+    said = dict(line.split(": ") for line in done.stdout.splitlines())
+
+    model = InterventionModel.from_pretrained("me/repaired")
+    clip = CLIPModel.from_pretrained(model.metadata["base_model"])
+    described = {"shapes": model.metadata["classes"]["shapes"]}
+    head = zero_shot_heads(clip, load_processor().tokenizer, described)["shapes"]
+    pictures = [Image.open(file) for file in files]
+    pixels = image_processor(model)(pictures, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        features = torch.nn.functional.normalize(model.encode(pixels, "shapes"), dim=-1)
+    shares = (features @ head.T).softmax(dim=-1)
+    for file, share in zip(files, shares, strict=True):
+        name, score = said[file].rsplit(" ", 1)
+        assert name == described["shapes"]["names"][int(share.argmax())]
+        assert abs(float(score) - float(share.max())) < 2e-3
+
+
+def test_the_page_shows_the_examples_commands(tmp_path, monkeypatch):
+    monkeypatch.setenv("STEPS", "200")
+    recorded = commands("push_and_classify.sh", ["OWNER/MODEL", "digits", "image.png"], tmp_path)
+    run = next(w.partition("=")[2] for w in recorded[0] if w.startswith("path.log_dir="))
+    text = blocks("hub.md")[-1].replace("\\\n", " ").replace("outputs/first", run)
+    shown = [shlex.split(line) for line in text.splitlines()]
+    assert [sorted(Path(w).name for w in words) for words in shown] == [
+        sorted(Path(w).name for w in words) for words in recorded
+    ]
+
+
+def test_the_page_uses_the_stock_pipeline(tmp_path, monkeypatch, capsys):
+    make_repaired().save_pretrained(tmp_path / "outputs" / "first" / "intervmerge")
+    Image.effect_noise((40, 40), 60).convert("RGB").save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks("hub.md", "python")
+    exec(block, {})
+    assert "'label': 'circle'" in capsys.readouterr().out

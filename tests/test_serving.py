@@ -1,0 +1,248 @@
+"""examples/serve.py over HTTP: right answers in mixed batches, one line for what is wrong."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+import re
+import runpy
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from http.client import HTTPConnection
+from pathlib import Path
+
+import pytest
+
+litserve = pytest.importorskip("litserve")
+
+from browser import CHROMIUM, Browser  # noqa: E402
+from conftest import blocks  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+TASKS = ["digits", "shapes"]
+
+spec = importlib.util.spec_from_file_location("service", ROOT / "benchmarks" / "service.py")
+service = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(service)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A saved model, and the port it is served at: one service, which must outlive all tests."""
+    folder = tmp_path_factory.mktemp("service")
+    model = service.make_model("tiny", TASKS, folder, rank=4)
+    # A batch waits long enough to be made of several requests.
+    options = ("--accelerator=cpu", "--wait=0.02", "--batch=8")
+    with service.serving(folder / "model", *options) as port:
+        yield model, port
+
+
+@pytest.fixture
+def connection(served):
+    connection = HTTPConnection("127.0.0.1", served[1], timeout=60)
+    yield connection
+    connection.close()
+
+
+def a_picture():
+    return service.pictures(["digits"], 1)["digits"][0]
+
+
+def a_bomb(side):
+    """A PNG of a few bytes that says it is that wide and high."""
+    content = b"\x89PNG\r\n\x1a\n"
+    size = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    for kind, data in ((b"IHDR", size), (b"IDAT", zlib.compress(bytes(100)))):
+        checked = struct.pack(">I", zlib.crc32(kind + data))
+        content += struct.pack(">I", len(data)) + kind + data + checked
+    return base64.b64encode(content).decode()
+
+
+def a_torn_one():
+    content = base64.b64decode(a_picture())
+    return base64.b64encode(content[: len(content) // 2]).decode()
+
+
+def test_many_clients_get_what_encode_gives(served):
+    model, port = served
+    found = service.load(port, model, requests=160, clients=8, images_a_task=8)
+    assert found["requests"] == 160 and found["wrong"] == 0
+    assert found["largest deviation of a score"] < 1e-5
+
+
+BAD = {
+    "no image": ({"task": "digits"}, "image: Field required"),
+    "no task": ({"image": a_picture()}, "task: Field required"),
+    "a task of another type": (
+        {"task": ["digits"], "image": a_picture()},
+        "task: Input should be a valid string",
+    ),
+    "an image of another type": (
+        {"task": "digits", "image": 3},
+        "image: Input should be a valid string",
+    ),
+    "an unknown task": (
+        {"task": "wasps", "image": a_picture()},
+        "task: there is no 'wasps', but digits, shapes",
+    ),
+    "a router that is not there": (
+        {"task": "auto", "image": a_picture()},
+        "task: there is no 'auto', but digits, shapes",
+    ),
+    "no base64": ({"task": "digits", "image": "%%"}, "image: not in base64"),
+    "no picture": (
+        {"task": "digits", "image": base64.b64encode(b"GIF99").decode()},
+        "image: not a picture (PNG, JPEG, WEBP, GIF, BMP)",
+    ),
+    "an empty one": (
+        {"task": "digits", "image": ""},
+        "image: not a picture (PNG, JPEG, WEBP, GIF, BMP)",
+    ),
+    "half a picture": ({"task": "digits", "image": a_torn_one()}, "image: it is torn"),
+    "a bomb": ({"task": "digits", "image": a_bomb(60_000)}, "image: too many pixels"),
+    "a smaller bomb": ({"task": "digits", "image": a_bomb(8_000)}, "image: too many pixels"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_request_gets_one_line(name, connection):
+    asked, said = BAD[name]
+    body = service.json.dumps(asked)
+    connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    assert response.status == 422
+    answer = service.json.loads(response.read())
+    assert answer == {"detail": said}
+    assert service.is_ready(connection.port)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (b'{"task": ', 422, "request: JSON decode error"),
+        (b"", 422, "request: Field required"),
+        (b"[]", 422, "request: Input should be a valid dictionary"),
+        (b'"' + 25_000_000 * b"A" + b'"', 413, "Payload too large"),
+    ],
+    ids=["half a JSON", "nothing", "a list", "too much"],
+)
+def test_a_body_that_is_no_request(body, status, said, connection):
+    connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    assert response.status == status
+    assert service.json.loads(response.read())["detail"].startswith(said)
+    assert service.is_ready(connection.port)
+
+
+def test_bad_requests_cost_the_good_ones_of_their_batch_nothing(served):
+    model, port = served
+    right = service.right_answers(model, {"digits": [a_picture()]})["digits", 0]
+    answers = []
+
+    def client(bad):
+        connection = HTTPConnection("127.0.0.1", port, timeout=60)
+        for _ in range(8):
+            asked = BAD["half a picture" if bad else "an unknown task"][0] if bad else None
+            task, image = (asked["task"], asked["image"]) if bad else ("digits", a_picture())
+            answers.append((bad, *service.ask(connection, task, image)))
+        connection.close()
+
+    threads = [threading.Thread(target=client, args=(bad,)) for bad in 4 * [True, False]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == 64
+    for bad, status, said in answers:
+        if bad:
+            assert (status, said) == (422, {"detail": "image: it is torn"})
+        else:
+            assert status == 200 and said["class"] == right[0]
+            assert abs(said["score"] - right[1]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("nowhere", "nowhere: no saved model"),
+        ("empty", "empty: no saved model"),
+        ("torn", "torn: no saved model"),
+        ("unknown", "unknown does not know its tasks' classes; name them by --classes FILE"),
+    ],
+)
+def test_a_model_that_cannot_be_served(model, said, tmp_path, monkeypatch, capsys):
+    for name in ("empty", "torn", "unknown"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "torn" / "config.json").write_text("{")
+    (tmp_path / "unknown" / "config.json").write_text('{"tasks": ["ants"], "metadata": {}}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["serve.py", model])
+    with pytest.raises(SystemExit, match=said) as stopped:
+        runpy.run_path(str(ROOT / "examples" / "serve.py"), run_name="__main__")
+    assert "\n" not in str(stopped.value)
+
+
+def test_pictures_of_all_kinds(served, connection):
+    picture = service.Image.open(io.BytesIO(base64.b64decode(a_picture())))
+    for mode, form in (("L", "png"), ("RGBA", "png"), ("P", "gif"), ("RGB", "jpeg"), ("1", "bmp")):
+        stream = io.BytesIO()
+        picture.resize((50, 40)).convert(mode).save(stream, form)
+        image = base64.b64encode(stream.getvalue()).decode()
+        status, said = service.ask(connection, "digits", image)
+        assert status == 200 and said["class"] in served[0].metadata["classes"]["digits"]["names"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium to open the page in")
+def test_the_page_takes_what_is_drawn_and_dropped(served, tmp_path):
+    model, port = served
+    (tmp_path / "one.png").write_bytes(base64.b64decode(a_picture()))
+    name, score = service.right_answers(model, {"shapes": [a_picture()]})["shapes", 0]
+    answer, send = "document.querySelector('#answer b')", "form.requestSubmit()"
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(f"http://127.0.0.1:{port}/")
+        assert browser.evaluate("[...task.options].map(o => o.value).join()") == "digits,shapes"
+        drawn = "board.toDataURL()"
+        before = browser.evaluate(drawn)
+        browser.drag("#board", [(0.3, 0.2), (0.7, 0.2), (0.45, 0.85)])
+        assert browser.evaluate(drawn) != before
+        browser.evaluate(send)
+        assert (
+            browser.wait_for(f"{answer} && {answer}.textContent")
+            in (model.metadata["classes"]["digits"]["names"])
+        )
+        browser.evaluate("task.value = 'shapes'")
+        browser.drop("#board", str(tmp_path / "one.png"))
+        browser.wait_for("dropped")
+        assert browser.evaluate("answer.textContent") == ""
+        browser.evaluate(send)
+        assert browser.wait_for(f"{answer} && {answer}.textContent") == name
+        share = browser.evaluate("document.querySelector('#answer meter').value")
+        assert abs(share - score) < 1e-4  # the file itself was sent, not the canvas
+        assert browser.console == []
+        browser.evaluate("dropped = 'AAAA'; " + send)
+        said = browser.wait_for("document.querySelector('#answer.bad') && answer.textContent")
+        assert said.startswith("image: not a picture")
+
+
+# -- docs/serving.md ---------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_what_the_page_asks_is_answered(served, tmp_path):
+    (tmp_path / "image.png").write_bytes(base64.b64decode(a_picture()))
+    command = blocks("serving.md")[1].replace(":8000", f":{served[1]}")
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, check=True)
+    assert service.json.loads(done.stdout).keys() == {"task", "class", "score"}
+
+
+def test_the_page_names_the_scripts_options_and_their_defaults():
+    page = (ROOT / "docs" / "serving.md").read_text()
+    script = (ROOT / "examples" / "serve.py").read_text()
+    for option, value in re.findall(r"`(--[a-z]+)(?: ([\d.]+))?`", page):
+        default = f"default={value}," if value and option != "--host" else ""
+        assert re.search(rf'"{option}".*{default}', script), option
