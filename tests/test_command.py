@@ -603,3 +603,27 @@ def test_ctrl_c_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stopped:  # which Python shows as its message alone
         in_process("method=intervmerge", "modelpool=clip-vit-tiny_TA8", folder=tmp_path)
     assert stopped.value.code == told
+
+
+# -- in closed form --------------------------------------------------------------------------------
+
+
+def test_the_closed_form_spends_a_budget_and_is_refined(tmp_path):
+    def run(name, *more):
+        command = ["method=intervmerge/closed_form", "method.budget=1000", "method.resume=never"]
+        command += ["modelpool=clip-vit-tiny_TA8", "modelpool.tasks=[colours,counting]"]
+        in_process(*command, f"method.save_to={tmp_path / name}", *more, folder=tmp_path)
+        model = InterventionModel.from_pretrained(tmp_path / name)
+        return model, json.loads((tmp_path / "log" / "intervmerge.json").read_text())
+
+    model, report = run("solved", "method.data.images=40")
+    assert report["extra_parameters"]["total"] == model.extra_parameters()["total"] == 7 * 129
+    assert report["images_seen"] == {"colours": 40, "counting": 40} and report["losses"] == {}
+    assert "at most 40 images a task, unlabelled, solved in closed form" in report["images_used"]
+    assert all(row["bias_after"] < row["bias_before"] for row in report["features"].values())
+    refined, report = run("refined", "method.data.images=40", "method.steps=3")
+    assert refined.ranks() == model.ranks()
+    assert "solved in closed form, then 3 steps of 16 images" in report["images_used"]
+    assert len(report["losses"]["colours"]) == 3
+    solved, trained = model.edits.state_dict(), refined.edits.state_dict()
+    assert any(not torch.equal(solved[name], trained[name]) for name in solved)

@@ -138,7 +138,9 @@ def test_every_study_composes_and_all_its_runs_do(study):
     for job in found:
         if job.labels.get("seed", "0") == "0":
             method = compose(f"+experiment={study}", *job.overrides).method
-            assert method.steps == 200
+            sites = [site for site in method.get("interventions", {}).values() if site]
+            solved = any(site.init == "regression" for site in sites)
+            assert method.steps == 200 or (solved and method.steps == 0)
     quick = compose(f"+experiment=[{study},quick]", return_hydra_config=True)
     short = jobs(axes=dict(quick.hydra.sweeper.axes), also=dict(quick.hydra.sweeper.also))
     assert len(short) < len(found) and quick.method.steps == 10
