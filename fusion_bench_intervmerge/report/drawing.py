@@ -30,10 +30,18 @@ from .words import count, family_and_budget, family_and_rank
 
 INK, MUTED, GRID, SURFACE = "#1c2127", "#5c6670", "#dde1e6", "#fffffe"
 # Okabe and Ito's colours: told apart by people of any colour vision, and each has its own marker.
-_FAMILIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_FAMILIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b4c9a")
 HUES = len(_FAMILIES)
-_FAMILY_MARKERS = ("o", "s", "D", "^", "v", "P")
-_FAMILIES_IN_THE_DARK = ("#4db2f0", "#ff8b4a", "#33c79c", "#e69ac6", "#f2b632", "#8fd0f5")
+_FAMILY_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+_FAMILIES_IN_THE_DARK = (
+    "#4db2f0",
+    "#ff8b4a",
+    "#33c79c",
+    "#e69ac6",
+    "#f2b632",
+    "#8fd0f5",
+    "#a98fd8",
+)
 _TINTS = (1.0, 0.6, 0.42)
 WIDE, NARROW = 7.2, 3.7  # a page shows the one or the other
 _BROAD = 10.2  # where three panels stand side by side
