@@ -177,13 +177,14 @@ def weighed(bench: Bench, fit: bool, share: bool, last: bool) -> Iterator[None]:
                 return super().affine(rank)
             directions = self._weighed()[1][:, :rank]
             root, inverse = metric()
-            W1 = (self._slope[0] @ root @ directions).T[None]
+            W1 = self.slope_along((root @ directions)[None])[0].T[None]
             b = (directions.T @ root @ self.mean_y[0])[None] - (W1 @ self.mean_x[0])
             return W1, (inverse @ directions).T[None].contiguous(), b
 
         def _weighed(self) -> tuple[torch.Tensor, torch.Tensor]:
             root, _ = metric()
-            fitted = self._slope[0].T @ self._xx[0] @ self._slope[0]
+            slope = self.slope_along(torch.eye(64)[None].double())[0]
+            fitted = slope.T @ self._xx[0] @ slope
             fitted = fitted + torch.outer(self.mean_y[0], self.mean_y[0])
             values, vectors = torch.linalg.eigh(root @ fitted @ root)
             return values.flip(0), vectors.flip(1)

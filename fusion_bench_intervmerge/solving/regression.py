@@ -128,7 +128,7 @@ class Regression:
     def affine(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """W1 (groups, rank, k), W2 (groups, rank, k) with orthonormal rows, b (groups, rank)."""
         directions = self._affine_spectrum[1][..., :rank]
-        W1 = (self._slope @ directions).mT
+        W1 = self.slope_along(directions).mT
         b = (directions.mT @ self.mean_y.unsqueeze(-1) - W1 @ self.mean_x.unsqueeze(-1)).squeeze(-1)
         return W1, directions.mT.contiguous(), b
 
@@ -149,8 +149,14 @@ class Regression:
         """(groups, k), as ``affine_gains``; negative where a direction is better left alone."""
         return self._replacement_spectrum[0]
 
+    def slope_along(self, directions: Tensor) -> Tensor:
+        """B P for directions P (groups, k, any)."""
+        _, vectors, turned, inverse = self._ridge_solution
+        return vectors @ (inverse.unsqueeze(-1) * (turned @ directions))
+
     @cached_property
-    def _slope(self) -> Tensor:
+    def _ridge_solution(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Eigenvalues v and vectors V of Cov(x), V' Cov(x, y), and 1 / (v + eps)."""
         values, vectors = torch.linalg.eigh(self._xx)
         values = values.clamp_min(0)
         turned = vectors.mT @ self._xy
@@ -162,7 +168,7 @@ class Regression:
         # without a penalty, directions in which x does not vary take no part
         kept = values + penalty > values.shape[-1] * EPSILON * values[..., -1:]
         inverse = torch.where(kept, 1 / (values + penalty).clamp_min(TINY), 0.0)
-        return vectors @ (inverse.unsqueeze(-1) * turned)
+        return values, vectors, turned, inverse
 
     def _best_ridge(self, values: Tensor, turned: Tensor, scale: Tensor) -> Tensor:
         """(groups), by generalised cross-validation."""
@@ -179,8 +185,9 @@ class Regression:
 
     @cached_property
     def _affine_spectrum(self) -> tuple[Tensor, Tensor]:
-        slope = self._slope
-        return _spectrum(slope.mT @ self._xx @ slope + _outer(self.mean_y, self.mean_y))
+        values, _, turned, inverse = self._ridge_solution
+        weighted = (values * inverse.square()).unsqueeze(-1) * turned
+        return _spectrum(turned.mT @ weighted + _outer(self.mean_y, self.mean_y))
 
     @cached_property
     def _replacement_spectrum(self) -> tuple[Tensor, Tensor]:
