@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import TASKS, blocks, hf_tower, openclip_tower, perturbed
 from huggingface_hub import ModelCard, constants, file_download
+from huggingface_hub.utils import reset_sessions
 from loopback_hub import serve
 from PIL import Image
 from test_clip import make_repaired
@@ -33,6 +34,7 @@ UV = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).pare
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
+    reset_sessions()  # the client remembers that another test was offline
     with serve(tmp_path / "hub") as hub:
         # What HF_ENDPOINT, HF_TOKEN and HF_HOME say to a process that starts.
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)

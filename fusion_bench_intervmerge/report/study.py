@@ -89,7 +89,7 @@ def read_study(folder: str | Path) -> Grid:
         ) from None
     runs, labels = [], {}
     for name, job_labels in jobs:
-        if not (folder / name / REPORT).is_file():
+        if not _finished(folder / name / REPORT):
             continue
         run = read_run(folder / name)
         if "also" in job_labels:
@@ -103,6 +103,15 @@ def read_study(folder: str | Path) -> Grid:
         raise ConfigError(str(folder), "no run of the grid is finished", f"{len(jobs)} runs")
     study = gather(runs)
     return Grid(about, study, tables.rows(study), labels, len(runs), len(jobs))
+
+
+def _finished(report: Path) -> bool:
+    """Whether a run's report is there, and whole: FusionBench may be killed as it writes it."""
+    try:
+        json.loads(report.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def write_study(folder: str | Path, console: Console | None = None) -> None:
