@@ -196,7 +196,7 @@ def test_the_main_job_reports_what_it_did(run):
     for task in tasks:
         assert story["features"][task]["bias_after"] < story["features"][task]["bias_before"]
         assert len(story["losses"][task]) == 60
-    assert "24,768 extra parameters, trained on 100% of the test split" in done.stdout
+    assert "24,768 extra parameters, found on 100% of the test split" in done.stdout
     # what FusionBench says meanwhile is in its file
     (log,) = log_dir.glob("*.log")
     assert "Loading model" in log.read_text() and "Loading model" not in done.stdout

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
-from fusion_bench_intervmerge import InterventionModel, solve
+from fusion_bench_intervmerge import InterventionModel, distill, solve
+from fusion_bench_intervmerge.distillation import loop
 from fusion_bench_intervmerge.errors import ConfigError
 from fusion_bench_intervmerge.interventions import build_function
 from fusion_bench_intervmerge.solving import Moments, Regression, allocate, sweep
@@ -387,3 +388,20 @@ def test_a_stopped_run_goes_on_from_the_last_finished_task(experts, datasets, tm
     assert other.ranks() == undisturbed.ranks()
     again.states.clear()
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_task_without_edits_beside_others_that_are_refined(experts, datasets, monkeypatch):
+    model, _ = solved_model(experts, datasets, budget=65)
+    without = [task for task, sites in model.ranks().items() if not sites["block"]]
+    assert len(without) == 2
+    monkeypatch.setattr(loop._Trainer, "_groups", lambda self, images: [[t] for t in self.tasks])
+    before = {name: tensor.clone() for name, tensor in model.edits.state_dict().items()}
+    done = distill(model, experts, datasets, steps=2, batch_size=4)
+    assert done.losses.isfinite().all() and done.losses.shape == (2, 3)
+    assert all(not torch.equal(before[n], t) for n, t in model.edits.state_dict().items())
+
+
+def test_edits_that_were_never_solved_cannot_be_trained(experts, datasets):
+    model = InterventionModel(hf_tower(), TASKS, {"block": BLOCK})
+    with pytest.raises(ConfigError, match="there are no edits to train"):
+        distill(model, experts, datasets, steps=1, batch_size=4)

@@ -177,6 +177,12 @@ def distill(
             targets = trainer.read_experts(experts, store, cache)
         ready = time.perf_counter()
         trained = trainer.trained()
+        if not trained:
+            raise ConfigError(
+                "interventions",
+                "there are no edits to train",
+                "other inits, or solve(...) before it where init is regression",
+            )
         make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=3e-3))
         optim = make(list(trained.values()))
         progress = Progress(0, torch.empty(0, len(tasks)))
@@ -491,7 +497,8 @@ class _Trainer:
             }
             student = self._student(entry, inputs.to(self.fabric.device, non_blocking=True))
             group = self.loss(student, expert, len(entry))
-            (group.sum() * scale).backward()
+            if group.requires_grad:  # a budget may leave all tasks of a group without an edit
+                (group.sum() * scale).backward()
             losses.append(group.detach())
         if self.mixture is not None:
             self.mixture.collect_gradient(self.model.tower)

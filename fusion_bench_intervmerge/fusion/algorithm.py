@@ -247,7 +247,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
 
     @property
     def images_used(self) -> str:
-        """In words, which images the edits were trained on."""
+        """In words, which images the edits were found on."""
         data = self.data
         which = f"{data.fraction:.0%} of the {data.split} split"
         if data.images is not None:
@@ -378,7 +378,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         report: dict[str, Any] = {
             "method": self._settings(model),
             "images_used": self.images_used,
-            # Evaluated on the test split, edits trained on its images are a transductive result.
+            # Evaluated on the test split, edits found on its images are a transductive result.
             "transductive": self.data.split == "test",
             "images_seen": {task: len(seen) for task, seen in done.images.items()},
             "extra_parameters": extra,
@@ -391,7 +391,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             console = Console()
             console.print("Image features against the experts', merged and repaired", style="bold")
             console.print(table(rows))
-            console.print(f"{extra['total']:,} extra parameters, trained on {self.images_used}.")
+            console.print(f"{extra['total']:,} extra parameters, found on {self.images_used}.")
             if dummy:
                 console.print(f"For accuracies add a task pool: {_suggested_task_pool()}")
             if self.log_dir is not None:

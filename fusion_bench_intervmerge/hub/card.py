@@ -20,14 +20,14 @@ def model_card(artifact: Artifact, name: str) -> str:
     """The card as Markdown behind its metadata.
 
     Args:
-        artifact: its ``metadata`` may tell ``images`` (what the edits were trained on),
+        artifact: its ``metadata`` may tell ``images`` (what the edits were found on),
             ``transductive``, ``base_model`` and ``results`` (task -> accuracy on the test split).
         name: what ``from_pretrained`` takes: a folder or a hub's id.
     """
     known = artifact.metadata
     settings = "\n".join(
-        f"| {site} | {config.function} | {config.rank} | {config.blocks} | {config.tokens} "
-        f"| {config.part} |"
+        f"| {site} | {config.function} | {config.rank if artifact.ranks is None else 'by place'} "
+        f"| {config.blocks} | {config.tokens} | {config.part} |"
         for site, config in artifact.interventions.items()
     )
     extra = artifact.extra_parameters
@@ -91,7 +91,7 @@ def _trained(known: dict[str, Any]) -> str:
         "transductive.",
         False: " Its test results are held-out: none of these is a test image.",
     }.get(known.get("transductive"), "")  # type: ignore[arg-type]
-    return f"\nTrained on {known['images']}.{kind}\n"
+    return f"\nIts edits were found on {known['images']}.{kind}\n"
 
 
 def _results(known: dict[str, Any]) -> str:

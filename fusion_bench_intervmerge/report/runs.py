@@ -37,7 +37,7 @@ class Result:
         seed: the repair's seed.
         extra_parameters: what inference needs beyond one merged model, over all tasks.
         seconds: wall-clock time of merging or repairing.
-        images_used: in words, which images the edits were trained on.
+        images_used: in words, which images the edits were found on.
         transductive: whether those are of the test split.
         losses: task -> the loss at each step; empty where the run did not keep it.
     """

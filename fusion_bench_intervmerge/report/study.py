@@ -182,7 +182,7 @@ def to_markdown(grid: Grid, head: Sequence[str], lines: Sequence[Sequence[str]])
     images = sorted({row.images_used for row in repairs if row.images_used})
     transductive = any(row.transductive for row in repairs)
     text = tables.caption(grid.rows).split(" Gap closed")[0]
-    text += f" Edits were trained on {'; or '.join(images)}." if len(images) < 4 else ""
+    text += f" Edits were found on {'; or '.join(images)}." if len(images) < 4 else ""
     text += " Transductive: these are images of the test split." if transductive else ""
     return "\n".join([f"# {title(grid)}", "", body[0], rule, *body[1:], "", text, ""])
 
