@@ -15,15 +15,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from conftest import TASKS, hf_tower
 from safetensors.torch import save_file
 
-from fusion_bench_intervmerge import InterventionModel, distill
+from fusion_bench_intervmerge import InterventionModel, distill, solve
 from fusion_bench_intervmerge.coefficients import Mixture, task_vector
 from fusion_bench_intervmerge.distillation import loop
+from fusion_bench_intervmerge.solving.sweep import Sweep
 
 
 def main(output: Path, states: Path, steps: int, pause: float = 0.0, processes: int = 1) -> None:
@@ -63,12 +65,25 @@ def main(output: Path, states: Path, steps: int, pause: float = 0.0, processes: 
         run="the same run",
         save_every=1,
     )
+    solved = solved_features(fabric, experts, datasets)
     if fabric.is_global_zero:
         tensors = {n: p.detach().contiguous() for n, p in model.edits.named_parameters()}
         tensors |= {"coefficients": mixture.coefficients.detach(), "losses": done.losses}
+        tensors["solved"] = solved
         tensors["resumed_at"] = torch.tensor(done.resumed_at)
         save_file(tensors, output)
         done.clear()
+
+
+def solved_features(fabric: L.Fabric, experts: Any, datasets: Any) -> torch.Tensor:
+    """Features of edits in closed form; the sums behind them are of all processes' images."""
+    Sweep._batch_size = 4  # so that each process has its share
+    site = {"function": "nodireft", "rank": 2, "tokens": "all", "init": "regression"}
+    model = InterventionModel(hf_tower(), TASKS, {"block": site})
+    solution = solve(model, experts, datasets, fabric=fabric)
+    with torch.no_grad():
+        found = [model.encode(datasets[task], task) for task in TASKS]
+    return torch.cat([*found, *solution.expert_features.values()])
 
 
 def torture(kills: list[int], states: Path, run: Callable[[], None]) -> None:
