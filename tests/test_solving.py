@@ -405,3 +405,9 @@ def test_edits_that_were_never_solved_cannot_be_trained(experts, datasets):
     model = InterventionModel(hf_tower(), TASKS, {"block": BLOCK})
     with pytest.raises(ConfigError, match="there are no edits to train"):
         distill(model, experts, datasets, steps=1, batch_size=4)
+
+
+def test_an_expert_of_another_shape_is_named(experts, datasets):
+    narrow = experts | {"bees": openclip_tower}
+    with pytest.raises(ConfigError, match=r"modelpool\.models\.bees: .* experts of one arch"):
+        solved_model(narrow, datasets)

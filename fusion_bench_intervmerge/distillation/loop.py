@@ -21,14 +21,14 @@ from torch.utils.data import Dataset
 
 from ..checkpoint import Interrupted, Progress, StateFolder, interruptible
 from ..coefficients import Mixture
-from ..encoders import VisionTower
+from ..encoders import VisionTower, check_expert
 from ..errors import ConfigError
 from ..expert_cache import ExpertCache
 from ..model import InterventionModel
 from ..precision import computing_dtype
+from ..progress import progress_bar
 from .losses import Representations, loss_function
 from .memory import keep_freed_memory
-from .progress import progress_bar
 from .schedule import Schedule
 from .store import ImageStore
 
@@ -328,7 +328,7 @@ class _Trainer:
         with progress_bar("experts' features", total, self.fabric.is_global_zero) as bar:
             for task in self.tasks:
                 expert = experts[task]()
-                self._check_expert(task, expert)
+                check_expert(task, expert, self.model.tower)
                 expert = expert.to(self.fabric.device).eval()
                 with torch.no_grad(), expert.in_dtype(self.dtype), expert.fused_activations():
                     targets[task] = self._representations(task, expert, store, at_once, cache)
@@ -386,18 +386,6 @@ class _Trainer:
             states = expert.run_block(block, states)
             means.append(states.mean(dim=1))
         return {"blocks": torch.stack(means, dim=1), "output": expert.readout(states)}
-
-    def _check_expert(self, task: str, expert: VisionTower) -> None:
-        own = {n: p.shape for n, p in self.model.tower.mergeable().items()}
-        theirs = {n: p.shape for n, p in expert.mergeable().items()}
-        if own != theirs:
-            name = next(n for n in [*own, *theirs] if own.get(n) != theirs.get(n))
-            raise ConfigError(
-                f"modelpool.models.{task}",
-                f"{name} has shape {_shape(theirs.get(name))}, the merged encoder's "
-                f"{_shape(own.get(name))}",
-                "experts of one architecture",
-            )
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -553,7 +541,3 @@ def _stop_requested() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "nothing of that name" if shape is None else str(tuple(shape))

@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import nn
 
 from ..errors import ConfigError
-from .base import VisionTower
+from .base import VisionTower, check_expert
 
 # what transformers' CLIP models call themselves; SigLIP's and DINOv2's are laid out otherwise
 _CLIP = ("clip", "clip_vision_model")
@@ -98,4 +98,4 @@ def _normalisation(model: nn.Module) -> tuple[tuple, tuple] | None:
     return None
 
 
-__all__ = ["MissingProjectionError", "VisionTower", "as_tower", "tower_from_spec"]
+__all__ = ["MissingProjectionError", "VisionTower", "as_tower", "check_expert", "tower_from_spec"]

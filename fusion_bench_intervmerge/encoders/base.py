@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from .activation import FusedQuickGELU
 
 Edit = Callable[[str, int, Tensor], Tensor]
@@ -212,3 +213,21 @@ def check_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], what: st
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ValueError(f"{what} {problem} {names[0]}{more}")
+
+
+def check_expert(task: str, expert: VisionTower, merged: VisionTower) -> None:
+    """Make sure that an expert has the merged encoder's architecture.
+
+    Raises:
+        ConfigError: the first parameter of another shape, or that one of them lacks.
+    """
+    own = {name: tuple(p.shape) for name, p in merged.mergeable().items()}
+    theirs = {name: tuple(p.shape) for name, p in expert.mergeable().items()}
+    if own != theirs:
+        name = next(n for n in [*own, *theirs] if own.get(n) != theirs.get(n))
+        shape, wanted = (of.get(name, "nothing of that name") for of in (theirs, own))
+        raise ConfigError(
+            f"modelpool.models.{task}",
+            f"{name} has shape {shape}, the merged encoder's {wanted}",
+            "experts of one architecture",
+        )

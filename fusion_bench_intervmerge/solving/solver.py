@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..checkpoint import Progress, StateFolder, interruptible
-from ..encoders import VisionTower
+from ..encoders import VisionTower, check_expert
 from ..errors import ConfigError
 from ..images import choose_images
 from ..interventions.functions import function_class
 from ..model import InterventionModel
 from ..precision import computing_dtype
+from ..progress import progress_bar
 from .budget import allocate
 from .sweep import Place, Sweep
 
@@ -111,7 +112,7 @@ def solve(
     }
     places = solved_places(model)
     states = StateFolder(state_folder, run, "solved") if state_folder is not None else None
-    finished = _Finished(states, places)
+    finished = _Finished(states, places, writes=fabric.is_global_zero)
     started = time.perf_counter()
     home, dtype = model.tower.device, computing_dtype(fabric)
     weight = (model.tower.num_tokens - 1) / 2 if class_weight is None else class_weight
@@ -119,20 +120,27 @@ def solve(
     def sweep(task: str, ranks: Mapping[Place, int] | None) -> Sweep:
         keys = [(task, index) for index in chosen[task]]
         expert = experts[task]()
+        check_expert(task, expert, model.tower)
         with expert.in_dtype(dtype), model.tower.in_dtype(dtype):
             done = Sweep(model, task, expert, places, fabric, ridge, weight)
-            done.run(images, keys, num_workers, cache_gb * 2**30, ranks)
+            done.run(images, keys, num_workers, cache_gb * 2**30, ranks, lambda: bar.advance(1))
         return done
 
+    blocks = model.tower.num_blocks * len(chosen) * (1 if budget is None else 2)
     try:
         model.to(fabric.device)
-        with interruptible("solving", states):
+        with (
+            interruptible("solving", states),
+            progress_bar("solving", blocks, fabric.is_global_zero) as bar,
+        ):
             same = {place: model.interventions[place[0]].rank for place in places}
             ranks = {task: same for task in experts}
             if budget is not None:
                 for task in experts:
                     if not finished.has_gains(task):
                         finished.keep_gains(task, sweep(task, None).gains)
+                        for place in places:  # at full rank they are large
+                            model.set_rank(task, *place, 0)
                 ranks = share_out(model, {task: finished.gains(task) for task in experts}, budget)
             for task in experts:
                 if not finished.restore(model, task):
@@ -204,10 +212,11 @@ class _Finished:
     Args:
         states: the run's states, read at once.
         places: of the run, in order.
+        writes: whether this process is the one that writes states.
     """
 
-    def __init__(self, states: StateFolder | None, places: Sequence[Place]):
-        self._states, self._places = states, places
+    def __init__(self, states: StateFolder | None, places: Sequence[Place], writes: bool):
+        self._states, self._places, self._writes = states, places, writes
         self._tensors = {} if states is None else states.tensors()
         if self._tensors:
             log.info("going on with what is solved already")
@@ -256,5 +265,5 @@ class _Finished:
         self._save()
 
     def _save(self) -> None:
-        if self._states is not None:
+        if self._states is not None and self._writes:
             self._states.save(Progress(len(self._tensors), torch.empty(0)), self._tensors)

@@ -22,7 +22,7 @@ alone, since nothing else is read there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 
@@ -81,6 +81,7 @@ class Sweep:
         num_workers: int,
         room: float,
         ranks: Mapping[Place, int] | None,
+        after_block: Callable[[], None] = lambda: None,
     ) -> None:
         """Solve every place.
 
@@ -89,6 +90,7 @@ class Sweep:
             keys: the images: task and index.
             room: bytes of memory for the images' states.
             ranks: of the places; None for as many as gain anything.
+            after_block: called when all images have left a block.
         """
         for place in self.places:
             self.model.set_rank(self.task, *place, 0)
@@ -110,6 +112,7 @@ class Sweep:
                     self._move_on(block, states)
                 for index, target in enumerate(targets):
                     targets[index] = self._of_expert(block, target)[0]
+            after_block()
         features = [self.expert.readout(target) for target in targets]
         if ("output", 0) in self.places:
             self._solve_output(states, features, ranks)
