@@ -4,6 +4,7 @@
     python benchmarks/closed_form_variants.py ridge       # fixed ridges against cross-validation
     python benchmarks/closed_form_variants.py class_weight
     python benchmarks/closed_form_variants.py output      # residuals as the output feels them
+    python benchmarks/closed_form_variants.py soft_labels # refined by labels too
 
 Average accuracy over tasks on the test split, edits on every block's output, all tokens, solved on
 480 images of the test split (transductive) or on some of the training split (held-out, three seeds
@@ -203,6 +204,43 @@ def weighed(bench: Bench, fit: bool, share: bool, last: bool) -> Iterator[None]:
         sweep.Sweep._place, sweep.Regression = placed, Regression
 
 
+def soft_labels(bench: Bench) -> None:
+    """A budget of 24,768, refined by 200 steps: L1 alone, and with cross-entropy to the expert."""
+    for merge in bench.merges:
+        for share in (0.0, 0.1, 1.0):
+            found = [_refined(bench, merge, share, seed) for seed in SEEDS]
+            mean, spread = statistics.mean(found), statistics.stdev(found)
+            line = {
+                "cross-entropy": share,
+                "merge": merge,
+                "128 train": f"{mean:.1f} ± {spread:.1f}",
+            }
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def _refined(bench: Bench, merge: str, share: float, seed: int) -> float:
+    model = bench.model(merge)
+    data = bench.data["train"]
+    solution = solve(model, bench.experts, data, budget=BUDGET, at_most=128, seed=seed)
+    optimizer = torch.optim.Adam(model.edits.parameters(), lr=3e-3)
+    draw = torch.Generator().manual_seed(seed)
+    for _ in range(200):
+        for task in bench.tasks:
+            rows = torch.randperm(128, generator=draw)[:16].tolist()
+            images = data[task].tensors[0][[solution.images[task][row] for row in rows]]
+            wanted = solution.expert_features[task][rows]
+            got = model.encode(images, task)
+            loss = (got - wanted).abs().mean()
+            if share:
+                labels = bench.heads[task](wanted).mul(100).softmax(dim=1)
+                logits = bench.heads[task](got).mul(100)
+                loss = loss + share * torch.nn.functional.cross_entropy(logits, labels)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return bench.accuracy(model)
+
+
 @torch.enable_grad()
 def _metrics(expert: torch.nn.Module, images: torch.Tensor, draws: int = 4) -> list[torch.Tensor]:
     expert.eval().requires_grad_(False)
@@ -225,7 +263,7 @@ def _metrics(expert: torch.nn.Module, images: torch.Tensor, draws: int = 4) -> l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    what = {f.__name__: f for f in (places, ridge, class_weight, output)}
+    what = {f.__name__: f for f in (places, ridge, class_weight, output, soft_labels)}
     parser.add_argument("what", choices=what, nargs="+")
     options = parser.parse_args()
     bench = Bench()
