@@ -141,7 +141,10 @@ class InterventionModel(TaskAwareModel, ModelHubMixin):
             return self.tower.features(images)
 
     def add_task(self, task: str) -> None:
-        """Give a task edits at their starting values; ``distill`` trains them."""
+        """Give a task edits at their starting values; ``distill`` trains them.
+
+        Where ``init`` is ``regression`` there are none until ``solve`` finds them.
+        """
         check_task_name(task, self.tasks)
         ranks = {
             # What is solved in closed form has no start: it is not there before.

@@ -297,6 +297,14 @@ def test_a_new_task_joins_a_saved_model(run, tmp_path):
     assert added["tasks"] == [left] and added["method"]["interventions"]["attention"]["rank"] == 4
     after = again.edits[model.tasks[0]].state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    # its edits are trained, and the preset of the closed form would leave them at their start
+    with pytest.raises(ConfigError, match="steps: 0, but the saved model's edits are trained"):
+        in_process(
+            "method=intervmerge/closed_form",
+            f"method.extend={tmp_path / 'seven'}",
+            "modelpool=clip-vit-tiny_TA8",
+            folder=tmp_path,
+        )
 
 
 def test_an_old_style_base_runs_nested(tmp_path):

@@ -75,6 +75,8 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         self.base: Any = self.settings.base
         self.coefficients: Any = self.settings.coefficients
         self.data = self.settings.data
+        sites = read_interventions(self.interventions).values()
+        self._solves = any(config.init == "regression" for config in sites)
         self._make_optimizer([nn.Parameter(torch.zeros(1))])  # refused now, not after the merge
 
     @host_in_the_log()
@@ -217,7 +219,12 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             "run": run,
         }
         solved = None
-        if any(config.init == "regression" for config in model.interventions.values()):
+        self._solves = any(c.init == "regression" for c in model.interventions.values())
+        if self.settings.extend is not None and not self._solves and not self._steps:
+            raise ConfigError(
+                "steps", "0, but the saved model's edits are trained", "1 or more, or no `extend`"
+            )
+        if self._solves:
             solved = solve(model, experts, images, budget=settings.budget, **common)
             if not self._steps:
                 return Distillation(
@@ -252,8 +259,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         which = f"{data.fraction:.0%} of the {data.split} split"
         if data.images is not None:
             which += f", at most {data.images} images a task"
-        sites = read_interventions(self.interventions).values()
-        how = ["solved in closed form"] * any(c.init == "regression" for c in sites)
+        how = ["solved in closed form"] * self._solves
         if self._steps:
             how.append(f"{self._steps} steps of {data.batch_size} images a task")
         words = ", then ".join(how) or "not trained"

@@ -48,8 +48,9 @@ class ComparisonSettings(Settings):
             ``init``, ``task_vectors``; with ``init: base`` the base is an AdaMerging method, run
             once. Bases without are left out for methods that train coefficients.
         seeds: seeds of the repairs.
-        steps, data: override every method's, so that all have the same; a method with ``steps: 0``
-            is solved, not trained, and keeps it.
+        steps: override every method's, so that all have the same; a method with ``steps: 0`` is
+            solved, not trained, and keeps it.
+        data: override every method's, so that all have the same.
         references: whether the pretrained encoder and the experts themselves are evaluated too.
         analyses: names of analyses of every merge and its repairs at the first seed, ``all``, or
             null; ``analysis.json`` keeps what they find.
