@@ -5,6 +5,7 @@
     python benchmarks/closed_form_variants.py class_weight
     python benchmarks/closed_form_variants.py output      # residuals as the output feels them
     python benchmarks/closed_form_variants.py soft_labels # refined by labels too
+    python benchmarks/closed_form_variants.py attention   # patches weighed by attention
 
 Average accuracy over tasks on the test split, edits on every block's output, all tokens, solved on
 480 images of the test split (transductive) or on some of the training split (held-out, three seeds
@@ -204,6 +205,35 @@ def weighed(bench: Bench, fit: bool, share: bool, last: bool) -> Iterator[None]:
         sweep.Sweep._place, sweep.Regression = placed, Regression
 
 
+def attention(bench: Bench) -> None:
+    """Patches weighed by the attention of the expert's class token in the next block."""
+    original = sweep.Sweep._weights
+    found: dict[str, torch.Tensor] = {}
+
+    def weights(self: sweep.Sweep, block: int) -> torch.Tensor:
+        plain = original(self, block)
+        if block == self.tower.num_blocks - 1:
+            return plain
+        if self.task not in found:
+            found[self.task] = _attention(self.expert, bench.data["train"][self.task].tensors[0])
+        paid = found[self.task][block + 1, 1:]
+        return torch.cat([plain[:1], len(paid) * paid / paid.sum()])
+
+    sweep.Sweep._weights = weights
+    bench.lines("weighed by attention, rank 4", (128,), rank=4)
+    bench.lines("weighed by attention, budget 24768", (128,), budget=BUDGET)
+    sweep.Sweep._weights = original
+
+
+@torch.no_grad()
+def _attention(expert: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """(blocks, tokens), the class token's attention, mean over heads and images."""
+    model = copy.deepcopy(expert.model)
+    model.set_attn_implementation("eager")
+    paid = model(images[:480], output_attentions=True).attentions
+    return torch.stack([block[:, :, 0].mean(dim=(0, 1)) for block in paid])
+
+
 def soft_labels(bench: Bench) -> None:
     """A budget of 24,768, refined by 200 steps: L1 alone, and with cross-entropy to the expert."""
     for merge in bench.merges:
@@ -263,7 +293,7 @@ def _metrics(expert: torch.nn.Module, images: torch.Tensor, draws: int = 4) -> l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    what = {f.__name__: f for f in (places, ridge, class_weight, output, soft_labels)}
+    what = {f.__name__: f for f in (places, ridge, class_weight, output, attention, soft_labels)}
     parser.add_argument("what", choices=what, nargs="+")
     options = parser.parse_args()
     bench = Bench()
