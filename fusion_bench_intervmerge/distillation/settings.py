@@ -57,8 +57,9 @@ class MethodSettings(Settings):
             three times, so that each of its steps at 1e-3 is three steps of Adam; hence 3e-3.
         seed: decides initial edits, images and their order.
         save_to: folder for the artifact; ``{log_dir}`` stands for the run's log folder.
-        resume: ``auto`` continues a run of the same settings that was stopped, and takes the
-            coefficients that an earlier run of AdaMerging found on the pool; ``never`` does not.
+        resume: ``auto`` continues a run of the same settings that was stopped, and takes from the
+            cache folder the coefficients that an earlier run of AdaMerging found on the pool and
+            the experts' features of the same images (2 GiB at most are kept); ``never`` does not.
         save_every: steps between two states of a run that may be stopped.
         compile: compile the encoder's MLPs for the training; it takes about half a minute, and pays
             in long runs of wide encoders.
