@@ -29,9 +29,9 @@ from fusion_bench.method import SimpleAverageAlgorithm, TaskArithmeticAlgorithm
 from torch.utils.data import DataLoader, TensorDataset
 
 from fusion_bench_intervmerge import InterventionModel, solve
-from fusion_bench_intervmerge.fusion.base_merge import run_base
 from fusion_bench_intervmerge.fusion.embedded import EmbeddedCLIPVisionModelPool
 from fusion_bench_intervmerge.fusion.experts import ExpertPool
+from fusion_bench_intervmerge.fusion.merge import run_base
 from fusion_bench_intervmerge.images import choose_images
 from fusion_bench_intervmerge.solving import solver, sweep
 from fusion_bench_intervmerge.solving.regression import Regression

@@ -17,13 +17,13 @@ import yaml
 from hydra.utils import get_class
 from pydantic_core import PydanticUndefined
 
-from fusion_bench_intervmerge.coefficients import CoefficientSettings
 from fusion_bench_intervmerge.interventions import (
     FUNCTION_NAMES,
     InterventionConfig,
     build_function,
 )
 from fusion_bench_intervmerge.interventions.functions import function_class
+from fusion_bench_intervmerge.merging import CoefficientSettings
 from fusion_bench_intervmerge.settings import Settings
 
 DOCS = Path(__file__).parent

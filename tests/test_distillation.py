@@ -24,11 +24,11 @@ from test_model import intervmerge, surgery_v2
 
 from fusion_bench_intervmerge import InterventionModel, distill
 from fusion_bench_intervmerge.checkpoint import Interrupted
-from fusion_bench_intervmerge.coefficients import Mixture, task_vector
 from fusion_bench_intervmerge.distillation import DistillationError, Schedule, ThriceAdam, loop
 from fusion_bench_intervmerge.distillation.memory import keep_freed_memory
 from fusion_bench_intervmerge.errors import ConfigError
 from fusion_bench_intervmerge.expert_cache import ExpertCache
+from fusion_bench_intervmerge.merging import Mixture, TaskVector, mix
 
 WORKER = Path(__file__).parent / "distill_worker.py"
 
@@ -283,9 +283,10 @@ def test_a_task_is_added_without_touching_the_others(experts, datasets, images):
 def test_trained_coefficients_follow_autograd(experts, datasets, granularity):
     """Against the mixture written as one differentiable expression, in float64."""
     tower = hf_tower(dtype=torch.float64)
-    theta0 = [p.detach().clone() for p in tower.mergeable().values()]
+    theta0 = {name: p.detach().clone() for name, p in tower.mergeable().items()}
     vectors = [
-        task_vector(hf_tower(s, 0.05, torch.float64), theta0) for s in range(1, len(TASKS) + 1)
+        TaskVector.between(hf_tower(s, 0.05, torch.float64).mergeable(), theta0)
+        for s in range(1, len(TASKS) + 1)
     ]
     shape = (3,) if granularity == "task" else (3, len(theta0))
     generator = torch.Generator().manual_seed(0)
@@ -303,7 +304,7 @@ def test_trained_coefficients_follow_autograd(experts, datasets, granularity):
     used = coefficients.clamp(0, 1)
     used = used if used.dim() == 2 else used[:, None].expand(-1, len(theta0))
     weights = {
-        f"model.{name}": theta0[i] + sum(used[t, i] * vectors[t][i] for t in range(3))
+        f"model.{name}": theta0[name] + sum(used[t, i] * vectors[t].tensors[name] for t in range(3))
         for i, name in enumerate(tower.mergeable())
     }
 
@@ -325,10 +326,8 @@ def test_trained_coefficients_follow_autograd(experts, datasets, granularity):
 
 def test_coefficients_train_along_with_the_edits(experts, datasets, images):
     tower = hf_tower()
-    theta0 = [p.detach().clone() for p in tower.mergeable().values()]
-    vectors = [task_vector(experts[task](), theta0) for task in TASKS]
-    mixture = Mixture(theta0, vectors, torch.full((3, len(theta0)), 0.3))
-    mixture.write(tower)
+    start = torch.full((3, len(tower.mergeable())), 0.3)
+    mixture = mix(tower, (experts[task]() for task in TASKS), start)
     model = InterventionModel(tower, TASKS, {"attention": {}})
     done = distill(model, experts, datasets, steps=12, batch_size=4, mixture=mixture)
     assert done.losses[-4:].mean() < done.losses[:4].mean()
@@ -392,10 +391,7 @@ def test_64_true_trains_in_double_precision(experts, datasets, with_mixture):
     sites, run = {"attention": {"function": "loreft", "rank": 2}}, {"steps": 6, "batch_size": 4}
     tower, mixture = hf_tower(), None
     if with_mixture:
-        theta0 = [p.detach().clone() for p in tower.mergeable().values()]
-        vectors = [task_vector(experts[task](), theta0) for task in TASKS]
-        mixture = Mixture(theta0, vectors, torch.full((3,), 0.3))
-        mixture.write(tower)
+        mixture = mix(tower, (experts[task]() for task in TASKS), torch.full((3,), 0.3))
     single = InterventionModel(tower, TASKS, sites)
     expected = plain_double_training(single, experts, datasets, 6, mixture)
     errors = []

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from test_command import in_process
 
 from fusion_bench_intervmerge import InterventionConfig, InterventionModel
-from fusion_bench_intervmerge.coefficients import CoefficientSettings
 from fusion_bench_intervmerge.distillation import DataSettings
 from fusion_bench_intervmerge.interventions import FUNCTION_NAMES
+from fusion_bench_intervmerge.merging import CoefficientSettings
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "settings.md").read_text()

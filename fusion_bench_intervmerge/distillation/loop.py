@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..checkpoint import Interrupted, Progress, StateFolder, interruptible
-from ..coefficients import Mixture
 from ..encoders import VisionTower, check_expert
 from ..errors import ConfigError
 from ..expert_cache import ExpertCache
+from ..merging import Mixture
 from ..model import InterventionModel
 from ..precision import computing_dtype
 from ..progress import progress_bar

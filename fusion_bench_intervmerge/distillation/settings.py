@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from ..coefficients import CoefficientSettings
 from ..errors import ConfigError
 from ..interventions import read_interventions
+from ..merging import CoefficientSettings
 from ..settings import Flag, Folder, Seed, Settings, nested, whole
 
 OPTIONAL_FOLDER = Field(description="null, or the path of a folder")

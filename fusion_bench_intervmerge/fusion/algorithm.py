@@ -19,31 +19,26 @@ from fusion_bench.constants import RuntimeConstants
 from fusion_bench.mixins import LightningFabricMixin, SimpleProfilerMixin
 from rich.console import Console
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from ..artifact import check_place
 from ..cache import cache_root
 from ..checkpoint import interruptible
-from ..coefficients import (
-    Mixture,
-    initial_coefficients,
-    task_vector,
-    trim,
-)
 from ..distillation import Distillation, MethodSettings, distill
 from ..encoders import VisionTower
 from ..errors import ConfigError
 from ..expert_cache import ExpertCache
 from ..files import write_json
 from ..interventions import read_interventions
+from ..merging import Mixture
 from ..model import InterventionModel
 from ..settings import shown
 from ..solving import solve
-from .base_merge import run_adamerging, run_base
 from .diagnosis import diagnose, table
 from .experts import ExpertPool
 from .hub import warn_if_unreachable
 from .live import show_repair
+from .merge import merge_experts
 from .program import HOST_KEYS, check_arguments, check_family, has_task_pool, plain, split_settings
 from .screen import host_in_the_log, one_line
 
@@ -159,19 +154,14 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
 
     def merge(self, pool: ExpertPool) -> tuple[VisionTower, Mixture | None]:
         """The merged encoder, and the mixture it came from where ``coefficients`` are set."""
-        if self.coefficients is not None:
-            return self._mix(pool)
-        if pool.pool.has_merged:
-            log.info("the pool has a merged model: it is repaired, and `base` is not run")
-            return pool.tower("_merged_"), None
-        if self.base is None:
-            raise ConfigError("base", "nothing merges the experts", "a FusionBench method")
-        try:
-            model = run_base(self.base, pool.pool, self.fabric, self._program)
-        except (RuntimeError, ValueError, KeyError):
-            pool.check_shapes()  # the likeliest reason, and the method's own words for it are many
-            raise
-        return pool.wrap(model.to("cpu")), None
+        return merge_experts(
+            pool,
+            self.base,
+            self.coefficients,
+            self.fabric,
+            self._program,
+            keep=self.settings.resume == "auto",
+        )
 
     def repair(
         self, pool: ExpertPool, merged: VisionTower, mixture: Mixture | None = None
@@ -268,41 +258,6 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
     @property
     def _steps(self) -> int:
         return min(self.settings.steps, 2) if RuntimeConstants.debug else self.settings.steps
-
-    # -- merging -----------------------------------------------------------------------------------
-
-    def _mix(self, pool: ExpertPool) -> tuple[VisionTower, Mixture]:
-        settings = self.coefficients
-        tower = pool.tower("_pretrained_")
-        theta0 = [p.detach().clone() for p in tower.mergeable().values()]
-        if settings.init == "base":
-            start = run_adamerging(
-                self.base,
-                pool.pool,
-                self.fabric,
-                self._program,
-                keep=self.settings.resume == "auto",
-            )
-        else:
-            start = settings.init
-        init = initial_coefficients(start, len(pool.tasks), len(theta0), settings.granularity)
-        ties = settings.task_vectors == "ties"
-        vectors = (self._vector(pool, task, theta0) for task in pool.tasks)
-        trimmed = (trim(vector, settings.keep) if ties else vector for vector in vectors)
-        mixture = Mixture(theta0, trimmed, init, getattr(torch, settings.dtype))
-        if ties:
-            mixture.elect_signs()
-        mixture.write(tower)
-        if not settings.train:
-            mixture.release()
-        return tower, mixture
-
-    def _vector(self, pool: ExpertPool, task: str, theta0: Sequence[Tensor]) -> list[Tensor]:
-        try:
-            return task_vector(pool.tower(task), theta0)
-        except ConfigError:
-            pool.check_shapes()  # names the expert and the tensor
-            raise
 
     # -- around the trainer ------------------------------------------------------------------------
 

@@ -17,20 +17,20 @@ from typing_extensions import Self
 
 from ..analysis import read_analyses
 from ..checkpoint import StateFolder
-from ..coefficients import CoefficientSettings
 from ..distillation import DataSettings, MethodSettings
 from ..distillation.settings import check_method
 from ..encoders import VisionTower
 from ..errors import ConfigError, named, unknown_key
 from ..files import write_json
+from ..merging import CoefficientSettings
 from ..settings import Flag, Seed, Settings, whole
 from .algorithm import IntervMergeAlgorithm
 from .analyse import Analyser
-from .base_merge import run_adamerging
 from .experts import ExpertPool
 from .hub import warn_if_unreachable
 from .individual import IndividualExperts
 from .live import show_comparison
+from .merge import run_adamerging
 from .program import HOST_KEYS, check_family, split_settings
 from .screen import host_in_the_log, one_line
 

@@ -1,4 +1,4 @@
-"""The merge that is repaired: any FusionBench method, as a nested config."""
+"""Merging a pool's experts: by any FusionBench method, or by coefficients of our own."""
 
 from __future__ import annotations
 
@@ -22,12 +22,71 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..cache import cache_root
+from ..encoders import VisionTower
 from ..errors import ConfigError
 from ..files import whole_file
+from ..merging import CoefficientSettings, Mixture, initial_coefficients, mix
 from ..pickles import read_tensor
+from .experts import ExpertPool
 from .hub import watched
 
 log = logging.getLogger(__name__)
+
+
+def merge_experts(
+    pool: ExpertPool,
+    base: Any,
+    coefficients: CoefficientSettings | None,
+    fabric: Fabric,
+    program: Any = None,
+    keep: bool = True,
+) -> tuple[VisionTower, Mixture | None]:
+    """The merged encoder, and the mixture it came from where ``coefficients`` are set.
+
+    Args:
+        pool: the experts; where it has a merged model already, that is taken, and nothing merges.
+        base: config of a FusionBench method, or a method object.
+        coefficients: merge by these instead, starting from their ``init``.
+        fabric: shared with the nested method.
+        program: the running FusionBench program, or None.
+        keep: whether coefficients that AdaMerging found in an earlier run are taken.
+
+    Raises:
+        ConfigError: nothing merges, or models that do not fit each other.
+    """
+    if coefficients is not None:
+        return _by_coefficients(pool, base, coefficients, fabric, program, keep)
+    if pool.pool.has_merged:
+        log.info("the pool has a merged model: it is repaired, and `base` is not run")
+        return pool.tower("_merged_"), None
+    if base is None:
+        raise ConfigError("base", "nothing merges the experts", "a FusionBench method")
+    try:
+        model = run_base(base, pool.pool, fabric, program)
+    except (RuntimeError, ValueError, KeyError):
+        pool.check_shapes()  # the likeliest reason, and the method's own words for it are many
+        raise
+    return pool.wrap(model.to("cpu")), None
+
+
+def _by_coefficients(
+    pool: ExpertPool,
+    base: Any,
+    settings: CoefficientSettings,
+    fabric: Fabric,
+    program: Any,
+    keep: bool,
+) -> tuple[VisionTower, Mixture]:
+    tower, start = pool.tower("_pretrained_"), settings.init
+    if start == "base":
+        start = run_adamerging(base, pool.pool, fabric, program, keep)
+    tensors = len(tower.mergeable())
+    init = initial_coefficients(start, len(pool.tasks), tensors, settings.granularity)
+    try:
+        return tower, mix(tower, map(pool.tower, pool.tasks), init, settings)
+    except ConfigError:
+        pool.check_shapes()  # names the expert and the tensor
+        raise
 
 
 def run_base(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -> nn.Module:

@@ -9,20 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from fusion_bench_intervmerge.coefficients import (
-    Mixture,
-    initial_coefficients,
-    read_settings,
-    task_vector,
-    trim,
-)
 from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.merging import (
+    CoefficientSettings,
+    Mixture,
+    TaskVector,
+    initial_coefficients,
+    mix,
+)
 
 
 @pytest.fixture(scope="module")
 def parts():
-    theta0 = [p.detach().clone() for p in hf_tower().mergeable().values()]
-    return theta0, [task_vector(load(), theta0) for load in fine_tuned(hf_tower).values()]
+    theta0 = {name: p.detach().clone() for name, p in hf_tower().mergeable().items()}
+    experts = fine_tuned(hf_tower).values()
+    return theta0, [TaskVector.between(load().mergeable(), theta0) for load in experts]
 
 
 def mixed(theta0, vectors, coefficients, **options):
@@ -71,7 +72,7 @@ def test_a_small_step_of_a_coefficient_acts_on_task_vectors_in_bfloat16(parts):
         mixed(theta0, vectors, torch.tensor([value, 0.3, 0.3]), dtype=torch.bfloat16)
         for value in (0.3, 0.301)
     )
-    for old, new, tau in zip(before, after, vectors[0], strict=True):
+    for old, new, tau in zip(before, after, vectors[0].tensors.values(), strict=True):
         torch.testing.assert_close(new - old, 0.001 * tau, rtol=0.02, atol=3e-7)
 
 
@@ -92,14 +93,12 @@ def test_plain_task_vectors_give_fusionbenchs_task_arithmetic(parts):
         torch.testing.assert_close(a, b.detach())
 
 
-def test_trimmed_and_elected_they_give_fusionbenchs_ties_merging(parts):
+def test_trimmed_and_elected_they_give_fusionbenchs_ties_merging():
     from fusion_bench.method import TiesMergingAlgorithm
 
-    theta0, vectors = parts
-    mixture = Mixture(theta0, [trim(vector, 0.2) for vector in vectors], torch.full((3,), 0.3))
-    mixture.elect_signs()
     tower = hf_tower()
-    mixture.write(tower)
+    ties = CoefficientSettings.read({"task_vectors": "ties"}, "coefficients")
+    mix(tower, (load() for load in fine_tuned(hf_tower).values()), torch.full((3,), 0.3), ties)
     ours = [p.detach() for p in tower.mergeable().values()]
     method = TiesMergingAlgorithm(
         scaling_factor=0.3, threshold=20, remove_keys=[], merge_func="sum"
@@ -109,13 +108,26 @@ def test_trimmed_and_elected_they_give_fusionbenchs_ties_merging(parts):
         torch.testing.assert_close(a, b.detach())
 
 
+def entries(vector):
+    return torch.cat([tensor.flatten() for tensor in vector.tensors.values()])
+
+
+def test_task_vectors_add_and_scale(parts):
+    theta0, (ants, bees, _) = parts
+    weights = (0.5 * ants + bees * 2.0).added_to(theta0)
+    for name, tensor in weights.items():
+        expected = theta0[name] + 0.5 * ants.tensors[name] + 2 * bees.tensors[name]
+        torch.testing.assert_close(tensor, expected)
+
+
 @given(keep=st.floats(0.01, 1.0), seed=st.integers(0, 100))
 @settings(max_examples=30, deadline=None)
 def test_trimming_keeps_the_largest(keep, seed):
     generator = torch.Generator().manual_seed(seed)
-    vector = [torch.randn(7, 5, generator=generator), torch.randn(30, generator=generator)]
-    flat = torch.cat([t.flatten() for t in vector]).abs()
-    kept = torch.cat([t.flatten() for t in trim(vector, keep)]).abs()
+    shapes = {"a": (7, 5), "b": (30,)}
+    vector = TaskVector({name: torch.randn(s, generator=generator) for name, s in shapes.items()})
+    flat = entries(vector).abs()
+    kept = entries(vector.trim(keep)).abs()
     assert (kept > 0).sum() in (int(keep * 65), int(keep * 65) + 1)
     dropped = flat[kept == 0]
     assert dropped.numel() == 0 or flat[kept > 0].min() >= dropped.max()
@@ -160,5 +172,5 @@ def test_files_that_hold_no_coefficients(tmp_path):
 )
 def test_settings_that_do_not_exist(settings_, message):
     with pytest.raises(ConfigError) as error:
-        read_settings(settings_)
+        CoefficientSettings.read(settings_, "coefficients")
     assert message in str(error.value)
