@@ -29,7 +29,6 @@ from .interventions import (
     build_function,
     read_interventions,
 )
-from .task_aware import TaskAwareModel
 from .task_names import check_task_name
 
 
@@ -69,7 +68,7 @@ def _told(variable: ContextVar[Mapping[object, T]], hooks: object, value: T) -> 
         variable.reset(token)
 
 
-class InterventionModel(TaskAwareModel, ModelHubMixin):
+class InterventionModel(nn.Module, ModelHubMixin):
     """A frozen merged encoder and, for each task, edits of its representations.
 
     Without a task it is the merged encoder, bit for bit. The tasks' edits are modules of their own:
@@ -545,11 +544,28 @@ class InterventionModel(TaskAwareModel, ModelHubMixin):
                 after_block(block, states)
         return self.tower.readout(states)
 
-    # -- a vision model among FusionBench's --------------------------------------------------------
+    # -- as a module -------------------------------------------------------------------------------
 
-    def native(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
-        edited = self._route is not None and bool(self._route.tasks)
-        if edited and "output" in self.placements and self.tower.task_follows:
+    def forward(self, pixel_values: Tensor, *args: Any, task: Any = None, **kwargs: Any) -> Any:
+        """The output of the tower's own forward pass, for a task.
+
+        Args:
+            pixel_values: images (batch, 3, image_size, image_size).
+            task: as in ``encode``; it may be left out inside ``for_task``.
+
+        Raises:
+            ValueError: no task is named, or edits come behind what the tower gives.
+        """
+        if task is not None:
+            with self.for_task(task, len(pixel_values)):
+                return self.forward(pixel_values, *args, **kwargs)
+        route = self._route
+        if route is None:
+            raise ValueError(
+                "no task is named: use encode(images, task), and in FusionBench one of our task "
+                "pools; for_task(None) is the merged encoder"
+            )
+        if route.tasks and "output" in self.placements and not self.tower.gives_features:
             raise ValueError(
                 "edits at the site 'output' come after the visual projection, which this "
                 "output comes before; use encode(images, task) for image features"
@@ -557,11 +573,8 @@ class InterventionModel(TaskAwareModel, ModelHubMixin):
         return self.tower(pixel_values, *args, **kwargs)
 
     @property
-    def task_follows(self) -> bool:
-        return self.tower.task_follows
-
-    @property
     def task_is_known(self) -> bool:
+        """Whether the running code is inside ``for_task``."""
         return self._route is not None
 
     @property

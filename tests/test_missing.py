@@ -143,7 +143,7 @@ def test_a_task_pool_of_the_other_family(family):
     from fusion_bench.taskpool import CLIPVisionModelTaskPool
 
     from fusion_bench_intervmerge.fusion.openclip import OpenCLIPVisionModelTaskPool
-    from fusion_bench_intervmerge.fusion.program import check_family
+    from fusion_bench_intervmerge.fusion.program import check_task_pool
 
     class Program:
         taskpool = object.__new__(OpenCLIPVisionModelTaskPool)
@@ -153,12 +153,12 @@ def test_a_task_pool_of_the_other_family(family):
     else:
         Program.taskpool._classifier_heads = {}
     line = told(
-        check_family,
+        check_task_pool,
         Program(),
         {"huggingface": hf_tower, "openclip": openclip_tower}[family]().family,
     )
     assert line.startswith("taskpool: it evaluates ") and "the same name" in line
-    check_family(Program(), {"openclip": "huggingface", "huggingface": "openclip"}[family])
+    check_task_pool(Program(), {"openclip": "huggingface", "huggingface": "openclip"}[family])
 
 
 def test_a_hub_that_does_not_answer_is_said_at_once(monkeypatch, caplog):

@@ -11,7 +11,7 @@ import fusion_bench_config
 import pytest
 import torch
 import yaml
-from conftest import TASKS, acts, hf_tower, openclip_tower, perturbed, relative
+from conftest import TASKS, acts, hf_tower, perturbed, relative
 from hostile_artifacts import BAD_NAMES, GOOD_NAMES
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +19,6 @@ from open_clip.transformer import VisionTransformer
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from fusion_bench_intervmerge import InterventionConfig, InterventionModel
-from fusion_bench_intervmerge.deferred import DeferredTensor
 from fusion_bench_intervmerge.encoders import as_tower
 from fusion_bench_intervmerge.errors import ConfigError
 
@@ -233,85 +232,6 @@ def test_parameter_counts_are_the_papers(real_sizes, size, sites, trained, folde
     assert sum(extra["per_task"].values()) == trained
 
 
-# -- among FusionBench's vision models ------------------------------------------------------------
-
-
-class CountPasses:
-    """Counts forward passes through the tower's embedding, an image each."""
-
-    def __init__(self, tower):
-        self.images = 0
-        tower._root.embeddings.register_forward_hook(self._count)
-
-    def _count(self, module, args, output):
-        self.images += len(output)
-
-
-def test_an_unnamed_output_is_put_off_and_costs_one_pass(images):
-    model = perturbed(InterventionModel(hf_tower(), TASKS, EVERYWHERE))
-    projection = model.tower.projection
-    count = CountPasses(model.tower)
-    with torch.no_grad():
-        embeds = projection(model(images)[1])
-        embeds = embeds / embeds.norm(p=2, dim=-1, keepdim=True)
-        assert isinstance(embeds, DeferredTensor) and count.images == 0
-        edited, _, _ = model.compute_surgery_features(embeds, dataset_name="bees")
-        assert count.images == len(images)
-        expected = torch.nn.functional.normalize(model.encode(images, "bees"), dim=-1)
-    torch.testing.assert_close(edited, expected)
-
-
-def test_an_output_whose_task_never_comes_is_the_merged_encoders(images):
-    model = perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}}))
-    plain = hf_tower()
-    count = CountPasses(model.tower)
-    with torch.no_grad():
-        output = model(pixel_values=images)
-        expected = plain.model(images)
-        assert torch.equal(output.pooler_output + 0, expected.pooler_output)
-        assert torch.equal(output[0].clone(), expected.last_hidden_state)
-        assert output[1].shape == expected[1].shape and output[1].dtype == torch.float32
-        logits = plain.projection(output[1]) @ torch.eye(16)
-        assert type(logits) is torch.Tensor
-        torch.testing.assert_close(logits, plain.features(images))
-    assert count.images == len(images)
-
-
-def test_an_output_that_is_put_off_is_of_the_images_that_were_given(images):
-    model = perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}}))
-    buffer = images.clone()
-    with torch.no_grad():
-        output = model(buffer)
-        embeds = model.tower.projection(output[1])
-        buffer.zero_()  # the next batch
-        torch.testing.assert_close(embeds + 0, model.encode(images))
-        edited, _, _ = model.compute_surgery_features(embeds, "ants")
-        expected = torch.nn.functional.normalize(model.encode(images, "ants"), dim=-1)
-        torch.testing.assert_close(edited, expected)
-
-
-def test_the_difference_and_the_merged_features_are_there_for_who_asks(images):
-    model = perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}}))
-    with torch.no_grad():
-        embeds = model.tower.projection(model(images)[1])
-        edited, merged, difference = model.compute_surgery_features(embeds, "ants")
-        torch.testing.assert_close(merged + 0, model.encode(images))
-        torch.testing.assert_close(difference + 0, model.encode(images) - edited)
-        by_function = model.compute_surgery_features(lambda m: m(images)[1], "ants")
-    with torch.no_grad(), model.for_task("ants"):
-        torch.testing.assert_close(by_function[0], model(images)[1])
-
-
-def test_with_gradients_the_output_is_computed_at_once(images):
-    model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
-    output = model(images.requires_grad_(True))
-    assert type(output[1]) is torch.Tensor
-    with pytest.raises(ValueError, match="before the task was known"):
-        model.compute_surgery_features(output[1], "ants")
-    with pytest.raises(ValueError, match="no edits for task 'dogs'"):
-        model.compute_surgery_features(output[1], "dogs")
-
-
 def test_a_named_task_is_applied_in_the_towers_own_forward_pass(images):
     model = perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}}))
     with torch.no_grad():
@@ -320,14 +240,6 @@ def test_a_named_task_is_applied_in_the_towers_own_forward_pass(images):
     behind = InterventionModel(hf_tower(), TASKS, EVERYWHERE)
     with pytest.raises(ValueError, match="after the visual projection"):
         behind(images, task="cats")
-
-
-def test_where_no_task_is_ever_named_the_model_refuses(images):
-    model = InterventionModel(openclip_tower(), TASKS, {"attention": {}})
-    with torch.no_grad():
-        with pytest.raises(ValueError, match="this task pool never names one"):
-            model(images)
-        assert torch.equal(model(images, task="ants"), model.encode(images, "ants"))
 
 
 def test_a_copy_has_hooks_of_its_own(images):

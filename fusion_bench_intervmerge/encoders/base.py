@@ -30,15 +30,14 @@ class VisionTower(nn.Module, ABC):
 
     Attributes:
         family: the name under which an artifact remembers whose tower it was.
-        task_follows: whether FusionBench's task pool of this family names the task, after the
-            forward pass. Where it does not, a forward pass without a task would pass for the
-            repaired model's.
+        gives_features: whether ``forward`` gives image features, and not what comes before the
+            projection.
         quick_gelu: the family's class for CLIP's activation function.
         output: the site ``output``: image features go through it.
     """
 
     family: ClassVar[str]
-    task_follows: ClassVar[bool]
+    gives_features: ClassVar[bool]
     quick_gelu: ClassVar[type[nn.Module]]
     width: int
     num_blocks: int

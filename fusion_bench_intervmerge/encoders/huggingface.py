@@ -45,7 +45,7 @@ class HuggingFaceTower(VisionTower):
     """
 
     family = "huggingface"
-    task_follows = True
+    gives_features = False
     quick_gelu = QuickGELUActivation
 
     def __init__(self, model: nn.Module, projection: nn.Linear):

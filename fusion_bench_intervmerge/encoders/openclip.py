@@ -42,7 +42,7 @@ class OpenCLIPTower(VisionTower):
     """
 
     family = "openclip"
-    task_follows = False
+    gives_features = True
     quick_gelu = QuickGELU
 
     def __init__(self, visual: VisionTransformer, mean: tuple = MEAN, std: tuple = STD):

@@ -32,14 +32,23 @@ from ..files import write_json
 from ..interventions import read_interventions
 from ..merging import Mixture
 from ..model import InterventionModel
+from ..protocols import Experts, Repair
 from ..settings import shown
 from ..solving import solve
 from .diagnosis import diagnose, table
 from .experts import ExpertPool
+from .host import HostedInterventionModel
 from .hub import warn_if_unreachable
 from .live import show_repair
 from .merge import merge_experts
-from .program import HOST_KEYS, check_arguments, check_family, has_task_pool, plain, split_settings
+from .program import (
+    HOST_KEYS,
+    check_arguments,
+    check_task_pool,
+    has_task_pool,
+    plain,
+    split_settings,
+)
 from .screen import host_in_the_log, one_line
 
 log = logging.getLogger(__name__)
@@ -48,7 +57,7 @@ DIAGNOSED_IMAGES = 256
 MAX_RATE = 1000  # beyond it no learning rate is meant
 
 
-class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
+class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm, Repair):
     """Merge experts and repair the merged encoder by distilling task-specific edits.
 
     Args:
@@ -60,6 +69,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
     """
 
     Settings = MethodSettings
+    seeded = True
 
     @one_line
     def __init__(self, interventions: Any = None, base: Any = None, **settings: Any):
@@ -87,7 +97,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             DistillationError: the loss is not finite.
         """
         pool = ExpertPool(modelpool)
-        check_family(self._program, pool.family)
+        check_task_pool(self._program, pool.family)
         warn_if_unreachable(pool.pool._models.values())
         if self.settings.save_to is not None:
             self._check_writable(self._artifact_folder())
@@ -98,7 +108,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             with self.profile("merging"), interruptible("merging the experts"):
                 merged, mixture = self.merge(pool)
             with self.profile("distillation"):
-                model, done = self.repair(pool, merged, mixture)
+                model, done = self._repair(pool, merged, mixture)
         with interruptible("measuring the repair", done.states):
             report = self._report(pool, model, done)
         self._remember(pool, model, done, report)
@@ -138,16 +148,8 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         seen["transductive"] = seen.get("transductive", False) or now["transductive"]
         seen["extended"] = [*seen.get("extended", []), {"tasks": list(done.images), **now}]
 
-    def look_ahead(self, pool: ExpertPool, tower: VisionTower) -> None:
-        """Ask for what the training will need, so that what is missing is said before the merge.
-
-        Args:
-            pool: the experts and their images.
-            tower: one of the pool's; it is used up.
-
-        Raises:
-            ConfigError: edits that do not fit the encoder, or images that are not found.
-        """
+    def look_ahead(self, pool: Experts, tower: VisionTower) -> None:
+        """Refuse edits that do not fit the encoder, and images that are not found."""
         InterventionModel(tower, pool.tasks[:1], self.interventions)
         for task in pool.tasks:
             pool.images(task, self.data.split)
@@ -163,11 +165,35 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             keep=self.settings.resume == "auto",
         )
 
-    def repair(
-        self, pool: ExpertPool, merged: VisionTower, mixture: Mixture | None = None
+    def repair(self, pool: Any, merged: VisionTower) -> InterventionModel:
+        """Train edits for a merged encoder, which the model takes over.
+
+        Where ``coefficients`` are set the merge is made anew, by these.
+        """
+        mixture = None
+        if self.coefficients is not None:
+            merged, mixture = self.merge(pool)
+        model, self._done = self._repair(pool, merged, mixture)
+        return model
+
+    def record(self) -> dict[str, Any]:
+        done = self._done
+        return {
+            "resumed_at": done.resumed_at,
+            "images_used": self.images_used,
+            "transductive": self.data.split == "test",
+            "final_loss": float(done.losses[-1].mean()) if len(done.losses) else None,
+            "losses": done.by_task(),
+        }
+
+    def clear(self) -> None:
+        self._done.clear()
+
+    def _repair(
+        self, pool: ExpertPool, merged: VisionTower, mixture: Mixture | None
     ) -> tuple[InterventionModel, Distillation]:
-        """Train edits for a merged encoder, which the model takes over."""
-        model = InterventionModel(merged, pool.tasks, self.interventions, self.settings.seed)
+        seed = self.settings.seed
+        model = HostedInterventionModel(merged, pool.tasks, self.interventions, seed)
         trained = mixture if self.coefficients is not None and self.coefficients.train else None
         done = self._train(pool, model, pool.tasks, trained)
         if mixture is not None:
@@ -176,7 +202,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
 
     def _extend(self, pool: ExpertPool, folder: Path) -> tuple[InterventionModel, Distillation]:
         """Add the pool's new tasks to a saved model; its merged encoder and tasks stay."""
-        model = InterventionModel.from_pretrained(folder)
+        model = HostedInterventionModel.from_pretrained(folder)
         new = [task for task in pool.tasks if task not in model.tasks]
         if not new:
             raise ConfigError("extend", f"{folder} has every task of the pool already", "new tasks")

@@ -24,7 +24,8 @@ from ..model import InterventionModel
 from ..settings import Folder, Settings, whole
 from .diagnosis import table
 from .experts import ExpertPool
-from .program import check_family, has_task_pool, split_settings
+from .host import HostedInterventionModel
+from .program import check_task_pool, has_task_pool, split_settings
 from .screen import host_in_the_log, one_line
 
 
@@ -151,9 +152,9 @@ class AnalyseInterventionModel(LightningFabricMixin, BaseAlgorithm):
         """
         settings = self.settings
         pool, folder = ExpertPool(modelpool), Path(settings.path)
-        check_family(self._program, pool.family)
+        check_task_pool(self._program, pool.family)
         analyser = Analyser(settings.analyses, settings.images, settings.split, self.fabric.device)
-        model = InterventionModel.from_pretrained(folder)
+        model = HostedInterventionModel.from_pretrained(folder)
         tasks = [task for task in pool.tasks if task in model.tasks]
         if not tasks:
             raise ConfigError(

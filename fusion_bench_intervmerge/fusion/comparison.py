@@ -11,27 +11,30 @@ from typing import Annotated, Any
 
 from fusion_bench import BaseAlgorithm, BaseModelPool
 from fusion_bench.mixins import LightningFabricMixin
+from hydra.utils import get_class
 from pydantic import Field, model_validator
 from torch import nn
 from typing_extensions import Self
 
 from ..analysis import read_analyses
-from ..checkpoint import StateFolder
-from ..distillation import DataSettings, MethodSettings
+from ..distillation import DataSettings
 from ..distillation.settings import check_method
 from ..encoders import VisionTower
 from ..errors import ConfigError, named, unknown_key
 from ..files import write_json
 from ..merging import CoefficientSettings
+from ..model import InterventionModel
+from ..protocols import Repair
 from ..settings import Flag, Seed, Settings, whole
 from .algorithm import IntervMergeAlgorithm
 from .analyse import Analyser
+from .expert_per_task import ExpertPerTask
 from .experts import ExpertPool
+from .host import HostedModel
 from .hub import warn_if_unreachable
-from .individual import IndividualExperts
 from .live import show_comparison
-from .merge import run_adamerging
-from .program import HOST_KEYS, check_family, split_settings
+from .merge import merge_experts, run_adamerging
+from .program import HOST_KEYS, adopted, check_task_pool, split_settings
 from .screen import host_in_the_log, one_line
 
 log = logging.getLogger(__name__)
@@ -94,15 +97,34 @@ class ComparisonSettings(Settings):
         DataSettings.read(self.data or {}, "data")
         for name in self.methods:
             for settings in (self._own(name), self.method(name)):
-                MethodSettings.read(settings, f"methods.{name}")
+                self.repair_class(name).Settings.read(settings, f"methods.{name}")
         return self
 
+    def repair_class(self, name: str) -> type[Repair]:
+        """What repairs by a method: its ``_target_``, IntervMerge's algorithm where it has none.
+
+        Raises:
+            ConfigError: it is no ``Repair``.
+        """
+        target = self.methods[name].get("_target_")
+        if target is None:
+            return IntervMergeAlgorithm
+        try:
+            found = get_class(target)
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"methods.{name}._target_", reason, "a repair") from error
+        if not issubclass(found, Repair):
+            allowed = "a subclass of fusion_bench_intervmerge.protocols.Repair"
+            raise ConfigError(f"methods.{name}._target_", f"{target} is no repair", allowed)
+        return found
+
     def method(self, name: str) -> dict[str, Any]:
-        """A method's settings, with those that hold for all."""
-        own = self._own(name)
-        if self.steps is not None and own.get("steps") != 0:
+        """A method's settings, with those that hold for all that have them."""
+        own, fields = self._own(name), self.repair_class(name).Settings.model_fields
+        if "steps" in fields and self.steps is not None and own.get("steps") != 0:
             own["steps"] = self.steps
-        if self.data is not None:
+        if "data" in fields and self.data is not None:
             own["data"] = {**own.get("data", {}), **self.data}
         return own
 
@@ -134,29 +156,29 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         super().__init__(**host)
         self.settings = ComparisonSettings.read(settings)
         for method in self.settings.methods:
-            with named(f"methods.{method}"):
-                IntervMergeAlgorithm(**self.settings.method(method))
+            self._build(method)  # refused now, not after the merge
         self._losses: dict[str, dict[str, list[float]]] = {}
-        self._states: list[StateFolder] = []
 
     @host_in_the_log()
     @one_line
     def run(self, modelpool: BaseModelPool) -> dict[str, Any]:
         """Returns every model by name, and ``comparison``: what each is."""
         pool = ExpertPool(modelpool)
-        check_family(self._program, pool.family)
+        check_task_pool(self._program, pool.family)
         warn_if_unreachable(pool.pool._models.values())
         settings = self.settings
         analyser = Analyser(settings.analyses, settings.analysis_images, "test", self.fabric.device)
         tower = pool.first_tower()
         for method in settings.methods:
+            repair = self._build(method)
             with named(f"methods.{method}"):
-                self._algorithm(settings.method(method), seed=0).look_ahead(pool, tower)
+                repair.look_ahead(pool, tower)
         models: dict[str, Any] = {}
         about: dict[str, dict[str, Any]] = {}
+        repairs: list[Repair] = []
         if settings.references:
             models["pretrained"] = pool.raw("_pretrained_")
-            models["experts"] = IndividualExperts(pool)
+            models["experts"] = HostedModel(ExpertPerTask(pool), tower)
             about["pretrained"] = {"kind": "pretrained"}
             about["experts"] = {"kind": "experts"}
         for base_name, base in settings.bases.items():
@@ -170,87 +192,80 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
                 "extra_parameters": 0,
                 "seconds": time.perf_counter() - started,
             }
-            for method_name in settings.methods:
-                own = settings.method(method_name)
-                if own.get("coefficients"):
+            for method in settings.methods:
+                given = {}
+                if settings.method(method).get("coefficients"):
                     if start is None:
                         continue
-                    own["coefficients"] = {**start, "train": True}
-                for seed in settings.seeds:
-                    name = f"{base_name}/{method_name}/seed{seed}"
+                    given = {"coefficients": {**start, "train": True}}
+                for seed in settings.seeds if settings.repair_class(method).seeded else [None]:
+                    name = "/".join([base_name, method] + [f"seed{seed}"] * (seed is not None))
                     log.info("repairing: %s", name)
-                    with named(f"methods.{method_name}"):
-                        models[name], about[name] = self._repair(name, pool, merged, own, seed)
-                    about[name] |= {"base": base_name, "method": method_name}
+                    repair = self._build(method, given if seed is None else {"seed": seed, **given})
+                    repairs.append(repair)
+                    model, about[name] = self._repair(repair, method, pool, merged)
+                    about[name] |= {"base": base_name, "method": method, "seed": seed or 0}
+                    self._losses[name] = about[name].pop("losses", {})
+                    models[name] = model
             if analyser.names and self.fabric.is_global_zero:
                 repaired = self._first_seed(models, base_name)
                 analyser.run(base_name, pool, merged, repaired, pool.tasks)
                 analyser.write(Path(self.log_dir or "."), pool.tasks)
-            repairs = [
-                (about[n]["base"], about[n]["method"], about[n]["seed"], losses)
+            trained = [
+                (about[n]["base"], about[n]["method"], about[n]["seed"] or 0, losses)
                 for n, losses in self._losses.items()
             ]
-            show_comparison(self.fabric, repairs, base_name, analyser.found.get(base_name, {}))
+            show_comparison(self.fabric, trained, base_name, analyser.found.get(base_name, {}))
         if self.log_dir is not None and self.fabric.is_global_zero:
             # apart from the report, which FusionBench prints whole
             write_json(Path(self.log_dir) / "losses.json", self._losses, indent=None)
-        for states in self._states:
-            states.clear()
+        for repair in repairs:
+            repair.clear()
         models["comparison"] = {"tasks": pool.tasks, "models": about}
         return models
 
-    def _first_seed(self, models: Mapping[str, Any], base: str) -> dict[str, Any]:
-        """Method -> its repair of a merge at the first seed."""
+    def _first_seed(self, models: Mapping[str, Any], base: str) -> dict[str, InterventionModel]:
+        """Method -> its repair of a merge at the first seed; analyses look into our own alone."""
         names = {m: f"{base}/{m}/seed{self.settings.seeds[0]}" for m in self.settings.methods}
-        return {method: models[name] for method, name in names.items() if name in models}
+        found = {method: models.get(name) for method, name in names.items()}
+        return {m: model for m, model in found.items() if isinstance(model, InterventionModel)}
 
     def _merge(
         self, pool: ExpertPool, name: str, base: Any
     ) -> tuple[VisionTower, dict[str, Any] | None]:
         """The merged encoder, and the coefficients that stand for it, if any do."""
-        start = (self.settings.coefficients or {}).get(name)
-        settings: dict[str, Any] = {"interventions": {"attention": {}}, "base": base}
+        start, settings = (self.settings.coefficients or {}).get(name), None
         if start is not None and start.get("init") == "base":
             found = run_adamerging(base, pool.pool, self.fabric, self._program)
             start = {**start, "init": found.tolist()}
-            settings["coefficients"] = {**start, "train": False}
+            settings = CoefficientSettings.read({**start, "train": False}, "coefficients")
         try:
-            return self._algorithm(settings, seed=0).merge(pool)[0], start
+            return merge_experts(pool, base, settings, self.fabric, self._program)[0], start
         except ConfigError as error:
             if error.where != "base":
                 raise
             raise ConfigError(f"bases.{name}", error.problem, error.allowed) from error
 
     def _repair(
-        self,
-        name: str,
-        pool: ExpertPool,
-        merged: VisionTower,
-        settings: Mapping[str, Any],
-        seed: int,
+        self, repair: Repair, method: str, pool: ExpertPool, merged: VisionTower
     ) -> tuple[nn.Module, dict[str, Any]]:
-        algorithm = self._algorithm(settings, seed)
         started = time.perf_counter()
-        if algorithm.coefficients is not None:
-            tower, mixture = algorithm.merge(pool)
-        else:
-            tower, mixture = copy.deepcopy(merged), None
-        model, done = algorithm.repair(pool, tower, mixture)
-        self._losses[name] = done.by_task()
-        if done.states is not None:
-            self._states.append(done.states)
-        return model, {
+        with named(f"methods.{method}"):
+            model: Any = repair.repair(pool, copy.deepcopy(merged))
+        about = {
             "kind": "repair",
-            "seed": seed,
             "extra_parameters": model.extra_parameters()["total"],
             "seconds": time.perf_counter() - started,
-            "resumed_at": done.resumed_at,
-            "images_used": algorithm.images_used,
-            "transductive": algorithm.data.split == "test",
-            "final_loss": float(done.losses[-1].mean()) if len(done.losses) else None,
+            **repair.record(),
         }
+        if not isinstance(model, InterventionModel):
+            model = HostedModel(model, merged)
+        return model, about
 
-    def _algorithm(self, settings: Mapping[str, Any], seed: int) -> IntervMergeAlgorithm:
-        algorithm = IntervMergeAlgorithm(**{**settings, "seed": seed})
-        algorithm._program, algorithm._fabric_instance = self._program, self.fabric
-        return algorithm
+    def _build(self, method: str, more: Mapping[str, Any] | None = None) -> Repair:
+        """A method's repair, with the settings that hold for all."""
+        settings = self.settings
+        with named(f"methods.{method}"):
+            own = settings.method(method) | dict(more or {})
+            repair: Any = settings.repair_class(method)(**own)
+        return adopted(repair, self._program, self.fabric)

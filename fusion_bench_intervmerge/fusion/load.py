@@ -10,7 +10,8 @@ from pydantic import Field
 from ..errors import unknown_key
 from ..model import InterventionModel
 from ..settings import Flag, Folder, Settings
-from .program import check_family, split_settings
+from .host import HostedInterventionModel
+from .program import check_task_pool, split_settings
 from .screen import host_in_the_log, one_line
 
 
@@ -53,8 +54,8 @@ class LoadInterventionModel(BaseAlgorithm):
             ArtifactError: what does not fit, in one line.
             ConfigError: a task to leave out that the model does not have.
         """
-        model = InterventionModel.from_pretrained(self.settings.path)
-        check_family(self._program, model.tower.family)
+        model = HostedInterventionModel.from_pretrained(self.settings.path)
+        check_task_pool(self._program, model.tower.family)
         for task in self.settings.drop:
             if task not in model.tasks:
                 raise unknown_key(task, model.tasks, "task").under("drop")

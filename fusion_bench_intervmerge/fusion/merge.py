@@ -29,6 +29,7 @@ from ..merging import CoefficientSettings, Mixture, initial_coefficients, mix
 from ..pickles import read_tensor
 from .experts import ExpertPool
 from .hub import watched
+from .program import adopted
 
 log = logging.getLogger(__name__)
 
@@ -116,9 +117,7 @@ def run_base(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -> 
         method = load_algorithm_from_config(config)
     else:
         raise ConfigError("base", "names no method", "method@method.base=task_arithmetic, ...")
-    for name, value in (("_program", program), ("_fabric_instance", fabric), ("_fabric", fabric)):
-        if hasattr(method, name):
-            setattr(method, name, value)
+    method = adopted(method, program, fabric)
     if pool.has_instance_models:
         # Methods merge into the models they are given, and these are the user's.
         pool = copy.copy(pool)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from math import isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 from fusion_bench.taskpool import CLIPVisionModelTaskPool, DummyTaskPool
 from omegaconf import OmegaConf
@@ -25,12 +25,22 @@ def has_task_pool(program: Any) -> bool:
     return pool is not None and not isinstance(pool, DummyTaskPool)
 
 
-# FusionBench's own, which any of its configs may carry.
-def check_family(program: Any, family: str) -> None:
-    """Make sure that the task pool evaluates encoders of this family, before they are trained.
+T = TypeVar("T")
+
+
+def adopted(method: T, program: Any, fabric: Any) -> T:
+    """A nested method, which gets the program and the fabric that runs it, where it takes them."""
+    for name, value in (("_program", program), ("_fabric_instance", fabric), ("_fabric", fabric)):
+        if hasattr(method, name):
+            setattr(method, name, value)
+    return method
+
+
+def check_task_pool(program: Any, family: str) -> None:
+    """Make sure, before the training, that the task pool can evaluate encoders of this family.
 
     Raises:
-        ConfigError: it evaluates those of the other one.
+        ConfigError: it evaluates those of the other one, or never names a task.
     """
     pool = getattr(program, "taskpool", None)
     # FusionBench's OpenCLIP task pool is not imported for this: it cannot be before Python 3.12.
@@ -42,8 +52,15 @@ def check_family(program: Any, family: str) -> None:
             f"it evaluates {names[theirs]} encoders, and the models are {names[family]}'s",
             "the task pool of the same name as the model pool",
         )
+    if theirs == "openclip" and type(pool).__module__.startswith("fusion_bench."):
+        raise ConfigError(
+            "taskpool",
+            "it never names the task to a model, so its report would show the merged encoder",
+            "taskpool=openclip-vit-b32_TA8, or another of this package's",
+        )
 
 
+# FusionBench's own, which any of its configs may carry.
 HOST_KEYS = ("_recursive_", "_usage_", "_version_")
 
 
