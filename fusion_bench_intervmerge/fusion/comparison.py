@@ -22,7 +22,7 @@ from ..distillation import DataSettings, MethodSettings
 from ..distillation.settings import check_method
 from ..encoders import VisionTower
 from ..errors import ConfigError, named, unknown_key
-from ..files import write_json
+from ..results import Result, Results
 from ..settings import Flag, Seed, Settings, whole
 from .algorithm import IntervMergeAlgorithm
 from .analyse import Analyser
@@ -32,6 +32,7 @@ from .hub import warn_if_unreachable
 from .individual import IndividualExperts
 from .live import show_comparison
 from .program import HOST_KEYS, check_family, split_settings
+from .records import repaired
 from .screen import host_in_the_log, one_line
 
 log = logging.getLogger(__name__)
@@ -115,8 +116,8 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
     """Merge by each base, repair each merge by each method and seed, hand all to the task pool.
 
     Every method gets the same images, steps and merged encoder. The report that FusionBench
-    writes then holds, by name, what its task pool says of each model, and under ``comparison``
-    what each one is.
+    writes then holds, by name, what its task pool says of each model, and ``intervmerge.json``
+    beside it what each one is.
 
     Args:
         bases, methods: as in ``ComparisonSettings``.
@@ -136,13 +137,12 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         for method in self.settings.methods:
             with named(f"methods.{method}"):
                 IntervMergeAlgorithm(**self.settings.method(method))
-        self._losses: dict[str, dict[str, list[float]]] = {}
         self._states: list[StateFolder] = []
 
     @host_in_the_log()
     @one_line
     def run(self, modelpool: BaseModelPool) -> dict[str, Any]:
-        """Returns every model by name, and ``comparison``: what each is."""
+        """Returns every model by name."""
         pool = ExpertPool(modelpool)
         check_family(self._program, pool.family)
         warn_if_unreachable(pool.pool._models.values())
@@ -153,23 +153,20 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
             with named(f"methods.{method}"):
                 self._algorithm(settings.method(method), seed=0).look_ahead(pool, tower)
         models: dict[str, Any] = {}
-        about: dict[str, dict[str, Any]] = {}
+        about: dict[str, Result] = {}
         if settings.references:
             models["pretrained"] = pool.raw("_pretrained_")
             models["experts"] = IndividualExperts(pool)
-            about["pretrained"] = {"kind": "pretrained"}
-            about["experts"] = {"kind": "experts"}
+            about["pretrained"] = Result(kind="pretrained")
+            about["experts"] = Result(kind="experts")
         for base_name, base in settings.bases.items():
             started = time.perf_counter()
             merged, start = self._merge(pool, base_name, base)
             models[base_name] = copy.deepcopy(merged.stock())
-            about[base_name] = {
-                "kind": "merge",
-                "base": base_name,
-                "method": "none",
-                "extra_parameters": 0,
-                "seconds": time.perf_counter() - started,
-            }
+            took = time.perf_counter() - started
+            about[base_name] = Result(
+                kind="merge", base=base_name, extra_parameters=0, seconds=took
+            )
             for method_name in settings.methods:
                 own = settings.method(method_name)
                 if own.get("coefficients"):
@@ -180,23 +177,19 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
                     name = f"{base_name}/{method_name}/seed{seed}"
                     log.info("repairing: %s", name)
                     with named(f"methods.{method_name}"):
-                        models[name], about[name] = self._repair(name, pool, merged, own, seed)
-                    about[name] |= {"base": base_name, "method": method_name}
+                        names = {"base": base_name, "method": method_name}
+                        models[name], about[name] = self._repair(names, pool, merged, own, seed)
             if analyser.names and self.fabric.is_global_zero:
                 repaired = self._first_seed(models, base_name)
                 analyser.run(base_name, pool, merged, repaired, pool.tasks)
                 analyser.write(Path(self.log_dir or "."), pool.tasks)
-            repairs = [
-                (about[n]["base"], about[n]["method"], about[n]["seed"], losses)
-                for n, losses in self._losses.items()
-            ]
-            show_comparison(self.fabric, repairs, base_name, analyser.found.get(base_name, {}))
-        if self.log_dir is not None and self.fabric.is_global_zero:
-            # apart from the report, which FusionBench prints whole
-            write_json(Path(self.log_dir) / "losses.json", self._losses, indent=None)
+            show_comparison(
+                self.fabric, about.values(), base_name, analyser.found.get(base_name, {})
+            )
+        if self.fabric.is_global_zero:
+            Results(tasks=list(pool.tasks), models=about).write(self.log_dir)
         for states in self._states:
             states.clear()
-        models["comparison"] = {"tasks": pool.tasks, "models": about}
         return models
 
     def _first_seed(self, models: Mapping[str, Any], base: str) -> dict[str, Any]:
@@ -223,12 +216,12 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
 
     def _repair(
         self,
-        name: str,
+        names: Mapping[str, str],
         pool: ExpertPool,
         merged: VisionTower,
         settings: Mapping[str, Any],
         seed: int,
-    ) -> tuple[nn.Module, dict[str, Any]]:
+    ) -> tuple[nn.Module, Result]:
         algorithm = self._algorithm(settings, seed)
         started = time.perf_counter()
         if algorithm.coefficients is not None:
@@ -236,19 +229,12 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         else:
             tower, mixture = copy.deepcopy(merged), None
         model, done = algorithm.repair(pool, tower, mixture)
-        self._losses[name] = done.by_task()
         if done.states is not None:
             self._states.append(done.states)
-        return model, {
-            "kind": "repair",
-            "seed": seed,
-            "extra_parameters": model.extra_parameters()["total"],
-            "seconds": time.perf_counter() - started,
-            "resumed_at": done.resumed_at,
-            "images_used": algorithm.images_used,
-            "transductive": algorithm.data.split == "test",
-            "final_loss": float(done.losses[-1].mean()) if len(done.losses) else None,
-        }
+        # the base among a method's settings is not the one that was used here
+        own = algorithm._settings(model) | {"base": None}
+        seconds = time.perf_counter() - started
+        return model, repaired(model, done, [algorithm.images_used], own, seconds=seconds, **names)
 
     def _algorithm(self, settings: Mapping[str, Any], seed: int) -> IntervMergeAlgorithm:
         algorithm = IntervMergeAlgorithm(**{**settings, "seed": seed})
