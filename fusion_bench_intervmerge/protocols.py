@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .encoders import VisionTower
+from .results import Result
 from .settings import Settings
 
 
@@ -33,7 +34,10 @@ class TaskConditionalModel(Protocol):
         """
 
     def extra_parameters(self) -> Mapping[str, Any]:
-        """What inference needs beyond one merged model; ``total``: numbers over all tasks."""
+        """What inference needs beyond one merged model, over all tasks.
+
+        ``total``: numbers; perhaps ``bytes``, where these are not four a number.
+        """
 
 
 class Experts(Protocol):
@@ -81,9 +85,15 @@ class Repair(ABC):
             tower: one of the pool's; it is used up.
         """
 
-    def record(self) -> dict[str, Any]:
-        """What a report says of the last repair beside its size: images, losses, and the like."""
-        return {}
+    def record(self, model: TaskConditionalModel) -> Result:
+        """What the results say of the last repair; ``base``, ``method`` and times are filled in."""
+        extra = model.extra_parameters()
+        return Result(
+            kind="rival",
+            extra_parameters=extra["total"],
+            bytes=extra.get("bytes"),
+            needs_task=True,
+        )
 
     def clear(self) -> None:  # noqa: B027 (most keep nothing)
         """Remove what was kept on disk for a repair that might have been stopped."""

@@ -22,6 +22,7 @@ from fusion_bench_intervmerge.report import drawing, figures, gather, read_run, 
 from fusion_bench_intervmerge.report.analysis_figures import drawings
 from fusion_bench_intervmerge.report.page import analysed, write_report
 from fusion_bench_intervmerge.report.tables import to_terminal
+from fusion_bench_intervmerge.results import Images, Result, Results, in_words, parse_results
 
 ANALYSED = [
     "closeness", "bias_by_block", "stitching", "contributions", "embeddings_pca",
@@ -41,35 +42,24 @@ def small(folder: Path, **changed: Any) -> Path:
         "base/edit_r2/seed0": accuracy(0.5, 0.7),
         "base/edit_r2/seed1": accuracy(0.6, 0.8),
         "base/edit_r2/seed2": accuracy(0.7, 0.9),
-        "comparison": {
-            "tasks": ["x", "y"],
-            "models": {
-                "experts": {"kind": "experts"},
-                "base": {
-                    "kind": "merge",
-                    "base": "base",
-                    "method": "none",
-                    "extra_parameters": 0,
-                    "seconds": 0.5,
-                },
-                **{
-                    f"base/edit_r2/seed{seed}": {
-                        "kind": "repair",
-                        "base": "base",
-                        "method": "edit_r2",
-                        "seed": seed,
-                        "extra_parameters": 24768,
-                        "seconds": 10.0 + seed,
-                        "images_used": f"100% of the test split, seed {seed}",
-                        "transductive": True,
-                        "final_loss": 0.1,
-                    }
-                    for seed in (0, 1, 2)
-                },
-            },
-        },
     }
-    return synthetic.write(folder, report | changed)
+    models: dict[str, Any] = {
+        "experts": {"kind": "experts"},
+        "base": {"kind": "merge", "base": "base", "extra_parameters": 0, "seconds": 0.5},
+    }
+    for seed in (0, 1, 2):
+        models[f"base/edit_r2/seed{seed}"] = {
+            "kind": "repair",
+            "base": "base",
+            "method": "edit_r2",
+            "rank": 2,
+            "seed": seed,
+            "extra_parameters": 24768,
+            "seconds": 10.0 + seed,
+            "images": [{"split": "test", "seed": seed, "transductive": True}],
+            "final_loss": 0.1,
+        }
+    return synthetic.write(folder, report | changed, models, ["x", "y"])
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +148,30 @@ def test_names_and_numbers_are_written_for_people() -> None:
     numbers = (768, 6144, 24_768, 147_552, 999_950, 1_234_567)
     assert [words.count(n) for n in numbers] == ["768", "6.1k", "24.8k", "148k", "1.0M", "1.2M"]
     assert words.percent(0.7234, 0.0041) == "72.3 ± 0.4"
+
+
+def test_words_are_made_of_data() -> None:
+    images = Images(split="validation", fraction=0.1, at_most=40, solved=True, seed=3)
+    said = (
+        "10% of the validation split, at most 40 images a task, unlabelled, solved in closed form"
+    )
+    assert images.in_words() == f"{said}, seed 3" and images.in_words(seed=False) == said
+    new = Images(split="test", steps=2, batch_size=16, tasks=["bees"], transductive=True)
+    how = "bees: 100% of the test split, unlabelled, 2 steps of 16 images a task"
+    assert new.in_words() == how
+    # of a saved model's metadata, where models of earlier versions have a sentence
+    assert in_words("few") == "few" and in_words(["few", new.model_dump()]) == f"few; {how}"
+    assert Result(kind="repair", images=[images, new]).transductive is True
+    assert Result(kind="repair", images=[images]).transductive is False
+    assert Result(kind="repair").transductive is None
+
+
+def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+    images = [Images(split="test", seed=0, transductive=True)]
+    repair = Result(kind="repair", base="a", method="b", seed=0, images=images, losses={"x": [0.5]})
+    results = Results(tasks=["x"], models={"a": Result(kind="merge", base="a"), "a/b": repair})
+    results.write(tmp_path)
+    assert parse_results(json.loads((tmp_path / "intervmerge.json").read_text()), "") == results
 
 
 # -- the files -------------------------------------------------------------------------------------
@@ -422,8 +436,14 @@ def broken(tmp_path: Path, name: str) -> list[str]:
         report.unlink()
     elif name == "broken JSON":
         report.write_text('{"a": ')
-    elif name == "holds no comparison":
-        report.write_text('{"x": {"accuracy": 0.5}}')
+    elif name == "has no intervmerge.json":
+        (run / "intervmerge.json").unlink()
+    elif name == "holds no version of the results; allowed: version 1":
+        (run / "intervmerge.json").write_text('{"losses": {}}')
+    elif name == "intervmerge.json.models.base.kind":
+        found = json.loads((run / "intervmerge.json").read_text())
+        found["models"]["base"]["kind"] = "something"
+        (run / "intervmerge.json").write_text(json.dumps(found))
     elif name == "no 'base/edit_r2/seed1'":
         found = json.loads(report.read_text())
         del found["base/edit_r2/seed1"]
@@ -467,7 +487,9 @@ ANALYSES_THAT_ARE_NONE = {
         "no such folder",
         "has no program_report.json",
         "broken JSON",
-        "holds no comparison",
+        "has no intervmerge.json",
+        "holds no version of the results; allowed: version 1",
+        "intervmerge.json.models.base.kind",
         "no 'base/edit_r2/seed1'",
         "which is no share",
         "its tasks are not those",

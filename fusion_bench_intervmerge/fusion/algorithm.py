@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,11 @@ from ..distillation import Distillation, MethodSettings, distill
 from ..encoders import VisionTower
 from ..errors import ConfigError
 from ..expert_cache import ExpertCache
-from ..files import write_json
 from ..interventions import read_interventions
 from ..merging import Mixture
 from ..model import InterventionModel
 from ..protocols import Experts, Repair
+from ..results import Images, Result, Results
 from ..settings import shown
 from ..solving import solve
 from .diagnosis import diagnose, table
@@ -49,6 +50,7 @@ from .program import (
     plain,
     split_settings,
 )
+from .records import base_name, images_used, method_name, remembered_images, repaired
 from .screen import host_in_the_log, one_line
 
 log = logging.getLogger(__name__)
@@ -133,18 +135,20 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         pool: ExpertPool,
         model: InterventionModel,
         done: Distillation,
-        report: Mapping[str, Any],
+        result: Result,
     ) -> None:
         """Keep with the model its CLIP, and what it was trained on, earlier trainings included."""
-        seen, now = model.metadata, {key: report[key] for key in ("method", "transductive")}
+        seen = model.metadata
+        now = {"method": result.settings, "transductive": result.transductive}
+        images = [one.model_dump(exclude_defaults=True) for one in result.images]
         about = pool.about()
         classes = (seen.get("classes") or {}) | about.pop("classes", {})
         seen |= about | ({"classes": classes} if classes else {})
         if self.settings.extend is None:
-            model.metadata |= {"images": report["images_used"], **now}
+            seen |= {"base": result.base, "name": result.method, "images": images, **now}
             return
         before = seen.get("images") or "images that are not known"
-        seen["images"] = f"{before}; {', '.join(done.images)}: {report['images_used']}"
+        seen["images"] = [*([before] if isinstance(before, str) else before), images[-1]]
         seen["transductive"] = seen.get("transductive", False) or now["transductive"]
         seen["extended"] = [*seen.get("extended", []), {"tasks": list(done.images), **now}]
 
@@ -173,18 +177,14 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         mixture = None
         if self.coefficients is not None:
             merged, mixture = self.merge(pool)
-        model, self._done = self._repair(pool, merged, mixture)
+        model, done = self._repair(pool, merged, mixture)
+        self._done = replace(done, expert_features={})  # large, and of no use to a comparison
         return model
 
-    def record(self) -> dict[str, Any]:
-        done = self._done
-        return {
-            "resumed_at": done.resumed_at,
-            "images_used": self.images_used,
-            "transductive": self.data.split == "test",
-            "final_loss": float(done.losses[-1].mean()) if len(done.losses) else None,
-            "losses": done.by_task(),
-        }
+    def record(self, model: Any) -> Result:
+        # the base among the settings is not the one that a comparison repaired
+        own = self._settings(model) | {"base": None}
+        return repaired(model, self._done, [self.images_used], own)
 
     def clear(self) -> None:
         self._done.clear()
@@ -269,17 +269,9 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         return done
 
     @property
-    def images_used(self) -> str:
-        """In words, which images the edits were found on."""
-        data = self.data
-        which = f"{data.fraction:.0%} of the {data.split} split"
-        if data.images is not None:
-            which += f", at most {data.images} images a task"
-        how = ["solved in closed form"] * self._solves
-        if self._steps:
-            how.append(f"{self._steps} steps of {data.batch_size} images a task")
-        words = ", then ".join(how) or "not trained"
-        return f"{which}, unlabelled, {words}, seed {self.settings.seed}"
+    def images_used(self) -> Images:
+        """Which images the edits are found on."""
+        return images_used(self.settings, self._steps, self._solves)
 
     @property
     def _steps(self) -> int:
@@ -345,12 +337,14 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             return plain(self.base)
         return repr(type(self.base))
 
-    def _report(
-        self,
-        pool: ExpertPool,
-        model: InterventionModel,
-        done: Distillation,
-    ) -> dict[str, Any]:
+    def _base_name(self, pool: ExpertPool, model: InterventionModel) -> str:
+        if self.settings.extend is not None:
+            return model.metadata.get("base", "merged")
+        if self.coefficients is not None:
+            return "coefficients"
+        return "merged" if pool.pool.has_merged else base_name(self.base)
+
+    def _report(self, pool: ExpertPool, model: InterventionModel, done: Distillation) -> Result:
         """Print how far the model got; keep the whole story beside FusionBench's report."""
         dummy = self._program is not None and not has_task_pool(self._program)
         model.to(self.fabric.device)
@@ -361,30 +355,33 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             expert = done.expert_features[task][:count]
             images = pool.images(task, self.data.split)
             rows[task] = diagnose(model, task, images, seen[:count], expert, head)
-        extra = model.extra_parameters()
-        report: dict[str, Any] = {
-            "method": self._settings(model),
-            "images_used": self.images_used,
-            # Evaluated on the test split, edits found on its images are a transductive result.
-            "transductive": self.data.split == "test",
-            "images_seen": {task: len(seen) for task, seen in done.images.items()},
-            "extra_parameters": extra,
-            "seconds": done.seconds,
-            "resumed_at": done.resumed_at,
-            "features": rows,
-            "losses": done.by_task(),
-        }
+        used = [self.images_used]
+        if self.settings.extend is not None:
+            new = used[0].model_copy(update={"tasks": list(done.images)})
+            used = [*remembered_images(model), new]
+        result = repaired(
+            model,
+            done,
+            used,
+            self._settings(model),
+            base=self._base_name(pool, model),
+            seconds=sum(done.seconds.values()),
+            seconds_by_part=done.seconds,
+            features=rows,
+        )
+        result = result.model_copy(update={"method": method_name(result)})
         if self.fabric.is_global_zero:
             console = Console()
             console.print("Image features against the experts', merged and repaired", style="bold")
             console.print(table(rows))
-            console.print(f"{extra['total']:,} extra parameters, found on {self.images_used}.")
+            extra, words = result.extra_parameters, self.images_used.in_words()
+            console.print(f"{extra:,} extra parameters, found on {words}.")
             if dummy:
                 console.print(f"For accuracies add a task pool: {_suggested_task_pool()}")
-            if self.log_dir is not None:
-                write_json(Path(self.log_dir) / "intervmerge.json", report)
-        show_repair(self.fabric, report["losses"], rows)
-        return report
+            name = f"{result.base}/{result.method}/seed{result.seed}"
+            Results(tasks=list(pool.tasks), models={name: result}).write(self.log_dir)
+        show_repair(self.fabric, result.losses, rows)
+        return result
 
     def _artifact_folder(self) -> Path:
         return Path(str(self.settings.save_to).format(log_dir=self.log_dir or "."))

@@ -21,11 +21,13 @@ from ..encoders import VisionTower
 from ..errors import ConfigError
 from ..files import write_json
 from ..model import InterventionModel
+from ..results import Result, Results
 from ..settings import Folder, Settings, whole
 from .diagnosis import table
 from .experts import ExpertPool
 from .host import HostedInterventionModel
 from .program import check_task_pool, has_task_pool, split_settings
+from .records import saved
 from .screen import host_in_the_log, one_line
 
 
@@ -161,8 +163,11 @@ class AnalyseInterventionModel(LightningFabricMixin, BaseAlgorithm):
                 "modelpool.models", "no expert of the model's", ", ".join(model.tasks)
             )
         name = folder.resolve().name
+        merge = Result(kind="merge", base=MERGED, extra_parameters=0)
+        results = Results(tasks=tasks, models={MERGED: merge, name: saved(model, MERGED, name)})
         if self.fabric.is_global_zero:
             # without a task the model is the merged encoder
+            results.write(self.log_dir)
             found = analyser.run(MERGED, pool, model.tower, {name: model}, tasks)
             analyser.write(Path(self.log_dir or "."), tasks)
             if "bias" in found:
@@ -171,7 +176,7 @@ class AnalyseInterventionModel(LightningFabricMixin, BaseAlgorithm):
             return None
         # a tower of its own: the model's carries the edits' hooks
         merged = artifact.read(folder).tower.stock()
-        return {MERGED: merged, name: model, "comparison": _about(model, name, tasks)}
+        return {MERGED: merged, name: model}
 
 
 def _rows(found: Mapping[str, Any], name: str) -> dict[str, dict[str, float]]:
@@ -185,18 +190,3 @@ def _rows(found: Mapping[str, Any], name: str) -> dict[str, dict[str, float]]:
         if shares := found.get("agreement", {}).get(task):
             rows[task] |= {"agreement_before": shares[MERGED], "agreement_after": shares[name]}
     return rows
-
-
-def _about(model: InterventionModel, name: str, tasks: Sequence[str]) -> dict[str, Any]:
-    """What a comparison's report says of its models."""
-    repair = {
-        "kind": "repair",
-        "base": MERGED,
-        "method": name,
-        "seed": model.seed,
-        "extra_parameters": model.extra_parameters()["total"],
-        "images_used": model.metadata.get("images"),
-        "transductive": model.metadata.get("transductive"),
-    }
-    merge = {"kind": "merge", "base": MERGED, "method": "none", "extra_parameters": 0}
-    return {"tasks": list(tasks), "models": {MERGED: merge, name: repair}}

@@ -21,10 +21,10 @@ from ..distillation import DataSettings
 from ..distillation.settings import check_method
 from ..encoders import VisionTower
 from ..errors import ConfigError, named, unknown_key
-from ..files import write_json
 from ..merging import CoefficientSettings
 from ..model import InterventionModel
 from ..protocols import Repair
+from ..results import Result, Results
 from ..settings import Flag, Seed, Settings, whole
 from .algorithm import IntervMergeAlgorithm
 from .analyse import Analyser
@@ -137,8 +137,8 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
     """Merge by each base, repair each merge by each method and seed, hand all to the task pool.
 
     Every method gets the same images, steps and merged encoder. The report that FusionBench
-    writes then holds, by name, what its task pool says of each model, and under ``comparison``
-    what each one is.
+    writes then holds, by name, what its task pool says of each model, and ``intervmerge.json``
+    beside it what each one is.
 
     Args:
         bases, methods: as in ``ComparisonSettings``.
@@ -157,12 +157,11 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         self.settings = ComparisonSettings.read(settings)
         for method in self.settings.methods:
             self._build(method)  # refused now, not after the merge
-        self._losses: dict[str, dict[str, list[float]]] = {}
 
     @host_in_the_log()
     @one_line
     def run(self, modelpool: BaseModelPool) -> dict[str, Any]:
-        """Returns every model by name, and ``comparison``: what each is."""
+        """Returns every model by name."""
         pool = ExpertPool(modelpool)
         check_task_pool(self._program, pool.family)
         warn_if_unreachable(pool.pool._models.values())
@@ -174,24 +173,21 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
             with named(f"methods.{method}"):
                 repair.look_ahead(pool, tower)
         models: dict[str, Any] = {}
-        about: dict[str, dict[str, Any]] = {}
+        about: dict[str, Result] = {}
         repairs: list[Repair] = []
         if settings.references:
             models["pretrained"] = pool.raw("_pretrained_")
             models["experts"] = HostedModel(ExpertPerTask(pool), tower)
-            about["pretrained"] = {"kind": "pretrained"}
-            about["experts"] = {"kind": "experts"}
+            about["pretrained"] = Result(kind="pretrained")
+            about["experts"] = Result(kind="experts")
         for base_name, base in settings.bases.items():
             started = time.perf_counter()
             merged, start = self._merge(pool, base_name, base)
             models[base_name] = copy.deepcopy(merged.stock())
-            about[base_name] = {
-                "kind": "merge",
-                "base": base_name,
-                "method": "none",
-                "extra_parameters": 0,
-                "seconds": time.perf_counter() - started,
-            }
+            took = time.perf_counter() - started
+            about[base_name] = Result(
+                kind="merge", base=base_name, extra_parameters=0, seconds=took
+            )
             for method in settings.methods:
                 given = {}
                 if settings.method(method).get("coefficients"):
@@ -203,25 +199,20 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
                     log.info("repairing: %s", name)
                     repair = self._build(method, given if seed is None else {"seed": seed, **given})
                     repairs.append(repair)
-                    model, about[name] = self._repair(repair, method, pool, merged)
-                    about[name] |= {"base": base_name, "method": method, "seed": seed or 0}
-                    self._losses[name] = about[name].pop("losses", {})
-                    models[name] = model
+                    models[name], result = self._repair(repair, method, pool, merged)
+                    told = {"base": base_name, "method": method, "seed": seed}
+                    about[name] = result.model_copy(update=told)
             if analyser.names and self.fabric.is_global_zero:
                 repaired = self._first_seed(models, base_name)
                 analyser.run(base_name, pool, merged, repaired, pool.tasks)
                 analyser.write(Path(self.log_dir or "."), pool.tasks)
-            trained = [
-                (about[n]["base"], about[n]["method"], about[n]["seed"] or 0, losses)
-                for n, losses in self._losses.items()
-            ]
-            show_comparison(self.fabric, trained, base_name, analyser.found.get(base_name, {}))
-        if self.log_dir is not None and self.fabric.is_global_zero:
-            # apart from the report, which FusionBench prints whole
-            write_json(Path(self.log_dir) / "losses.json", self._losses, indent=None)
+            show_comparison(
+                self.fabric, about.values(), base_name, analyser.found.get(base_name, {})
+            )
+        if self.fabric.is_global_zero:
+            Results(tasks=list(pool.tasks), models=about).write(self.log_dir)
         for repair in repairs:
             repair.clear()
-        models["comparison"] = {"tasks": pool.tasks, "models": about}
         return models
 
     def _first_seed(self, models: Mapping[str, Any], base: str) -> dict[str, InterventionModel]:
@@ -248,19 +239,15 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
 
     def _repair(
         self, repair: Repair, method: str, pool: ExpertPool, merged: VisionTower
-    ) -> tuple[nn.Module, dict[str, Any]]:
+    ) -> tuple[nn.Module, Result]:
         started = time.perf_counter()
         with named(f"methods.{method}"):
             model: Any = repair.repair(pool, copy.deepcopy(merged))
-        about = {
-            "kind": "repair",
-            "extra_parameters": model.extra_parameters()["total"],
-            "seconds": time.perf_counter() - started,
-            **repair.record(),
-        }
+        seconds = time.perf_counter() - started
+        result = repair.record(model).model_copy(update={"seconds": seconds})
         if not isinstance(model, InterventionModel):
             model = HostedModel(model, merged)
-        return model, about
+        return model, result
 
     def _build(self, method: str, more: Mapping[str, Any] | None = None) -> Repair:
         """A method's repair, with the settings that hold for all."""

@@ -11,6 +11,8 @@ from typing import Any
 
 import lightning as L
 
+from ..results import Result as Facts
+
 Losses = Mapping[str, Sequence[float]]  # task -> the loss at each step
 
 
@@ -26,7 +28,7 @@ def show_repair(fabric: L.Fabric, losses: Losses, features: Mapping[str, Any]) -
 
 def show_comparison(
     fabric: L.Fabric,
-    repairs: Iterable[tuple[str, str, int, Losses]],
+    models: Iterable[Facts],
     base: str,
     analysis: Mapping[str, Any],
 ) -> None:
@@ -34,7 +36,7 @@ def show_comparison(
 
     Args:
         fabric: whose loggers.
-        repairs: (base, method, seed, losses) so far.
+        models: what there is so far.
         base: the merge's name.
         analysis: what its analyses found: analysis -> task -> encoder -> value.
     """
@@ -42,8 +44,9 @@ def show_comparison(
         from ..report import Result, Study, analysis_figures, figures, rows
 
         results = [
-            Result("repair", {}, 0.0, of, method, seed, losses=_lists(losses))
-            for of, method, seed, losses in repairs
+            Result("repair", {}, 0.0, one.base, one.method, one.seed, losses=one.losses)
+            for one in models
+            if one.losses
         ]
         study = Study([], results, [])
         _add(boards, "training", figures.training_curves(study, rows(study)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,10 +13,12 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from ..errors import ConfigError
+from ..results import FILE as DETAILS
+from ..results import Result as Facts
+from ..results import parse_results
 from .analysis import Analysis, read_analysis
 
-REPORT, DETAILS, ANALYSIS = "program_report.json", "intervmerge.json", "analysis.json"
-LOSSES = "losses.json"  # of a comparison: name -> task -> the loss at each step
+REPORT, ANALYSIS = "program_report.json", "analysis.json"
 _EXPECTED = "a run folder of `fusion_bench method=intervmerge/compare` or `method=intervmerge`"
 # Two runs on one pool may evaluate a reference on different hardware; more than this is another
 # pool, or another merge under the same name.
@@ -37,7 +38,7 @@ class Result:
         seed: the repair's seed.
         extra_parameters: what inference needs beyond one merged model, over all tasks.
         seconds: wall-clock time of merging or repairing.
-        images_used: in words, which images the edits were found on.
+        images_used: in words, which images the edits were found on, without the seed.
         transductive: whether those are of the test split.
         losses: task -> the loss at each step; empty where the run did not keep it.
     """
@@ -57,7 +58,7 @@ class Result:
     @property
     def settings(self) -> tuple[Any, ...]:
         """Equal for two results that differ by their seed alone."""
-        return (self.extra_parameters, self.transductive, without_seed(self.images_used))
+        return (self.extra_parameters, self.transductive, self.images_used)
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,8 @@ def read_run(folder: str | Path) -> Run:
     """Read a run folder.
 
     Args:
-        folder: holds ``program_report.json``: a comparison's, or a single repair's with
-            ``intervmerge.json`` beside it; or ``analysis.json`` alone, of a model that no task
-            pool evaluated.
+        folder: holds ``program_report.json`` and ``intervmerge.json``, or ``analysis.json`` alone,
+            of a model that no task pool evaluated.
 
     Raises:
         ConfigError: no such folder, no report, broken JSON, or another layout.
@@ -130,29 +130,15 @@ def read_run(folder: str | Path) -> Run:
         raise ConfigError(
             str(folder), f"has no {REPORT}; the run is not finished, or is no run", _EXPECTED
         )
-    features: dict[str, dict[str, float]] = {}
+    details = _read_json(folder / DETAILS)
+    if details is None:
+        raise ConfigError(str(folder), f"has no {DETAILS} beside its {REPORT}", _EXPECTED)
+    known = parse_results(details, str(folder / DETAILS))
+    tasks, features = known.tasks, {}
     try:
-        if "comparison" in report:
-            tasks = [str(task) for task in report["comparison"]["tasks"]]
-            losses = _read_json(folder / LOSSES) or {}
-            results = [
-                _result(tasks, report, name, {**about, "losses": losses.get(name)})
-                for name, about in report["comparison"]["models"].items()
-            ]
-        else:
-            details = _read_json(folder / DETAILS)
-            if details is None:
-                raise ConfigError(
-                    str(folder / REPORT),
-                    f"holds no comparison, and there is no {DETAILS} beside it",
-                    _EXPECTED,
-                )
-            tasks = list(details["images_seen"])
-            results = [_single(tasks, report, details, hydra)]
-            features = details["features"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
+        results = [_result(tasks, report, name, facts) for name, facts in known.models.items()]
+        features = next((f.features for f in known.models.values() if f.features), {})
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             str(folder / REPORT), f"is not laid out as expected ({_reason(error)})", _EXPECTED
         ) from None
@@ -207,11 +193,6 @@ def gather(runs: Sequence[Run], bases: Sequence[str] = ()) -> Study:
     return study
 
 
-def without_seed(images_used: str | None) -> str | None:
-    """The description of the images without the one thing that differs between seeds."""
-    return None if images_used is None else re.sub(r", seed \d+$", "", images_used)
-
-
 def _add_reference(kept: list[Result], result: Result, folder: Path) -> None:
     for other in kept:
         if (other.kind, other.base) == (result.kind, result.base):
@@ -242,46 +223,22 @@ def _add_repair(kept: list[Result], seeds: list[Result], folder: Path) -> None:
             return
 
 
-def _result(
-    tasks: Sequence[str], report: Mapping[str, Any], name: str, about: Mapping[str, Any]
-) -> Result:
-    kind = about["kind"]
-    if kind not in ("pretrained", "experts", "merge", "repair"):
-        raise ValueError(f"model {name!r} is of an unknown kind, {kind!r}")
-    accuracy, average = _accuracy(tasks, report[name], name)
-    repair = kind == "repair"
+def _result(tasks: Sequence[str], report: Mapping[str, Any], name: str, facts: Facts) -> Result:
+    # a run of one model reports it alone, others by name
+    accuracy, average = _accuracy(tasks, report if tasks[0] in report else report[name], name)
+    images = "; ".join(images.in_words(seed=False) for images in facts.images)
     return Result(
-        kind,
+        facts.kind,
         accuracy,
         average,
-        base=str(about["base"]) if kind in ("merge", "repair") else None,
-        method=str(about["method"]) if repair else None,
-        seed=int(about["seed"]) if repair else None,
-        extra_parameters=about.get("extra_parameters"),
-        seconds=about.get("seconds"),
-        images_used=about.get("images_used"),
-        transductive=about.get("transductive"),
-        losses=about.get("losses") or {},
-    )
-
-
-def _single(
-    tasks: Sequence[str], report: Mapping[str, Any], details: Mapping[str, Any], hydra: _Hydra
-) -> Result:
-    accuracy, average = _accuracy(tasks, report, "the model")
-    settings = details["method"]
-    return Result(
-        "repair",
-        accuracy,
-        average,
-        base=_base_name(settings, hydra),
-        method=_method_name(settings, hydra),
-        seed=int(settings["seed"]),
-        extra_parameters=int(details["extra_parameters"]["total"]),
-        seconds=float(sum(details["seconds"].values())),
-        images_used=details["images_used"],
-        transductive=bool(details["transductive"]),
-        losses=details["losses"],
+        base=facts.base,
+        method=facts.method,
+        seed=facts.seed,
+        extra_parameters=facts.extra_parameters,
+        seconds=facts.seconds,
+        images_used=images or None,
+        transductive=facts.transductive,
+        losses=facts.losses,
     )
 
 
@@ -293,28 +250,6 @@ def _accuracy(
         if not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"{name}: the accuracy of {task} is {value!r}, which is no share")
     return accuracy, float(np.mean(list(accuracy.values())))
-
-
-def _base_name(settings: Mapping[str, Any], hydra: _Hydra) -> str:
-    """A single run does not name its base: its config's name, or else its class, does."""
-    if settings["coefficients"] is not None:
-        return "coefficients"
-    base = settings["base"]
-    if base is None:
-        return "merged"
-    chosen = hydra.choices().get("method@method.base")
-    if chosen:
-        return str(chosen).replace("/", "_")
-    cls = str(base.get("_target_") or base.get("name") or "merged").rsplit(".", 1)[-1]
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.removesuffix("Algorithm")).lower()
-
-
-def _method_name(settings: Mapping[str, Any], hydra: _Hydra) -> str:
-    name = str(hydra.choices().get("method") or "intervmerge").replace("/", "_")
-    if settings.get("budget") is not None:
-        return f"{name}_b{settings['budget']}"
-    ranks = {edit.get("rank") for edit in settings["interventions"].values() if edit}
-    return f"{name}_r{ranks.pop()}" if len(ranks) == 1 and None not in ranks else name
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -361,9 +296,6 @@ class _Hydra:
             return (self._folder / "config.yaml").read_text("utf-8") if self._folder else None
         except OSError:
             return None
-
-    def choices(self) -> dict[str, Any]:
-        return (self._hydra().get("runtime") or {}).get("choices") or {}
 
     def _job(self) -> dict[str, Any]:
         return self._hydra().get("job") or {}

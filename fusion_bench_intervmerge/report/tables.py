@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .runs import Result, Study, without_seed
+from .runs import Result, Study
 from .words import NONE, count, duration, percent, readable
 
 
@@ -52,7 +52,7 @@ class Row:
             where the run lacks either, or the merge is no worse than the experts.
         extra_parameters: over all tasks.
         seconds: of merging or repairing.
-        images_used, transductive: as in ``Result``, without the seed.
+        images_used, transductive: as in ``Result``.
     """
 
     kind: str
@@ -229,7 +229,7 @@ def _row(
         gap_closed=gap,
         extra_parameters=results[0].extra_parameters,
         seconds=Stat(seconds) if seconds else None,
-        images_used=without_seed(results[0].images_used),
+        images_used=results[0].images_used,
         transductive=results[0].transductive,
     )
 
