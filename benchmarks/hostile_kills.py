@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from fusion_bench_intervmerge import InterventionModel, distill
+from fusion_bench_intervmerge.checkpoint import StateFolder
 from fusion_bench_intervmerge.encoders.openclip import MEAN, STD, OpenCLIPTower
 from fusion_bench_intervmerge.merging import mix
 
@@ -77,9 +78,8 @@ def run(folder: Path, pause: float = 0.0) -> None:
         steps=STEPS,
         batch_size=4,
         mixture=mixture,
-        optimizer=optimizer if pause else None,
-        state_folder=folder / "states",
-        run="the same run",
+        **({"optimizer": optimizer} if pause else {}),
+        states=StateFolder(folder / "states", "the same run"),
         save_every=1,
     )
     time.sleep(pause)

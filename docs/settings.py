@@ -201,7 +201,7 @@ def documented(file: Path, cls: type, leave: Iterable[str] = ()) -> Iterator[tup
 
 def fields(cls: type[Settings]) -> Iterator[tuple[str, Any, str]]:
     """(key, default, meaning) of every field; without a default it is pydantic's own mark."""
-    meaning = described(cls)
+    meaning = {k: v for base in reversed(cls.__mro__) for k, v in described(base).items()}
     for name, field in cls.model_fields.items():
         yield name, field.default, meaning[name]
 

@@ -5,17 +5,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .distillation import distill
+    from .distillation import DistillSettings, distill
     from .interventions import InterventionConfig
     from .model import InterventionModel
-    from .solving import solve
+    from .solving import SolveSettings, solve
 
 __version__ = "0.1.0"
-__all__ = ["InterventionConfig", "InterventionModel", "distill", "solve"]
+__all__ = [
+    "DistillSettings",
+    "InterventionConfig",
+    "InterventionModel",
+    "SolveSettings",
+    "distill",
+    "solve",
+]
 
 _HOME = {
+    "DistillSettings": ".distillation",
     "InterventionConfig": ".interventions",
     "InterventionModel": ".model",
+    "SolveSettings": ".solving",
     "distill": ".distillation",
     "solve": ".solving",
 }

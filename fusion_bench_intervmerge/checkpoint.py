@@ -73,6 +73,10 @@ class StateFolder:
     def __init__(self, folder: Path, run: str, kind: str = "step"):
         self.folder, self.run, self.kind = folder, run, kind
 
+    def of(self, kind: str) -> StateFolder:
+        """The states of another of the run's parts."""
+        return StateFolder(self.folder, self.run, kind)
+
     def save(
         self,
         progress: Progress,

@@ -6,7 +6,9 @@ with the same line wherever it was written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +16,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from typing_extensions import Self
 
 from .errors import ConfigError, named, unknown_key
+
+# Hydra's and FusionBench's own, which any config may carry.
+HOST_KEYS = ("_recursive_", "_usage_", "_version_")
 
 
 class Settings(BaseModel):
@@ -117,3 +122,41 @@ def _folder(value: Any) -> Any:
 Folder = Annotated[str, BeforeValidator(_folder), Field(description="the path of a folder")]
 Seed = Annotated[int, whole(0, 2**63 - 1)]
 Flag = Annotated[bool, Field(description="true, false")]
+
+
+def check_arguments(cls: Callable[..., Any], given: Mapping[str, Any], where: str) -> None:
+    """Check a config's arguments of a class that checks few of them itself.
+
+    Raises:
+        ConfigError: a key that the class does not take, a value of another kind than its
+            default's, or a number that is not finite.
+    """
+    parameters = inspect.signature(cls).parameters
+    known = [name for name in parameters if name != "params"]
+    for key, value in given.items():
+        if key not in known:
+            raise unknown_key(key, known).under(where)
+        default, annotation = parameters[key].default, str(parameters[key].annotation)
+        fits, allowed = not _has_nan(value), "finite numbers"
+        if isinstance(default, bool):
+            fits, allowed = isinstance(value, bool), "true, false"
+        elif default is None and "bool" in annotation:
+            fits, allowed = value is None or isinstance(value, bool), "null, true, false"
+        elif isinstance(default, (int, float)):
+            fits, allowed = fits and _is_number(value), "a number"
+        elif isinstance(default, tuple):
+            fits = fits and isinstance(value, list) and len(value) == len(default)
+            allowed = f"a list of {len(default)}"
+        if not fits:
+            raise ConfigError(f"{where}.{key}", shown(value), allowed)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _has_nan(value: Any) -> bool:
+    """Whether it is, or holds, a number that is not finite."""
+    if isinstance(value, list):
+        return any(map(_has_nan, value))
+    return isinstance(value, float) and not isfinite(value)

@@ -23,6 +23,7 @@ from conftest import TASKS, hf_tower
 from safetensors.torch import save_file
 
 from fusion_bench_intervmerge import InterventionModel, distill, solve
+from fusion_bench_intervmerge.checkpoint import StateFolder
 from fusion_bench_intervmerge.distillation import loop
 from fusion_bench_intervmerge.merging import mix
 from fusion_bench_intervmerge.solving.sweep import Sweep
@@ -59,8 +60,7 @@ def main(output: Path, states: Path, steps: int, pause: float = 0.0, processes: 
         batch_size=4,
         mixture=mixture,
         fabric=fabric,
-        state_folder=states,
-        run="the same run",
+        states=StateFolder(states, "the same run"),
         save_every=1,
     )
     solved = solved_features(fabric, experts, datasets)

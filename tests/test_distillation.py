@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from test_model import intervmerge, surgery_v2
 
 from fusion_bench_intervmerge import InterventionModel, distill
-from fusion_bench_intervmerge.checkpoint import Interrupted
+from fusion_bench_intervmerge.checkpoint import Interrupted, StateFolder
 from fusion_bench_intervmerge.distillation import DistillationError, Schedule, ThriceAdam, loop
 from fusion_bench_intervmerge.distillation.memory import keep_freed_memory
 from fusion_bench_intervmerge.errors import ConfigError
@@ -429,8 +429,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(experts, 
             datasets | {"bees": poisoned},
             steps=6,
             batch_size=4,
-            state_folder=tmp_path,
-            run="r",
+            states=StateFolder(tmp_path, "r"),
             save_every=100,
         )
     assert str(tmp_path) in str(error.value)
@@ -448,7 +447,7 @@ def test_experts_of_another_shape(experts, datasets):
 
 def test_unknown_loss_and_missing_images(experts, datasets):
     model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
-    with pytest.raises(ConfigError, match="there is no loss 'l2'; allowed: output, blocks"):
+    with pytest.raises(ConfigError, match="loss: 'l2'; allowed: output, blocks"):
         distill(model, experts, datasets, steps=1, loss="l2")
     with pytest.raises(ConfigError, match="no images for task 'cats'"):
         distill(model, experts, {t: datasets[t] for t in TASKS[:2]}, steps=1)
@@ -526,8 +525,7 @@ def interrupted(tmp_path, experts, datasets, run="r", steps=10):
             datasets,
             steps=steps,
             batch_size=4,
-            state_folder=tmp_path,
-            run=run,
+            states=StateFolder(tmp_path, run),
             save_every=2,
         )
 
@@ -549,7 +547,9 @@ def test_ctrl_c_is_one_line_wherever_it_comes(experts, datasets, tmp_path, monke
 
 def finish(tmp_path, experts, datasets, run="r"):
     model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
-    return distill(model, experts, datasets, steps=10, batch_size=4, state_folder=tmp_path, run=run)
+    return distill(
+        model, experts, datasets, steps=10, batch_size=4, states=StateFolder(tmp_path, run)
+    )
 
 
 def test_a_finished_training_is_found_until_it_is_cleared(experts, datasets, tmp_path, monkeypatch):
@@ -598,7 +598,7 @@ def test_a_full_disk_is_reported_and_training_goes_on(
             datasets,
             steps=4,
             batch_size=4,
-            state_folder=tmp_path / "s",
+            states=StateFolder(tmp_path / "s", ""),
             save_every=2,
         )
     assert len(done.losses) == 4 and "No space left on device" in caplog.text

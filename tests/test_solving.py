@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
 from fusion_bench_intervmerge import InterventionModel, distill, solve
+from fusion_bench_intervmerge.checkpoint import StateFolder
 from fusion_bench_intervmerge.distillation import loop
 from fusion_bench_intervmerge.errors import ConfigError
 from fusion_bench_intervmerge.interventions import build_function
@@ -374,7 +375,7 @@ def test_a_stopped_run_goes_on_from_the_last_finished_task(experts, datasets, tm
 
         return load
 
-    kept = {"state_folder": tmp_path / "states", "run": "this", "budget": budget}
+    kept = {"states": StateFolder(tmp_path / "states", "this"), "budget": budget}
     stop_at = 2 if budget is None else 5  # in the second task of the last sweep
     with pytest.raises(KeyboardInterrupt, match="stopped while solving"):
         solved_model({t: loading(t, stop_at) for t in TASKS}, datasets, **kept)
@@ -384,7 +385,9 @@ def test_a_stopped_run_goes_on_from_the_last_finished_task(experts, datasets, tm
     for name, tensor in undisturbed.edits.state_dict().items():
         assert torch.equal(model.edits.state_dict()[name], tensor)
     assert again.gains == whole.gains
-    other, _ = solved_model(experts, datasets, **(kept | {"run": "other"}))
+    other, _ = solved_model(
+        experts, datasets, **(kept | {"states": StateFolder(tmp_path / "states", "other")})
+    )
     assert other.ranks() == undisturbed.ranks()
     again.states.clear()
     assert not list(tmp_path.rglob("*.safetensors"))

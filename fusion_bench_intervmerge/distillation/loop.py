@@ -8,10 +8,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -27,18 +26,20 @@ from ..merging import Mixture
 from ..model import InterventionModel
 from ..precision import computing_dtype
 from ..progress import progress_bar
-from .losses import Representations, loss_function
+from .losses import LOSSES, Representations
 from .memory import keep_freed_memory
+from .optimizer import make_optimizer
 from .schedule import Schedule
+from .settings import DistillSettings
 from .store import ImageStore
 
 log = logging.getLogger(__name__)
 
 Experts = Mapping[str, Callable[[], VisionTower]]
-MakeOptimizer = Callable[[Sequence[torch.nn.Parameter]], torch.optim.Optimizer]
 
 # fp16 gradients of a mean over thousands of features would round to zero
 FP16_SCALE = 2.0**12
+LOG_EVERY = 10  # steps between two entries in the logs
 
 
 class DistillationError(RuntimeError):
@@ -87,24 +88,13 @@ def distill(
     model: InterventionModel,
     experts: Experts,
     images: Mapping[str, Dataset],
+    settings: DistillSettings | None = None,
     *,
-    steps: int = 1000,
-    batch_size: int = 16,
-    fraction: float = 1.0,
-    at_most: int | None = None,
-    loss: str = "output",
-    optimizer: MakeOptimizer | None = None,
     mixture: Mixture | None = None,
-    seed: int = 0,
-    num_workers: int = 0,
-    cache_gb: float = 2.0,
-    compile: bool = False,
     fabric: L.Fabric | None = None,
+    states: StateFolder | None = None,
     cache: ExpertCache | None = None,
-    state_folder: Path | None = None,
-    run: str = "",
-    save_every: int = 100,
-    log_every: int = 10,
+    **keywords: Any,
 ) -> Distillation:
     """Train a model's edits by distillation, without labels (eq 3.2 of the paper).
 
@@ -118,37 +108,27 @@ def distill(
         experts: task -> function that loads the expert; one expert is in memory at a time. The
             tasks trained are these; others of the model stay as they are.
         images: task -> dataset of pixel values, or of (pixel values, anything).
-        steps: steps a task.
-        batch_size: images a task and step, over all processes.
-        fraction: share of each dataset that may be seen, in (0, 1].
-        at_most: most images of a task that may be seen; None for no limit.
-        loss: ``output`` or ``blocks`` (SurgeryV2).
-        optimizer: makes the optimizer of a list of parameters; Adam at 3e-3 by default.
+        settings: how, as the method's config file says it.
         mixture: merging coefficients to train along with the edits.
-        seed: decides which images are seen, and when.
-        num_workers: worker processes that decode images.
-        cache_gb: GiB of memory for the states of images that are seen again.
-        compile: compile the MLPs, whose elementwise parts are then one kernel; it pays in long runs
-            of wide encoders.
         fabric: device, precision, processes and loggers; one device by default.
+        states: where to keep the state of a run that may be stopped; None: nowhere. It is kept
+            after the last step as well, until ``Distillation.clear``.
         cache: where experts' representations are kept for the next method; None: nowhere.
-        state_folder: where to keep the state of a run that may be stopped; ``None``: nowhere. It
-            is kept after the last step as well, until ``Distillation.clear``.
-        run: identifies the run; only a state of the same run is continued.
-        save_every: steps between two states.
-        log_every: steps between two entries in the logs.
+        keywords: in place of ``settings`` its fields, and those of its ``data``: ``steps=200,
+            batch_size=8``.
 
     Returns:
         Losses, images seen, seconds, and the experts' features.
 
     Raises:
         ConfigError: settings that do not fit.
-        DistillationError: the loss is not finite; with a state folder the last good state is kept.
+        DistillationError: the loss is not finite; with ``states`` the last good one is kept.
         Interrupted: on Ctrl-C; while it trains, after the step's end and with its state kept. A
             second Ctrl-C does not wait for that.
     """
+    settings = DistillSettings.of(settings, keywords)
     fabric = fabric or L.Fabric(devices=1, accelerator="auto")
-    tasks = list(experts)
+    data, tasks = settings.data, list(experts)
     for task in tasks:
         model.check_task(task)
         if task not in images:
@@ -157,22 +137,21 @@ def distill(
         task: Schedule(
             task,
             len(images[task]),  # type: ignore[arg-type]
-            steps=steps,
-            batch_size=batch_size,
-            fraction=fraction,
-            at_most=at_most,
-            seed=seed,
+            steps=settings.steps,
+            batch_size=data.batch_size,
+            fraction=data.fraction,
+            at_most=data.images,
+            seed=settings.seed,
         )
         for task in tasks
     }
-    trainer = _Trainer(model, tasks, schedules, loss, mixture, fabric, compile)
-    store = ImageStore(images, schedules, cache_gb * 2**30, num_workers)
+    trainer = _Trainer(model, tasks, schedules, settings, mixture, fabric)
+    store = ImageStore(images, schedules, data.cache_gb * 2**30, data.num_workers)
     with ExitStack() as stack:
         stack.enter_context(trainer.on_device())
         if fabric.device.type == "cpu":
             stack.enter_context(keep_freed_memory())
         started = time.perf_counter()
-        states = StateFolder(state_folder, run) if state_folder is not None else None
         with interruptible("reading the experts' features", states):
             targets = trainer.read_experts(experts, store, cache)
         ready = time.perf_counter()
@@ -183,16 +162,15 @@ def distill(
                 "there are no edits to train",
                 "other inits, or solve(...) before it where init is regression",
             )
-        make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=3e-3))
-        optim = make(list(trained.values()))
+        optim = make_optimizer(settings.optimizer, list(trained.values()))
         progress = Progress(0, torch.empty(0, len(tasks)))
         if states is not None:
-            progress = states.load(progress, steps, trained, optim)
+            progress = states.load(progress, settings.steps, trained, optim)
         if progress.step:
-            log.info("going on from step %d of %d", progress.step, steps)
+            log.info("going on from step %d of %d", progress.step, settings.steps)
         resumed_at = progress.step
         with interruptible("training", states):
-            trainer.run(optim, trained, store, targets, progress, states, save_every, log_every)
+            trainer.run(optim, trained, store, targets, progress, states)
         finished = time.perf_counter()
     if mixture is not None:
         mixture.write(model.tower)
@@ -214,18 +192,17 @@ class _Trainer:
         model: InterventionModel,
         tasks: list[str],
         schedules: Mapping[str, Schedule],
-        loss: str,
+        settings: DistillSettings,
         mixture: Mixture | None,
         fabric: L.Fabric,
-        compile: bool,
     ):
         self.model, self.tasks, self.schedules = model, tasks, schedules
-        self.compile = compile
-        self.loss_name, self.loss = loss, loss_function(loss)
+        self.settings = settings
+        self.loss_name, self.loss = settings.loss, LOSSES[settings.loss]
         self.mixture, self.fabric = mixture, fabric
         self.dtype = computing_dtype(fabric)
         # Weights that move invalidate what was computed with them; `blocks` reads every block.
-        self.prefixed = mixture is None and loss == "output"
+        self.prefixed = mixture is None and settings.loss == "output"
         batch = next(iter(schedules.values())).rows.shape[1]
         self.mine = slice(fabric.global_rank, batch, fabric.world_size)
         if batch % fabric.world_size:
@@ -260,7 +237,7 @@ class _Trainer:
         edited = placement.blocks if placement is not None else []
         start = self.model.first_block if self.prefixed else 0
         blocks = [b for b in range(start, self.model.tower.num_blocks) if b not in edited]
-        modules = [self.model.tower.site("mlp", b) for b in blocks] if self.compile else []
+        modules = [self.model.tower.site("mlp", b) for b in blocks] if self.settings.compile else []
         for module in modules:
             module.compile()
         try:
@@ -397,8 +374,6 @@ class _Trainer:
         targets: Mapping[str, Representations],
         progress: Progress,
         states: StateFolder | None,
-        save_every: int,
-        log_every: int,
     ) -> None:
         """Steps from ``progress.step`` to the end of the schedule; ``progress`` is kept current."""
         steps = len(self.schedules[self.tasks[0]].rows)
@@ -444,12 +419,16 @@ class _Trainer:
                 history.append(losses)
                 mean = float(losses.mean())
                 bar.advance(1, f"loss {mean:.4f}", size)
-                if (step + 1) % log_every == 0 or step + 1 == steps:
+                if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
                     scalars = {
                         f"loss/{t}": float(v) for t, v in zip(self.tasks, losses, strict=True)
                     }
                     self.fabric.log_dict({"loss/mean": mean, **scalars}, step=step + 1)
-                due = (step + 1) % save_every == 0 or step + 1 == steps or stopped.is_set()
+                due = (
+                    (step + 1) % self.settings.save_every == 0
+                    or step + 1 == steps
+                    or stopped.is_set()
+                )
                 if keep is not None and due:
                     keep.save(current(step + 1), trained, optimizer)
                     saved = step + 1

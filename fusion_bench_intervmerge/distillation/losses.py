@@ -7,8 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-
 # A task's representations by name: "output" (batch, projection_dim) image features, and for the
 # block-wise loss "blocks" (batch, num_blocks, width) means over the tokens of each block's output.
 Representations = dict[str, Tensor]
@@ -36,14 +34,3 @@ def _mean_l1(student: Tensor, expert: Tensor, tasks: int) -> Tensor:
 
 
 LOSSES: dict[str, Loss] = {"output": output, "blocks": blocks}
-
-
-def loss_function(name: str) -> Loss:
-    """A loss by the name the config gives it.
-
-    Raises:
-        ConfigError: no loss has that name.
-    """
-    if name not in LOSSES:
-        raise ConfigError("loss", f"there is no loss {name!r}", ", ".join(LOSSES))
-    return LOSSES[name]

@@ -24,8 +24,9 @@ from torch import nn
 
 from ..artifact import check_place
 from ..cache import cache_root
-from ..checkpoint import interruptible
+from ..checkpoint import StateFolder, interruptible
 from ..distillation import Distillation, MethodSettings, distill
+from ..distillation.optimizer import make_optimizer
 from ..encoders import VisionTower
 from ..errors import ConfigError
 from ..expert_cache import ExpertCache
@@ -34,7 +35,6 @@ from ..merging import Mixture
 from ..model import InterventionModel
 from ..protocols import Experts, Repair
 from ..results import Images, Result, Results
-from ..settings import shown
 from ..solving import solve
 from .diagnosis import diagnose, table
 from .experts import ExpertPool
@@ -42,21 +42,13 @@ from .host import HostedInterventionModel
 from .hub import warn_if_unreachable
 from .live import show_repair
 from .merge import merge_experts
-from .program import (
-    HOST_KEYS,
-    check_arguments,
-    check_task_pool,
-    has_task_pool,
-    plain,
-    split_settings,
-)
+from .program import check_task_pool, has_task_pool, plain, split_settings
 from .records import base_name, images_used, method_name, remembered_images, repaired
 from .screen import host_in_the_log, one_line
 
 log = logging.getLogger(__name__)
 
 DIAGNOSED_IMAGES = 256
-MAX_RATE = 1000  # beyond it no learning rate is meant
 
 
 class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm, Repair):
@@ -84,7 +76,8 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         self.data = self.settings.data
         sites = read_interventions(self.interventions).values()
         self._solves = any(config.init == "regression" for config in sites)
-        self._make_optimizer([nn.Parameter(torch.zeros(1))])  # refused now, not after the merge
+        # refused now, not after the merge
+        make_optimizer(self.settings.optimizer, [nn.Parameter(torch.zeros(1))])
 
     @host_in_the_log()
     @one_line
@@ -224,16 +217,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         run = self._identity(pool, model, tasks)
         # Nothing tells one live model from another, so their runs are not continued.
         resume = settings.resume == "auto" and not pool.pool.has_instance_models
-        common: dict[str, Any] = {
-            "fraction": data.fraction,
-            "at_most": data.images,
-            "seed": settings.seed,
-            "num_workers": data.num_workers,
-            "cache_gb": data.cache_gb,
-            "fabric": self.fabric,
-            "state_folder": cache_root() / "states" / run if resume else None,
-            "run": run,
-        }
+        states = StateFolder(cache_root() / "states" / run, run) if resume else None
         solved = None
         self._solves = any(c.init == "regression" for c in model.interventions.values())
         if self.settings.extend is not None and not self._solves and not self._steps:
@@ -241,7 +225,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
                 "steps", "0, but the saved model's edits are trained", "1 or more, or no `extend`"
             )
         if self._solves:
-            solved = solve(model, experts, images, budget=settings.budget, **common)
+            solved = solve(model, experts, images, settings, fabric=self.fabric, states=states)
             if not self._steps:
                 return Distillation(
                     torch.empty(0, len(tasks)),
@@ -254,15 +238,11 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             model,
             experts,
             images,
-            steps=self._steps,
-            batch_size=data.batch_size,
-            compile=settings.compile,
-            loss=settings.loss,
-            optimizer=self._make_optimizer,
+            settings.model_copy(update={"steps": self._steps}),
             mixture=mixture,
-            save_every=settings.save_every,
+            fabric=self.fabric,
+            states=states,
             cache=ExpertCache(cache_root() / "features") if settings.resume == "auto" else None,
-            **common,
         )
         if solved is not None:
             done.seconds = solved.seconds | done.seconds
@@ -278,29 +258,6 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         return min(self.settings.steps, 2) if RuntimeConstants.debug else self.settings.steps
 
     # -- around the trainer ------------------------------------------------------------------------
-
-    def _make_optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        from hydra.utils import get_class
-
-        given = {k: v for k, v in self.settings.optimizer.items() if k not in HOST_KEYS}
-        try:
-            cls = get_class(given.pop("_target_", ""))
-            if not issubclass(cls, torch.optim.Optimizer):
-                raise TypeError(f"{cls.__name__} is no torch optimizer")
-            check_arguments(cls, given, "optimizer")
-            rate = given.get("lr", 1)
-            if rate == 0 or rate > MAX_RATE:
-                raise ConfigError("optimizer.lr", shown(rate), f"a number in (0, {MAX_RATE}]")
-            if cls in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
-                # one kernel for hundreds of small tensors
-                given = {"fused": True} | given
-            return cls(parameters, **given)
-        except ConfigError:
-            raise
-        except Exception as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            allowed = "{_target_: torch.optim.Adam, lr: 0.003}"
-            raise ConfigError("optimizer", reason, allowed) from None
 
     def _identity(self, pool: ExpertPool, model: InterventionModel, tasks: Sequence[str]) -> str:
         """A digest of everything the trained numbers depend on."""

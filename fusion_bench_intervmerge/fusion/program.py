@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from math import isfinite
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from fusion_bench.taskpool import CLIPVisionModelTaskPool, DummyTaskPool
 from omegaconf import OmegaConf
 
-from ..errors import ConfigError, unknown_key
-from ..settings import shown
+from ..errors import ConfigError
+from ..settings import HOST_KEYS
 
 
 def plain(value: Any) -> Any:
@@ -60,49 +58,7 @@ def check_task_pool(program: Any, family: str) -> None:
         )
 
 
-# FusionBench's own, which any of its configs may carry.
-HOST_KEYS = ("_recursive_", "_usage_", "_version_")
-
-
 def split_settings(given: Mapping[str, Any], **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a method was given: its settings as plain containers, and the host's own keys."""
     settings = {key: plain(value) for key, value in (more | dict(given)).items()}
     return settings, {key: settings.pop(key) for key in HOST_KEYS if key in settings}
-
-
-def check_arguments(cls: Callable[..., Any], given: Mapping[str, Any], where: str) -> None:
-    """Check a config's arguments of a class that checks few of them itself.
-
-    Raises:
-        ConfigError: a key that the class does not take, a value of another kind than its
-            default's, or a number that is not finite.
-    """
-    parameters = inspect.signature(cls).parameters
-    known = [name for name in parameters if name != "params"]
-    for key, value in given.items():
-        if key not in known:
-            raise unknown_key(key, known).under(where)
-        default, annotation = parameters[key].default, str(parameters[key].annotation)
-        fits, allowed = not _has_nan(value), "finite numbers"
-        if isinstance(default, bool):
-            fits, allowed = isinstance(value, bool), "true, false"
-        elif default is None and "bool" in annotation:
-            fits, allowed = value is None or isinstance(value, bool), "null, true, false"
-        elif isinstance(default, (int, float)):
-            fits, allowed = fits and _is_number(value), "a number"
-        elif isinstance(default, tuple):
-            fits = fits and isinstance(value, list) and len(value) == len(default)
-            allowed = f"a list of {len(default)}"
-        if not fits:
-            raise ConfigError(f"{where}.{key}", shown(value), allowed)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _has_nan(value: Any) -> bool:
-    """Whether it is, or holds, a number that is not finite."""
-    if isinstance(value, list):
-        return any(map(_has_nan, value))
-    return isinstance(value, float) and not isfinite(value)

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -22,6 +22,7 @@ from ..model import InterventionModel
 from ..precision import computing_dtype
 from ..progress import progress_bar
 from .budget import allocate
+from .settings import SolveSettings
 from .sweep import Place, Sweep
 
 log = logging.getLogger(__name__)
@@ -56,45 +57,41 @@ def solve(
     model: InterventionModel,
     experts: Experts,
     images: Mapping[str, Dataset],
+    settings: SolveSettings | None = None,
     *,
-    budget: int | None = None,
-    fraction: float = 1.0,
-    at_most: int | None = None,
-    seed: int = 0,
-    num_workers: int = 0,
-    cache_gb: float = 2.0,
     ridge: float | None = None,
     class_weight: float | None = None,
     fabric: L.Fabric | None = None,
-    state_folder: Path | None = None,
-    run: str = "",
+    states: StateFolder | None = None,
+    **keywords: Any,
 ) -> Solution:
     """Find the edits of sites whose ``init`` is ``regression``, in closed form, without labels.
+
+    With a budget, its numbers go, rank by rank, to the (task, site, block) where the next one takes
+    most off the distance to the expert, as a first solution at full rank tells. Images' states that
+    do not fit in ``data.cache_gb`` lie in a temporary file.
 
     Args:
         model: the model, whose edits at these sites are replaced; other edits act as they are.
         experts: task -> function that loads the expert; one expert is in memory at a time.
         images: task -> dataset of pixel values, or of (pixel values, anything).
-        budget: numbers to spend over all tasks. They go, rank by rank, to the (task, site, block)
-            where the next one takes most off the distance to the expert, as a first solution at
-            full rank tells; ``rank`` is then not read. None: every edit has the rank of its config.
-        fraction, at_most, seed: which images, as in ``choose_images``.
-        num_workers: worker processes that decode images.
-        cache_gb: GiB of memory for the images' states; beyond it they lie in a temporary file.
+        settings: how, as the method's config file says it.
         ridge: of the regressions, in mean variances of what an edit reads (0 is for float64 alone,
             whose rounding it does not fit); None chooses one for each by generalised
             cross-validation.
         class_weight: how many patch tokens the class token counts for; half of them by default.
         fabric: device, precision and processes; one device by default.
-        state_folder: where to keep what is solved of a run that may be stopped, until its
-            ``clear``; None: nowhere.
-        run: identifies the run; only a state of the same run is continued.
+        states: where to keep what is solved of a run that may be stopped, until ``clear``; None:
+            nowhere.
+        keywords: in place of ``settings`` its fields, and those of its ``data``: ``budget=6192``.
 
     Raises:
         ConfigError: no such site, a form without a closed solution, no images for a task, or a
             budget that buys not one rank.
         Interrupted: on Ctrl-C; the tasks that were finished are kept.
     """
+    settings = SolveSettings.of(settings, keywords)
+    data, budget = settings.data, settings.budget
     fabric = fabric or L.Fabric(devices=1, accelerator="auto")
     for task in experts:
         model.check_task(task)
@@ -104,14 +101,14 @@ def solve(
         task: choose_images(
             task,
             len(images[task]),  # type: ignore[arg-type]
-            fraction=fraction,
-            at_most=at_most,
-            seed=seed,
+            fraction=data.fraction,
+            at_most=data.images,
+            seed=settings.seed,
         )
         for task in experts
     }
     places = solved_places(model)
-    states = StateFolder(state_folder, run, "solved") if state_folder is not None else None
+    states = states.of("solved") if states is not None else None
     finished = _Finished(states, places, writes=fabric.is_global_zero)
     started = time.perf_counter()
     home, dtype = model.tower.device, computing_dtype(fabric)
@@ -123,7 +120,8 @@ def solve(
         check_expert(task, expert, model.tower)
         with expert.in_dtype(dtype), model.tower.in_dtype(dtype):
             done = Sweep(model, task, expert, places, fabric, ridge, weight)
-            done.run(images, keys, num_workers, cache_gb * 2**30, ranks, lambda: bar.advance(1))
+            room = data.cache_gb * 2**30
+            done.run(images, keys, data.num_workers, room, ranks, lambda: bar.advance(1))
         return done
 
     blocks = model.tower.num_blocks * len(chosen) * (1 if budget is None else 2)
