@@ -30,7 +30,7 @@ from .base_merge import run_adamerging
 from .experts import ExpertPool
 from .hub import warn_if_unreachable
 from .individual import IndividualExperts
-from .live import show_comparison
+from .loggers import show
 from .program import HOST_KEYS, check_family, split_settings
 from .records import repaired
 from .screen import host_in_the_log, one_line
@@ -183,9 +183,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
                 repaired = self._first_seed(models, base_name)
                 analyser.run(base_name, pool, merged, repaired, pool.tasks)
                 analyser.write(Path(self.log_dir or "."), pool.tasks)
-            show_comparison(
-                self.fabric, about.values(), base_name, analyser.found.get(base_name, {})
-            )
+            show(self.fabric, about.values(), base_name, analyser.found.get(base_name))
         if self.fabric.is_global_zero:
             Results(tasks=list(pool.tasks), models=about).write(self.log_dir)
         for states in self._states:
