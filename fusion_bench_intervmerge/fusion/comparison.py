@@ -33,7 +33,7 @@ from .expert_per_task import ExpertPerTask
 from .experts import ExpertPool
 from .host import HostedModel
 from .hub import warn_if_unreachable
-from .live import show_comparison
+from .loggers import show
 from .merge import merge_experts, run_adamerging
 from .program import HOST_KEYS, adopted, check_task_pool, split_settings
 from .rivals import FusionBenchMethod
@@ -77,7 +77,9 @@ class ComparisonSettings(Settings):
     methods: Annotated[
         dict[str, dict[str, Any]], Field(description="settings of intervmerge or surgery, by name")
     ]
-    rivals: Annotated[dict[str, dict[str, Any]], Field(description="methods, by name")] = {}
+    rivals: Annotated[dict[str, dict[str, Any]], Field(description="methods, by name")] = Field(
+        default={}
+    )
     coefficients: Annotated[
         dict[str, dict[str, Any]] | None, Field(description="coefficients, by the base's name")
     ] = None
@@ -198,11 +200,9 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         for name in settings.rivals:
             with self._going_on(name):
                 log.info("running: %s", name)
-                repairs.append(self._rival(name))
-                start_of_all = pool.tower("_pretrained_")
-                models[name], result = self._repair(
-                    repairs[-1], f"rivals.{name}", pool, start_of_all
-                )
+                repair, pretrained = self._rival(name), pool.tower("_pretrained_")
+                repairs.append(repair)
+                models[name], result = self._repair(repair, f"rivals.{name}", pool, pretrained)
                 about[name] = result.model_copy(update={"method": name})
         for base_name, base in settings.bases.items():
             started = time.perf_counter()
@@ -234,9 +234,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
                 repaired = self._first_seed(models, base_name)
                 analyser.run(base_name, pool, merged, repaired, pool.tasks)
                 analyser.write(Path(self.log_dir or "."), pool.tasks)
-            show_comparison(
-                self.fabric, about.values(), base_name, analyser.found.get(base_name, {})
-            )
+            show(self.fabric, about.values(), base_name, analyser.found.get(base_name))
         if self.fabric.is_global_zero:
             found = Results(tasks=list(pool.tasks), models=about, problems=self._problems)
             found.write(self.log_dir)

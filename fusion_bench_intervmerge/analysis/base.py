@@ -12,8 +12,8 @@ from torch import Tensor
 from ..encoders import VisionTower
 from ..errors import ConfigError
 from ..model import InterventionModel
+from . import EXPERT, MERGED
 
-EXPERT, MERGED = "expert", "merged"
 BATCH = 32
 
 
@@ -31,7 +31,7 @@ class Trace:
 
 
 @dataclass
-class Subject:
+class TaskEncoders:
     """One task, seen by its expert, by the merged encoder and by repaired models.
 
     Attributes:

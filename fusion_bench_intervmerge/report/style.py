@@ -1,0 +1,506 @@
+"""What every figure shares: colours, blank panels, axes, labels that do not collide, file formats.
+
+Figures are drawn through matplotlib's objects, never through pyplot's global state. A colour is
+one hex value, which a page replaces by a CSS variable: the same drawing is right in light and dark.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import itertools
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
+
+from .runs import Row
+from .words import count, readable
+
+INK, MUTED, GRID, SURFACE = "#1c2127", "#5c6670", "#dde1e6", "#fffffe"
+# Okabe and Ito's colours: told apart by people of any colour vision, and each has its own marker.
+_HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b4c9a")
+_HUES_IN_THE_DARK = (
+    "#4db2f0", "#ff8b4a", "#33c79c", "#e69ac6", "#f2b632", "#8fd0f5", "#a98fd8",
+)  # fmt: skip
+ACCENT, HUES = _HUES[0], len(_HUES)
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+_TINTS = (1.0, 0.6, 0.42)
+WIDE, NARROW = 7.2, 3.7  # a page shows the one or the other
+_BROAD = 10.2  # where three panels stand side by side
+DASHES = (0, (4, 3))
+# behind text that may lie over grid lines
+PLATE = {"facecolor": SURFACE, "edgecolor": "none", "pad": 0.6}
+
+_RC: Any = {
+    "font.family": "DejaVu Sans",  # it ships with matplotlib: the same figure everywhere
+    "font.size": 8.5,
+    "text.color": INK,
+    "text.parse_math": False,  # names are names
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 8.5,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "xtick.major.size": 3,
+    "ytick.color": MUTED,
+    "ytick.major.size": 0,
+    "lines.solid_capstyle": "round",
+    "figure.facecolor": SURFACE,
+    "savefig.facecolor": "auto",
+    "svg.fonttype": "path",
+    "svg.hashsalt": "intervmerge",
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The figures' look, for the time of a block."""
+    with mpl.rc_context(_RC):
+        yield
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a method is drawn: its name for people, colour, marker and family."""
+
+    label: str
+    colour: str
+    marker: str
+    family: str = ""
+
+    @property
+    def point(self) -> dict[str, Any]:
+        """Of a point among others."""
+        ring = {"mfc": SURFACE, "mec": MUTED, "mew": 1.3, "ms": 5.5}
+        filled = {"color": self.colour, "mec": SURFACE, "mew": 0.6, "ms": 5.8}
+        return {"marker": self.marker, "ls": "", **(ring if self is MERGED else filled)}
+
+    def handle(self, **line: Any) -> Line2D:
+        """In a legend."""
+        return Line2D([], [], label=self.label, **(line or self.point))
+
+
+MERGED, EXPERT = Look("merged", MUTED, "o"), Look("expert", INK, "|")
+EXPERTS: dict[str, Any] = {"marker": "|", "color": INK, "ms": 10, "mew": 1.8, "ls": ""}
+
+
+class Palette(dict[str, Look]):
+    """Every method's look: a hue a family, a tint a size within it.
+
+    Args:
+        methods: name, label, family and size of each, in the order of the table.
+    """
+
+    def __init__(self, methods: Iterable[tuple[str, str, str, float]]):
+        super().__init__({"merged": MERGED, "expert": EXPERT})
+        # the first hue is the package's own method's
+        ordered = sorted(methods, key=lambda method: not method[0].startswith("intervmerge"))
+        families: dict[str, dict[str, tuple[str, float]]] = {}
+        for name, label, family, size in ordered:
+            families.setdefault(family, {}).setdefault(name, (label, size))
+        for hue, (family, members) in enumerate(families.items()):
+            for tint, name in enumerate(sorted(members, key=lambda name: -members[name][1])):
+                colour = _tinted(hue % HUES, min(tint, len(_TINTS) - 1))
+                self[name] = Look(members[name][0], colour, _MARKERS[hue % HUES], family)
+        self.hues = len(families)
+
+    def __missing__(self, name: str) -> Look:
+        """Of a model that the results do not describe."""
+        hue = self.hues % HUES
+        self[name], self.hues = Look(readable(name), _HUES[hue], _MARKERS[hue], name), self.hues + 1
+        return self[name]
+
+    def families(self, names: Iterable[str]) -> list[list[str]]:
+        """The names, those of one family together, the smallest first."""
+        found: dict[str, list[str]] = {}
+        for name in sorted({name: self[name] for name in names}, key=list(self).index):
+            found.setdefault(self[name].family, []).insert(0, name)
+        return list(found.values())
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What a figure is drawn for.
+
+    Attributes:
+        width: in inches; a page shows a wide and a narrow one.
+        palette: the methods' looks.
+    """
+
+    width: float
+    palette: Palette
+    INK, MUTED, GRID, SURFACE, PLATE = INK, MUTED, GRID, SURFACE, PLATE
+    readable = staticmethod(readable)
+
+    @property
+    def wide(self) -> bool:
+        """Whether panels have room beside each other."""
+        return self.width >= WIDE
+
+    def panels(
+        self,
+        number: int = 1,
+        high: float = 3.2,
+        more: float = 0.0,
+        columns: tuple[int, int] = (1, 3),
+        broad: bool = True,
+        **shared: Any,
+    ) -> Panels:
+        """A blank figure.
+
+        Args:
+            number: of its panels.
+            high: of one, in inches; ``more`` for all together.
+            columns: at most so many where it is narrow, and where it is wide.
+            broad: whether three columns take more width.
+            shared: as ``Figure.subplots`` takes it.
+        """
+        beside = min(number, columns[self.wide])
+        lines = math.ceil(number / beside)
+        width = _BROAD if broad and beside > 2 else self.width
+        layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.03, hspace=0.05)
+        figure = Figure(figsize=(width, high * lines + more), dpi=100, layout=layout)
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(lines, beside, squeeze=False, **shared).flat
+        for spare in axes[number:]:
+            spare.remove()
+        return Panels(figure, list(axes[:number]), beside)
+
+    def curves(
+        self,
+        tasks: Sequence[str],
+        curves: Mapping[str, np.ndarray],
+        first: int,
+        x: str,
+        y: str,
+        percent: bool = False,
+    ) -> Figure:
+        """Every encoder's curve, a panel a task after one of their mean.
+
+        Args:
+            tasks: their names.
+            curves: encoder -> heights, (tasks, points).
+            first: where the curves begin.
+            x, y: what the axes are.
+            percent: whether heights are percentages; else they are distances, from 0 on.
+        """
+        titles = ["mean over tasks", *map(readable, tasks)] if len(tasks) > 1 else [""]
+        high, more = (1.55, 0.65) if len(titles) > 1 else (3.2, 0.0)
+        panels = self.panels(len(titles), high, more, (2, 3), False, sharex=True, sharey=True)
+        lines: dict[str, dict[str, Any]] = {
+            name: {"color": self.palette[name].colour, "marker": "o", "ms": 2.8, "lw": 1.4}
+            # over the others: a repair of the image features leaves every block as it was
+            | ({"ls": (0, (2, 1.5)), "zorder": 3} if name == "merged" else {})
+            for name in curves
+        }
+        for i, (title, panel) in enumerate(zip(titles, panels.axes, strict=True)):
+            for name, of in curves.items():
+                curve = of.mean(0) if i == 0 else of[i - 1]
+                panel.plot(range(first, first + len(curve)), curve, **lines[name])
+            panels.title(panel, title, bold=i == 0)
+            panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            panel.tick_params(labelbottom=True)
+            if percent:
+                panels.percent(panel.yaxis)
+        if not percent:
+            panels.axes[0].set_ylim(bottom=0)  # of all: once every curve is there
+        panels.named(x, y)
+        panels.legend([self.palette[name].handle(**line) for name, line in lines.items()], gap=0.6)
+        return panels.finish()
+
+
+@dataclass(frozen=True)
+class Panels:
+    """A figure of panels.
+
+    Attributes:
+        figure: the figure.
+        axes: the panels, row by row.
+        columns: how many stand side by side.
+    """
+
+    figure: Figure
+    axes: list[Axes]
+    columns: int
+
+    def named(self, x: str, y: str) -> None:
+        """Axis names, once for all panels."""
+        if len(self.axes) == 1:
+            self.axes[0].set(xlabel=x, ylabel=y)
+        else:
+            self.figure.supxlabel(x, fontsize=8.5, color=MUTED)
+            self.figure.supylabel(y, fontsize=8.5, color=MUTED)
+
+    def legend(self, handles: Sequence[Line2D], gap: float = 0.2) -> None:
+        """Above the panels, in as many columns as fit."""
+        if handles:
+            longest = max(len(str(handle.get_label())) for handle in handles)
+            width = self.figure.get_figwidth() * 72 - 100 * gap + 20
+            columns = max(1, min(len(handles), int(width / (4.6 * longest + 32))))
+            self.figure.legend(handles=handles, loc="outside upper left", ncols=columns,
+                               frameon=False, handletextpad=gap, columnspacing=1.4,
+                               borderpad=0.1)  # fmt: skip
+
+    def rows(self, labels: Sequence[str], bold_last: bool = False) -> np.ndarray:
+        """Horizontal lines in every panel, one a label; gives their heights."""
+        last = np.arange(len(labels)) == len(labels) - 1
+        heights = np.arange(len(labels)) + 0.35 * last * bold_last
+        for i, panel in enumerate(self.axes):
+            panel.set_yticks(
+                heights,
+                list(map(readable, labels)) if i % self.columns == 0 else [""] * len(labels),
+            )
+            panel.set_ylim(heights[-1] + 0.6, -0.6)
+            panel.tick_params(axis="y", labelcolor=INK)
+            panel.tick_params(axis="x", length=0, labelbottom=True)
+            panel.grid(axis="y", visible=False)
+            panel.grid(axis="x", visible=True)
+            panel.spines["bottom"].set_visible(False)
+            if bold_last:
+                panel.axhline(heights[-1] - 0.68, color=GRID, lw=0.8)
+                panel.get_yticklabels()[-1].set_fontweight("bold")
+        return heights
+
+    @staticmethod
+    def ranges(panel: Axes, y: Any, low: Any, high: Any) -> None:
+        """Broad grey bars from the lowest to the highest."""
+        panel.hlines(y, low, high, color=GRID, lw=2.5, zorder=1)
+
+    @staticmethod
+    def title(panel: Axes, text: str, bold: bool = False) -> None:
+        """A small one."""
+        panel.set_title(text, fontsize=8.5, weight="bold" if bold else "normal")
+
+    @staticmethod
+    def percent(axis: Axis, ticks: int = 6, integer: bool = False) -> None:
+        """An axis whose numbers are percentages."""
+        axis.set_major_formatter("{x:g}%")
+        axis.set_major_locator(MaxNLocator(ticks, integer=integer, steps=(1, 2, 2.5, 5, 10)))
+
+    @staticmethod
+    def reference(
+        panel: Axes, row: Row, of: str = "average", text: bool = True, upright: bool = False
+    ) -> None:
+        """A line at the merge's accuracy (dashed), or at the experts', with its name.
+
+        The name stands below the merge's line and above the experts', where there is room; above
+        the panel where the line is upright.
+        """
+        merge, value = row.kind == "merge", 100 * row.mean[of]
+        place: Any = (0, value), ("axes fraction", "data"), (3, -4 if merge else 4)
+        look: dict[str, Any] = {"va": "top" if merge else "bottom", "bbox": PLATE}
+        if upright:
+            place, look = ((value, 1), ("data", "axes fraction"), (0, 3)), {"ha": "center"}
+        colour, line = MUTED if merge else INK, panel.axvline if upright else panel.axhline
+        line(value, color=colour, lw=1.1, ls=DASHES if merge else "-", zorder=1)
+        if text:
+            panel.annotate(f"{row.label}  {value:.1f}", place[0], xycoords=place[1],
+                           xytext=place[2], textcoords="offset points", fontsize=8, color=colour,
+                           **look)  # fmt: skip
+
+    def finish(self) -> Figure:
+        """Settle the layout: labels can be placed in pixels, and the figure is written quickly."""
+        self.figure.draw_without_rendering()
+        self.figure.set_layout_engine("none")
+        return self.figure
+
+
+def number_axis(panel: Axes, values: Iterable[float], log: bool = False, most: int = 8) -> None:
+    """Ticks at the values themselves, ``most`` of them."""
+    ticks = sorted(set(values))
+    if log:
+        panel.set_xscale("log")
+        panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_locator(FixedLocator(ticks[:: math.ceil(len(ticks) / most)]))
+    panel.xaxis.set_major_formatter("{x:g}")
+
+
+def parameter_axis(panel: Axes, values: Iterable[float]) -> None:
+    """A log axis of parameter counts, with a few round ticks around the values."""
+    low, high = np.log10([min(values), max(values)])
+    margin = max(0.25 * (high - low), 0.35)
+    left, right = 10 ** (low - margin), 10 ** (high + margin)
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [s * 10.0**e for e in range(-1, 16) for s in steps if left <= s * 10.0**e <= right]
+        if len(ticks) <= 6:
+            break
+    panel.set(xscale="log", xlim=(left, right))
+    panel.xaxis.set_major_locator(FixedLocator(ticks))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda v, _: count(v).replace(".0", "")))
+
+
+def label_points(panel: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write labels beside points, clear of points, lines and each other.
+
+    Candidates lie on rings around a point; the nearest that covers least is taken.
+
+    Args:
+        panel: with its final limits and position, and all that the labels must not cover.
+        labels: (x, y, name, rest); the name is bold, the rest stands muted below it.
+    """
+    pixel, frame = panel.figure.dpi / 72, panel.get_window_extent()
+    lines = [line.get_transform().transform_path(line.get_path()) for line in panel.lines]
+    for bars in panel.collections:
+        lines += [bars.get_transform().transform_path(path) for path in bars.get_paths()]
+    anchors = panel.transData.transform([label[:2] for label in labels])
+    taken = [text.get_window_extent() for text in panel.texts if text.get_text()]
+    taken += [Bbox([anchor, anchor]).padded(6 * pixel) for anchor in anchors]
+
+    def cost(box: Bbox) -> float:
+        inside = frame.contains(*box.min) and frame.contains(*box.max)
+        across = sum(path.intersects_bbox(box, filled=False) for path in lines)
+        return 20 * box.padded(2).count_overlaps(taken) + 6 * across + 50 * (not inside)
+
+    for (x, y, *words), anchor in zip(labels, anchors, strict=True):
+        notes = [
+            panel.annotate(word, (x, y), xytext=(0, 0), textcoords="offset points", color=colour,
+                           weight=weight, fontsize=size, bbox=PLATE, zorder=zorder,
+                           annotation_clip=False, in_layout=False)
+            for word, colour, weight, size, zorder in zip(
+                words, (INK, MUTED), ("bold", "normal"), (8, 7.5), (7, 6), strict=True)
+        ]  # fmt: skip
+        extents = [note.get_window_extent() for note in notes]
+        width, height = max(box.width for box in extents), sum(box.height for box in extents)
+        boxes = [Bbox.from_bounds(anchor[0] + left, anchor[1] + bottom, width, height)
+                 for left, bottom in _places(width, height, pixel)]  # fmt: skip
+        box = boxes[int(np.argmin([cost(box) + 0.3 * i for i, box in enumerate(boxes)]))]
+        taken.append(box)
+        (left, bottom), (right, top) = (box.get_points() - anchor) / pixel
+        align, at = min(("left", left), ("right", right), ("center", (left + right) / 2),
+                        key=lambda side: (abs(side[1]), side[0] == "center"))  # fmt: skip
+        for note, at_y in zip(notes, ((bottom + top) / 2, bottom), strict=True):
+            note.set(ha=align, position=(at, at_y))
+        near = np.clip(0, (left, bottom), (right, top))
+        if np.hypot(*near) > 14:
+            arrow = {"arrowstyle": "-", "color": MUTED, "lw": 0.6, "shrinkA": 1, "shrinkB": 5}
+            panel.annotate("", (x, y), xytext=tuple(near), textcoords="offset points", zorder=2,
+                           arrowprops=arrow)  # fmt: skip
+
+
+def label_ends(panel: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Write labels at the right edge at the given heights, pushed apart where they would touch.
+
+    Args:
+        panel: with its final limits and position, and room at its right.
+        ends: (height in data coordinates, text, colour).
+    """
+    ends, frame, pixel = sorted(ends), panel.get_window_extent(), panel.figure.dpi / 72
+    wanted = [(panel.transData.transform((0, y))[1] - frame.y0) / pixel for y, *_ in ends]
+    for (_, text, colour), at, place in zip(
+        ends, wanted, spread(np.array(wanted), 11.0, frame.height / pixel), strict=True
+    ):
+        panel.annotate(
+            text, (1, 0), xycoords="axes fraction", xytext=(9, place), textcoords="offset points",
+            va="center", annotation_clip=False, fontsize=7.5,
+        )  # fmt: skip
+        panel.annotate(
+            "", (1, at * pixel / frame.height), xycoords="axes fraction", xytext=(8, place - at),
+            textcoords="offset points", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 1, "shrinkA": 0, "shrinkB": 1},
+        )  # fmt: skip
+
+
+def spread(wanted: np.ndarray, step: float, high: float) -> np.ndarray:
+    """Ascending heights in [0, ``high``], ``step`` apart where there is room, near the wanted."""
+    steps = min(step, high / max(len(wanted) - 1, 1)) * np.arange(len(wanted))
+    up = np.maximum.accumulate(np.maximum(wanted - steps, 0))
+    return np.minimum(up, high - steps[-1]) + steps
+
+
+def css_variables(dark: bool) -> dict[str, str]:
+    """The figures' colours as CSS custom properties, for light or dark."""
+    return {f"--hue-{i}": hue for i, hue in enumerate(_HUES_IN_THE_DARK if dark else _HUES)}
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as PNG, sharp enough for a slide."""
+    return _written(figure, "png", dpi=220)
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as an SVG file on a white ground."""
+    return _written(figure, "svg", metadata={"Date": None}).decode()
+
+
+def to_inline_svg(figure: Figure, name: str, alternative: str) -> str:
+    """The figure as an ``<svg>`` element whose colours are the page's.
+
+    Args:
+        figure: the figure.
+        name: prefix of its ids, unique in the page.
+        alternative: what it shows, in words.
+    """
+    figure.patch.set_alpha(0)
+    svg = to_svg(figure)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)
+    for colour, variable in _variables().items():
+        svg = svg.replace(colour, variable)
+    # drawn as wide as the page allows, up to a size at which its text is as large as the page's
+    size = f'style="max-width: {round(118 * figure.get_figwidth())}px"'
+    head, rest = svg.split(">", 1)
+    head = re.sub(r' (width|height|version)="[^"]*"', "", head)
+    label = html.escape(alternative, quote=True)
+    return f'{head} role="img" aria-label="{label}" {size}>{rest}'
+
+
+def _written(figure: Figure, kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    with style():
+        figure.savefig(stream, format=kind, **options)
+    return stream.getvalue()
+
+
+def _tinted(hue: int, tint: int) -> str:
+    red, green, blue = (1 - _TINTS[tint] * (1 - part) for part in to_rgb(_HUES[hue]))
+    return to_hex((red, green, blue))
+
+
+def _variables() -> dict[str, str]:
+    """Hex colour -> what the page writes in its place."""
+    names = {INK: "ink", MUTED: "muted", GRID: "line", SURFACE: "surface"}
+    found = {colour: f"var(--{name})" for colour, name in names.items()}
+    for hue, (tint, share) in itertools.product(range(HUES), enumerate(_TINTS)):
+        plain = f"var(--hue-{hue})"
+        mixed = f"color-mix(in srgb, {plain} {share:.0%}, var(--surface))"
+        found[_tinted(hue, tint)] = plain if tint == 0 else mixed
+    return found
+
+
+def _places(width: float, height: float, pixel: float) -> Iterator[tuple[float, float]]:
+    """Lower left corners of a box beside a point, in pixels from it, the best first."""
+    for ring in (8, 12, 17, 24, 33, 44, 58):
+        r, d = ring * pixel, 0.75 * ring * pixel
+        left, below = -r - width, -r - height
+        yield from ((r, -height / 2), (left, -height / 2), (-width / 2, r), (-width / 2, below))
+        yield from ((d, -d - height), (-d - width, d), (d, d), (-d - width, -d - height))
+        yield from ((-d, r), (d - width, r), (-d, below), (d - width, below))
