@@ -93,7 +93,8 @@ def write(artifact: Artifact, folder: Path, card_name: str | None = None) -> Non
         (temporary / "merged").mkdir()
         (temporary / "interventions").mkdir()
         _save(artifact.tower.weights(), temporary / MERGED, {"format": "pt"})
-        _write_stock_config(artifact.tower, temporary / "merged")
+        if (stock := artifact.tower.stock_config()) is not None:
+            (temporary / MERGED_CONFIG).write_text(json.dumps(stock, indent=2) + "\n")
         for task, edits in artifact.edits.items():
             _save(edits, temporary / _edits_file(task))
         metadata = dict(artifact.metadata)
@@ -368,15 +369,3 @@ def _save(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str] | No
         save_file(separate, path, header)
     except SafetensorError as error:  # a full disk comes as one
         raise OSError(str(error)) from None
-
-
-def _write_stock_config(tower: VisionTower, folder: Path) -> None:
-    """Beside a Hugging Face tower: what ``CLIPVisionModelWithProjection.from_pretrained`` reads."""
-    if tower.family == "huggingface":
-        config = {
-            **tower.spec()["vision_config"],
-            "projection_dim": tower.projection_dim,
-            "architectures": ["CLIPVisionModelWithProjection"],
-            "model_type": "clip_vision_model",
-        }
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
