@@ -25,7 +25,7 @@ from ..errors import ConfigError, named, unknown_key
 from ..merging import CoefficientSettings
 from ..model import InterventionModel
 from ..protocols import Repair, TaskConditionalModel
-from ..results import Result, Results
+from ..results import Images, Result, Results
 from ..settings import Flag, Seed, Settings, whole
 from .algorithm import IntervMergeAlgorithm
 from .analyse import Analyser
@@ -61,6 +61,8 @@ class ComparisonSettings(Settings):
         steps: override every method's, so that all have the same; a method with ``steps: 0`` is
             solved, not trained, and keeps it.
         data: override every method's, so that all have the same.
+        images: what bases and rivals see: name -> fields of ``results.Images``.
+        labels: how many labelled images a task bases and rivals need, by name.
         keep_going: whether a merge or rival that fails is a line in the results, and not the end.
         references: whether the pretrained encoder and the experts themselves are evaluated too.
         analyses: names of analyses of every merge and its repairs at the first seed, ``all``, or
@@ -90,6 +92,12 @@ class ComparisonSettings(Settings):
     data: Annotated[
         dict[str, Any] | None, Field(description="null, or {split: validation, ...}")
     ] = None
+    images: Annotated[dict[str, dict[str, Any]], Field(description="images, by name")] = Field(
+        default={}
+    )
+    labels: Annotated[dict[str, int], Field(description="whole numbers, by name")] = Field(
+        default={}
+    )
     keep_going: Flag = False
     references: Flag = True
     analyses: Any = None
@@ -115,6 +123,11 @@ class ComparisonSettings(Settings):
             for settings in (self._own(name), self.method(name)):
                 self.repair_class(name).Settings.read(settings, f"methods.{name}")
         return self
+
+    def needs(self, name: str) -> dict[str, Any]:
+        """Fields of the result of a base or rival: the images it sees."""
+        images = [Images(**self.images[name])] if name in self.images else []
+        return {"images": images, "labels": self.labels.get(name, 0)}
 
     def repair_class(self, name: str) -> type[Repair]:
         """What repairs by a method: its ``_target_``, IntervMerge's algorithm where it has none.
@@ -203,7 +216,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
                 repair, pretrained = self._rival(name), pool.tower("_pretrained_")
                 repairs.append(repair)
                 models[name], result = self._repair(repair, f"rivals.{name}", pool, pretrained)
-                about[name] = result.model_copy(update={"method": name})
+                about[name] = result.model_copy(update={"method": name, **settings.needs(name)})
         for base_name, base in settings.bases.items():
             started = time.perf_counter()
             merged = None
@@ -214,7 +227,12 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
             models[base_name] = copy.deepcopy(merged.stock())
             took = time.perf_counter() - started
             about[base_name] = Result(
-                kind="merge", base=base_name, extra_parameters=0, seconds=took
+                kind="merge",
+                base=base_name,
+                extra_parameters=0,
+                bytes=0,
+                seconds=took,
+                **settings.needs(base_name),
             )
             for method in settings.methods:
                 given = {}

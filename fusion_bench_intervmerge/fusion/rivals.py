@@ -19,7 +19,7 @@ from ..encoders import VisionTower
 from ..errors import ConfigError
 from ..protocols import Repair, TaskConditionalModel
 from ..results import Result
-from ..settings import Settings
+from ..settings import Settings, nested
 from .experts import ExpertPool
 from .merge import run_method
 from .program import plain
@@ -47,14 +47,12 @@ class RivalSettings(Settings):
     Args:
         method: its config.
         storage: what it stores; by default all that its modules hold beyond one encoder.
-        labels: labelled images a task that it needs.
-        unlabelled: whether it sees unlabelled images, of the test split as FusionBench does.
+        passes: of an encoder, an image.
     """
 
     method: dict[str, Any]
-    storage: dict[str, Any] | None = None
-    labels: int = 0
-    unlabelled: bool = False
+    storage: Annotated[Storage, nested(Storage)] | None = None
+    passes: Annotated[float, Field(gt=0, description="a number above 0")] = 1
 
 
 class FusionBenchMethod(Repair):
@@ -71,10 +69,7 @@ class FusionBenchMethod(Repair):
     _fabric_instance: Any = None
 
     def __init__(self, **settings: Any):
-        self.settings = RivalSettings(**plain(settings))
-        self.storage = (
-            Storage.read(self.settings.storage, "storage") if settings.get("storage") else None
-        )
+        self.settings = RivalSettings.read(plain(settings))
 
     def repair(self, pool: Any, merged: VisionTower) -> nn.Module:
         """What the method returns, ready for a task pool.
@@ -85,8 +80,8 @@ class FusionBenchMethod(Repair):
         found = run_method(self.settings.method, pool.pool, self._fabric_instance, self._program)
         one = sum(p.numel() for p in merged.mergeable().values())
         model = as_task_conditional(found, pool)
-        if self.storage is not None:
-            self._bytes = self.storage.bytes(one, len(pool.tasks))
+        if self.settings.storage is not None:
+            self._bytes = self.settings.storage.bytes(one, len(pool.tasks))
         else:
             self._bytes = max(0, _bytes(model) - 4 * one)
         return model
@@ -97,8 +92,7 @@ class FusionBenchMethod(Repair):
             extra_parameters=self._bytes // 4,
             bytes=self._bytes,
             needs_task=isinstance(model, TaskConditionalModel),
-            labels=self.settings.labels,
-            passes=1.0,
+            passes=float(self.settings.passes),
         )
 
 
