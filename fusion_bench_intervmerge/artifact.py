@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -34,7 +34,7 @@ from .files import opened_folder, whole_folder
 from .hub.card import model_card
 from .interventions import InterventionConfig, read_interventions
 from .interventions.functions.base import Orthonormal
-from .schema import Strict, checked
+from .schema import Json, Strict, checked
 from .task_names import check_task_name
 
 FORMAT = 2
@@ -69,8 +69,8 @@ class Artifact:
     seed: int
     edits: Mapping[str, Mapping[str, Tensor]]
     ranks: Mapping[str, Mapping[str, Mapping[str, int]]] | None = None
-    extra_parameters: Mapping[str, Any] = field(default_factory=dict)
-    metadata: dict[str, Any] = field(default_factory=dict)
+    extra_parameters: Mapping[str, object] = field(default_factory=dict)
+    metadata: Json = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[str]:
@@ -199,12 +199,12 @@ class _Config(Strict):
     """config.json, its settings yet to be tried on the encoder."""
 
     format: int
-    tower: dict[str, Any]
+    tower: Json
     tasks: list[str]
-    interventions: dict[str, dict[str, Any]]
+    interventions: dict[str, Json]
     seed: int
     ranks: dict[str, dict[str, dict[str, Annotated[int, Field(ge=1)]]]] | None = None
-    metadata: dict[str, Any] = Field(default_factory=dict)
+    metadata: Json = Field(default_factory=dict)
 
 
 class _Config1(_Config):
@@ -327,7 +327,7 @@ def _read(files: _Files) -> Artifact:
     return Artifact(tower, interventions, config.seed, edits, config.ranks, metadata=metadata)
 
 
-def _digest_of_config(config: Mapping[str, Any]) -> str:
+def _digest_of_config(config: Mapping[str, object]) -> str:
     """SHA-256 of config.json's content but for this digest, however it is laid out."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 

@@ -178,12 +178,12 @@ def _build_in(module: nn.Module, edit: SiteEdit) -> None:
     module.register_forward_hook(_pass_through_edit)
 
 
-def _pass_through_edit(module: Any, args: Any, output: Any) -> Any:
+def _pass_through_edit(module: Any, args: object, output: Any) -> Any:
     # The edit of the module that is called: a copy of the CLIP has edits of its own.
     return through(module.edit, module, args, output)
 
 
-def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+def _refuse_to_save(*args: object, **kwargs: object) -> None:
     raise ConfigError(
         "save_pretrained",
         "a stock CLIP checkpoint has no place for the edits, which would be lost",

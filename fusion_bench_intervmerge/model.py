@@ -21,6 +21,7 @@ from .interventions import SITES, Edits, Function, InterventionConfig, Placement
 from .interventions.edits import build
 from .interventions.stacking import Stacked
 from .routes import Route, Told
+from .schema import Json
 from .task_names import check_task_name
 
 _ROUTES: Told[Route] = Told("routes")
@@ -47,7 +48,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
         self,
         tower: VisionTower,
         tasks: Sequence[str],
-        interventions: Mapping[str, InterventionConfig | Mapping[str, Any]],
+        interventions: Mapping[str, InterventionConfig | Mapping[str, object]],
         seed: int = 0,
     ):
         super().__init__()
@@ -67,7 +68,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
             for site, config in self.interventions.items()
         }
         self.edits = nn.ModuleDict()
-        self.metadata: dict[str, Any] = {}
+        self.metadata: Json = {}
         # What the hooks on the tower know their model by: a shallow copy shares it with the tower,
         # a deep copy has its own on both.
         self._key = object()
@@ -180,7 +181,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
                 folded.interventions[site] = InterventionConfig.from_mapping(config)
         return folded
 
-    def extra_parameters(self) -> dict[str, Any]:
+    def extra_parameters(self) -> Json:
         """What inference needs beyond one merged model.
 
         Returns:
@@ -196,8 +197,8 @@ class InterventionModel(nn.Module, ModelHubMixin):
         self,
         folder: str | Path,
         *,
-        config: Any = None,
-        model_card_kwargs: Mapping[str, Any] | None = None,
+        config: object = None,
+        model_card_kwargs: Mapping[str, str] | None = None,
     ) -> None:
         """Write the artifact: plain files, safetensors and JSON, whole or not at all.
 
@@ -404,7 +405,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
         return self.tower.val_preprocess
 
 
-def _edit(key: object, site: str, block: int, tap: nn.Module, args: Any, z: Tensor) -> Tensor:
+def _edit(key: object, site: str, block: int, tap: nn.Module, args: object, z: Tensor) -> Tensor:
     """A forward hook on a tap."""
     route = _ROUTES.get(key)
     return z if route is None else route.apply(site, block, z)

@@ -1,4 +1,4 @@
-"""DINOv2 experts of image classification, merged, repaired, in FusionBench's own task pool."""
+"""DINOv2 experts of image classification, repaired and evaluated in FusionBench's task pool."""
 
 from __future__ import annotations
 

@@ -17,12 +17,12 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..checkpoint import Interrupted, Progress, StateFolder, interruptible
 from ..encoders import VisionTower, check_expert
 from ..errors import ConfigError
 from ..expert_cache import ExpertCache
+from ..images import Datasets
 from ..merging import Mixture
 from ..model import InterventionModel
 from ..precision import computing_dtype
@@ -89,14 +89,14 @@ class Distillation:
 def distill(
     model: InterventionModel,
     experts: Experts,
-    images: Mapping[str, Dataset],
+    images: Datasets,
     settings: DistillSettings | None = None,
     *,
     mixture: Mixture | None = None,
     fabric: L.Fabric | None = None,
     states: StateFolder | None = None,
     cache: ExpertCache | None = None,
-    **keywords: Any,
+    **keywords: object,
 ) -> Distillation:
     """Train a model's edits by distillation, without labels (eq 3.2 of the paper).
 
@@ -483,7 +483,7 @@ def _stop_requested() -> Iterator[threading.Event]:
         return
     previous = signal.getsignal(signal.SIGINT)
 
-    def request(number: int, frame: Any) -> None:
+    def request(number: int, frame: object) -> None:
         if event.is_set():
             raise KeyboardInterrupt
         event.set()

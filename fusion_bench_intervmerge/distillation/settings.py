@@ -98,7 +98,7 @@ class MethodSettings(DistillSettings, SolveSettings, MergeSettings):
         return self
 
 
-def check_method(config: Any, where: str) -> None:
+def check_method(config: object, where: str) -> None:
     """Make sure that a nested method is one: a config that names it, an object, or null.
 
     Raises:

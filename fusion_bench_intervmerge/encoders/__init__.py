@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
@@ -25,7 +24,7 @@ def families() -> dict[str, type[VisionTower]]:
     return {cls.family: cls for cls in VisionTower.__subclasses__()}
 
 
-def tower_from_spec(spec: Mapping[str, Any]) -> VisionTower:
+def tower_from_spec(spec: Mapping[str, object]) -> VisionTower:
     """Build the tower that ``VisionTower.spec`` described, weights yet to be loaded.
 
     Raises:

@@ -20,6 +20,7 @@ from typing_extensions import Self
 
 from ..errors import ConfigError
 from ..interventions.sites import SITES
+from ..schema import Json
 from .activation import FusedQuickGELU
 
 # What CLIP's activation function is called in the families' libraries.
@@ -199,12 +200,12 @@ class VisionTower(nn.Module, ABC):
     # -- what the host toolkit and the artifact need -----------------------------------------------
 
     @abstractmethod
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> Json:
         """What ``from_spec`` needs to build the same tower, as JSON values."""
 
     @classmethod
     @abstractmethod
-    def from_spec(cls, spec: Mapping[str, Any]) -> Self:
+    def from_spec(cls, spec: Mapping[str, object]) -> Self:
         """A tower of that architecture with weights yet to be loaded."""
 
     @abstractmethod
@@ -219,7 +220,7 @@ class VisionTower(nn.Module, ABC):
             ValueError: a tensor is missing, unknown or of another shape.
         """
 
-    def stock_config(self) -> dict[str, Any] | None:
+    def stock_config(self) -> Json | None:
         """The config that stands beside the weights in the family's usual checkpoint, if any."""
         return None
 
@@ -284,7 +285,7 @@ def first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def through(tap: nn.Module, module: nn.Module, args: Any, output: Any) -> Any:
+def through(tap: nn.Module, module: nn.Module, args: object, output: Any) -> Any:
     """A forward hook: a module's output tensor goes through a tap."""
     z = first(output)
     edited = tap(z)

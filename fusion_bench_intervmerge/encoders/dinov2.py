@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..schema import Count, Size, Strict, checked
+from ..schema import Count, Json, Size, Strict, checked
 from .base import VisionTower, fill
 
 
@@ -28,7 +28,7 @@ class _Config(Strict):
 
 class _Spec(Strict):
     family: Literal["dinov2"]
-    config: dict[str, Any]
+    config: Json
     image_size: Size
     pooling: Literal["class", "class and patches"]
 
@@ -74,7 +74,7 @@ class DINOv2Tower(VisionTower):
     def config(self) -> Any:
         return self.model.config
 
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+    def forward(self, pixel_values: Tensor, **kwargs: object) -> Any:
         """The model's own output."""
         return self.model(pixel_values, **kwargs)
 
@@ -94,7 +94,7 @@ class DINOv2Tower(VisionTower):
         patches = states[:, self.prefix_tokens :].mean(dim=1)
         return self.output(torch.cat([states[:, 0], patches], dim=1))
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> Json:
         config = self.config.to_diff_dict()
         config = {k: v for k, v in config.items() if k not in ("transformers_version", "id2label")}
         config["model_type"] = self.config.model_type
@@ -102,7 +102,7 @@ class DINOv2Tower(VisionTower):
         return {"family": self.family, "config": config, **own}
 
     @classmethod
-    def from_spec(cls, spec: Mapping[str, Any]) -> DINOv2Tower:
+    def from_spec(cls, spec: Mapping[str, object]) -> DINOv2Tower:
         import transformers
 
         read = checked(_Spec, dict(spec), "tower")
@@ -114,7 +114,7 @@ class DINOv2Tower(VisionTower):
         model = getattr(transformers, f"{name}Model")(config).eval()
         return cls(model, read.image_size, read.pooling)
 
-    def stock_config(self) -> dict[str, Any]:
+    def stock_config(self) -> Json:
         architecture = f"{_MODELS[self.config.model_type]}Model"
         return {**self.spec()["config"], "architectures": [architecture]}
 

@@ -10,7 +10,7 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..schema import Count, Size, Strict, checked
+from ..schema import Count, Json, Size, Strict, checked
 from .base import MissingProjectionError, VisionTower, fill, first
 
 # What transformers' CLIP models call themselves.
@@ -33,7 +33,7 @@ class _VisionConfig(Strict):
 
 class _Spec(Strict):
     family: Literal["huggingface"]
-    vision_config: dict[str, Any]
+    vision_config: Json
     projection_dim: Size
 
 
@@ -86,7 +86,7 @@ class HuggingFaceTower(VisionTower):
     def _root(self) -> Any:
         return getattr(self.model, "vision_model", self.model)
 
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+    def forward(self, pixel_values: Tensor, **kwargs: object) -> Any:
         """The vision model's own output, before the projection, as FusionBench expects it."""
         return self.model(pixel_values, **kwargs)
 
@@ -125,7 +125,7 @@ class HuggingFaceTower(VisionTower):
     def readout(self, states: Tensor) -> Tensor:
         return self.output(self.projection(self._root.post_layernorm(states[:, 0])))
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> Json:
         config = self.config.to_diff_dict()
         return {
             "family": self.family,
@@ -134,7 +134,7 @@ class HuggingFaceTower(VisionTower):
         }
 
     @classmethod
-    def from_spec(cls, spec: Mapping[str, Any]) -> HuggingFaceTower:
+    def from_spec(cls, spec: Mapping[str, object]) -> HuggingFaceTower:
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
         read = checked(_Spec, dict(spec), "tower")
@@ -144,7 +144,7 @@ class HuggingFaceTower(VisionTower):
         projection = nn.Linear(config.hidden_size, read.projection_dim, bias=False)
         return cls(CLIPVisionModel(config).eval(), projection)
 
-    def stock_config(self) -> dict[str, Any]:
+    def stock_config(self) -> Json:
         """What ``CLIPVisionModelWithProjection.from_pretrained`` reads beside the weights."""
         return {
             **self.spec()["vision_config"],

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from ..schema import Count, Size, Strict, checked
+from ..schema import Count, Json, Size, Strict, checked
 from .base import QUICK_GELU, VisionTower, fill
 
 # OpenAI's, for towers that came without a preprocessing of their own
@@ -103,7 +103,7 @@ class OpenCLIPTower(VisionTower):
     def readout(self, states: Tensor) -> Tensor:
         return self.output(self.visual.ln_post(states[:, 0]) @ self.visual.proj)
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> Json:
         visual, block = self.visual, self.block(0)
         size, patch = visual.image_size, visual.patch_size
         return {
@@ -121,7 +121,7 @@ class OpenCLIPTower(VisionTower):
         }
 
     @classmethod
-    def from_spec(cls, spec: Mapping[str, Any]) -> OpenCLIPTower:
+    def from_spec(cls, spec: Mapping[str, object]) -> OpenCLIPTower:
         from open_clip.transformer import QuickGELU, VisionTransformer
 
         read = checked(_Spec, dict(spec), "tower")

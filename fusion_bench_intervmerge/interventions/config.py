@@ -24,7 +24,7 @@ class PartSettings(Settings):
 _PART = "null, [j, p], a list of those, or {size, start, shift}"
 
 
-def _read_part(value: Any) -> Any:
+def _read_part(value: object) -> Any:
     if isinstance(value, Mapping):
         PartSettings.read(value)
     elif value is not None and not (isinstance(value, list) and value):
@@ -91,7 +91,7 @@ class InterventionConfig(Settings):
 
     @classmethod
     def from_mapping(
-        cls, mapping: Mapping[str, Any], where: str = "interventions"
+        cls, mapping: Mapping[str, object], where: str = "interventions"
     ) -> InterventionConfig:
         """Read one site's settings.
 
@@ -102,7 +102,7 @@ class InterventionConfig(Settings):
 
 
 def read_interventions(
-    mapping: Mapping[str, Any], where: str = "interventions"
+    mapping: Mapping[str, object], where: str = "interventions"
 ) -> dict[str, InterventionConfig]:
     """Site -> settings, as ``method.interventions`` writes them. A site set to null is left out.
 
@@ -118,7 +118,7 @@ def read_interventions(
         if settings is None:
             continue
         if not isinstance(settings, InterventionConfig):
-            settings = InterventionConfig.from_mapping(settings, f"{where}.{site}")
+            settings = InterventionConfig.read(settings, f"{where}.{site}")
         _check_choices(settings, site, f"{where}.{site}")
         configs[site] = settings
     if not configs:

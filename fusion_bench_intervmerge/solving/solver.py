@@ -6,17 +6,15 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..checkpoint import Progress, StateFolder, interruptible
 from ..encoders import VisionTower, check_expert
 from ..errors import ConfigError
-from ..images import choose_images
+from ..images import Datasets, choose_images
 from ..interventions import SITES
 from ..interventions.functions import function_class
 from ..model import InterventionModel
@@ -55,14 +53,14 @@ class Solution:
 def solve(
     model: InterventionModel,
     experts: Experts,
-    images: Mapping[str, Dataset],
+    images: Datasets,
     settings: SolveSettings | None = None,
     *,
     ridge: float | None = None,
     class_weight: float | None = None,
     fabric: L.Fabric | None = None,
     states: StateFolder | None = None,
-    **keywords: Any,
+    **keywords: object,
 ) -> Solution:
     """Find the edits of sites whose ``init`` is ``regression``, in closed form, without labels.
 

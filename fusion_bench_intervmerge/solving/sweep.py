@@ -29,10 +29,9 @@ from functools import cached_property
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..encoders import VisionTower
-from ..images import read_images
+from ..images import Datasets, read_images
 from ..interventions import SITES
 from ..interventions.functions import function_class
 from ..model import InterventionModel
@@ -76,7 +75,7 @@ class Sweep:
 
     def run(
         self,
-        images: Mapping[str, Dataset],
+        images: Datasets,
         keys: Sequence[tuple[str, int]],
         num_workers: int,
         room: float,
@@ -280,7 +279,7 @@ class Sweep:
         parts = {name: self.fabric.all_gather(t) for name, t in vars(moments).items()}
         total = self._no_rows_like(moments)
         for rank in range(self.fabric.world_size):
-            total.merge(Moments(**{name: part[rank] for name, part in parts.items()}))  # type: ignore[index]
+            total.merge(Moments(**{name: part[rank] for name, part in parts.items()}))
         return total
 
     @staticmethod
