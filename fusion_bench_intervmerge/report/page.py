@@ -76,13 +76,9 @@ def write_report(
             content[f"{picture.file}.png"] = to_png(wide)
             content[f"{picture.file}.svg"] = to_svg(wide)
         words = picture.words or f"{picture.title}. {picture.text}"
-        sections.append(
-            {
-                "picture": picture,
-                "wide": to_inline_svg(wide, f"{picture.name}-wide", words),
-                "narrow": to_inline_svg(narrow, f"{picture.name}-narrow", words),
-            }
-        )
+        both = {"wide": wide, "narrow": narrow}
+        svg = {k: to_inline_svg(f, f"{picture.name}-{k}", words) for k, f in both.items()}
+        sections.append((picture, svg))
     content["report.html"] = _page(evaluation, sections, title, shlex.join(command))
     if evaluation.rows:
         content["table.md"] = tables.to_markdown(evaluation)
@@ -90,7 +86,7 @@ def write_report(
         content["table.json"] = json.dumps(tables.to_json(evaluation), indent=2) + "\n"
     write_files(folder, content)
     if console is not None and evaluation.rows:
-        console.print(tables.to_terminal(evaluation, console.width))
+        console.print(tables.to_terminal(evaluation, console))
     return folder
 
 
@@ -108,7 +104,7 @@ def _pictures(
 
 
 def _page(
-    evaluation: Evaluation, sections: Sequence[dict[str, Any]], title: str, command: str
+    evaluation: Evaluation, sections: Sequence[tuple[Picture, Any]], title: str, command: str
 ) -> str:
     """The page, as HTML that loads nothing from elsewhere."""
     environment = Environment(

@@ -71,7 +71,9 @@ class Run:
                     "kind": model.kind,
                     "base": model.base or "",
                     "method": model.method or "",
-                    "label": in_words(model.method or "", model.rank, model.budget),
+                    "label": in_words(model.method, model.rank, model.budget)
+                    if model.method
+                    else readable(model.base or model.kind),
                     "family": _family(model),
                     "size": model.budget or model.rank or 0,
                     "seed": model.seed,
@@ -87,7 +89,7 @@ class Run:
         return pd.DataFrame(found)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """A model over its seeds.
 
@@ -153,24 +155,23 @@ class Evaluation:
         for (kind, base, method), lines in self.models.groupby(KEY, sort=False):
             lines, first = lines.sort_values("seed"), lines.iloc[0]
             values = lines[numbers].astype(float).reset_index(drop=True)
-            label = first["label"] if kind in REPAIRS else readable(base or kind)
             found.append(
-                Row(kind, base, method, label, first["family"], first["size"],
+                Row(kind, base, method, first["label"], first["family"], first["size"],
                     lines["seed"].dropna().astype(int).tolist(), first["costs"], first["images"],
                     None if pd.isna(told := first["transductive"]) else bool(told),
                     values, values.mean(), values.std())
             )  # fmt: skip
-        kinds, last = ["pretrained", "merge", *REPAIRS, "experts"], len(self.bases)
-        ends = {"pretrained": -1, "experts": last + 1}
-        bases = {base: i for i, base in enumerate(self.bases)}
-        key = [(ends.get(r.kind, bases.get(r.base, last)), kinds.index(r.kind)) for r in found]
-        return [found[i] for i in sorted(range(len(found)), key=key.__getitem__)]
+        kinds, bases = ["pretrained", "merge", *REPAIRS, "experts"], [*self.bases, ""]
+        bounds = {"pretrained": -1, "experts": len(bases)}
+        place = {r: (bounds.get(r.kind, bases.index(r.base)), kinds.index(r.kind)) for r in found}
+        return sorted(found, key=place.__getitem__)
 
     @property
     def methods(self) -> list[tuple[str, str, str, int]]:
         """Name, label, family and size of every repair, those without accuracies too."""
-        rows = self.repairs or [row for run in self.runs for row in run.table().itertuples()]
-        return [(row.method, row.label, row.family, row.size) for row in rows if row.method]
+        found = pd.concat([self.models, *(run.table() for run in self.runs)])
+        found = found[found["method"] != ""].drop_duplicates("method") if len(found) else found
+        return [(row.method, row.label, row.family, row.size) for row in found.itertuples()]
 
     @property
     def repairs(self) -> list[Row]:
@@ -219,8 +220,7 @@ def read_run(folder: str | Path) -> Run:
                     problem = f"the accuracy of {task} is {share!r}, which is no share"
                     raise ValueError(f"{name}: {problem}")
     except (KeyError, TypeError, ValueError) as error:
-        problem = f"is not laid out as expected ({reason(error)})"
-        raise ConfigError(str(folder / REPORT), problem, _EXPECTED) from None
+        raise laid_out_otherwise(folder / REPORT, error) from None
     return Run(folder, found.tasks, found.models, accuracies, command, config, analysis)
 
 
@@ -238,8 +238,7 @@ def gather(runs: Sequence[Run], bases: Sequence[str] = ()) -> Evaluation:
     for run in runs:
         if set(run.tasks) != set(tasks):
             problem = f"its tasks are not those of {runs[0].folder}"
-            allowed = "runs on the same tasks; report others apart"
-            raise ConfigError(str(run.folder), problem, allowed)
+            raise ConfigError(str(run.folder), problem, "runs on the same tasks")
     tables = [run.table().assign(run=i) for i, run in enumerate(runs) if run.accuracies]
     models = pd.concat(tables or [pd.DataFrame()], ignore_index=True)
     known = [base for base in models["base"].unique() if base] if len(models) else []
@@ -267,12 +266,9 @@ def _references(models: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
         first = lines["average"].iloc[0]
         for number, average in lines[["run", "average"]].itertuples(index=False):
             if abs(average - first) > _SAME_REFERENCE:
-                raise ConfigError(
-                    str(runs[number].folder),
-                    f"{base or kind} has an average accuracy of {average:.1%} there, and of "
-                    f"{first:.1%} in another run",
-                    "runs on the same pool; report others apart",
-                )
+                problem = f"{base or kind} has an average accuracy of {average:.1%} there, and of"
+                problem, allowed = f"{problem} {first:.1%} in another run", "runs on the same pool"
+                raise ConfigError(str(runs[number].folder), problem, allowed)
     return models.drop_duplicates(["kind", "base"])
 
 
@@ -312,9 +308,7 @@ def _analyses(content: Mapping[str, Any], path: Path) -> dict[str, Analysis]:
                     raise ValueError(f"{name}: the tasks' encoders differ")
         return dict(content["merges"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            str(path), f"is not laid out as expected ({reason(error)})", LAYOUT
-        ) from None
+        raise laid_out_otherwise(path, error, LAYOUT) from None
 
 
 def read_json(path: Path, finite: bool = False) -> dict[str, Any] | None:
@@ -337,9 +331,10 @@ def read_json(path: Path, finite: bool = False) -> dict[str, Any] | None:
     return value
 
 
-def reason(error: Exception) -> str:
-    """What was missing or wrong, on one line."""
-    return f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+def laid_out_otherwise(path: Path, error: Exception, layout: str = _EXPECTED) -> ConfigError:
+    """The error of a file in which something was missing or wrong."""
+    reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+    return ConfigError(str(path), f"is not laid out as expected ({reason})", layout)
 
 
 def _refuse(constant: str) -> float:
@@ -349,14 +344,15 @@ def _refuse(constant: str) -> float:
 def _hydra(folder: Path) -> tuple[str | None, str | None]:
     """The command line and the configuration that Hydra kept, wherever it put them."""
     places = [folder / place for place in (".", ".hydra", "hydra_output", "hydra_output/.hydra")]
-    place = next((p for p in places if (p / "overrides.yaml").is_file()), None)
-    if place is None:
-        return None, None
+    place = next((p for p in places if (p / "overrides.yaml").is_file()), folder)
+    command = config = None
     # These files only add to a report: without them it is poorer, not wrong.
     with suppress(Exception):
-        overrides = list(OmegaConf.load(place / "overrides.yaml"))
+        words = list(map(str, OmegaConf.load(place / "overrides.yaml")))
+        command = shlex.join(["fusion_bench", *words])
         name = OmegaConf.select(OmegaConf.load(place / "hydra.yaml"), "hydra.job.config_name")
-        flags = ["--config-name", name] if name not in (None, "fabric_model_fusion") else []
-        command = shlex.join(["fusion_bench", *flags, *map(str, overrides)])
-        return command, (place / "config.yaml").read_text("utf-8")
-    return None, None
+        if name not in (None, "fabric_model_fusion"):
+            command = shlex.join(["fusion_bench", "--config-name", name, *words])
+    with suppress(Exception):
+        config = (place / "config.yaml").read_text("utf-8")
+    return command, config

@@ -15,12 +15,11 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.table import Table
 
 from ..errors import ConfigError
 from ..files import write_files
 from . import tables
-from .runs import REPORT, Evaluation, Row, Run, gather, read_run, reason
+from .runs import REPORT, Evaluation, Row, Run, gather, read_run
 from .style import Palette, to_png, to_svg
 from .words import NONE, percent, readable
 
@@ -100,7 +99,7 @@ def read_study(folder: str | Path) -> Study:
         jobs = [(str(job["folder"]), dict(job["labels"])) for job in index["jobs"]]
         about = {"title": folder.name, **(index["study"] or {})}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"cannot be read ({reason(error)})"
+        problem = f"cannot be read ({error!r})".replace("\n", " ")
         raise ConfigError(str(folder / INDEX), problem, "the folder of a grid of runs") from None
     runs, labels = [], {}
     for name, job in jobs:
@@ -136,16 +135,9 @@ def write_study(folder: str | Path, console: Console | None = None) -> None:
     write_files(Path(folder), content)
     console = console or Console()
     console.print(study.title, style="bold")
-    if study.about.get("columns"):
-        found = table(study)
-        shown = Table()
-        for i, name in enumerate(found):
-            shown.add_column(name, justify="right" if i else "left")
-        for line in found.to_numpy():
-            shown.add_row(*line)
-        console.print(shown)
-    else:
-        console.print(tables.to_terminal(study.evaluation, console.width))
+    across = study.about.get("columns")
+    of = study.evaluation
+    console.print(tables.rich(table(study)) if across else tables.to_terminal(of, console))
     console.print(f"Table and figure: {Path(folder) / 'study.md'}, study.png", soft_wrap=True)
 
 

@@ -11,13 +11,15 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -46,44 +48,11 @@ DASHES = (0, (4, 3))
 # behind text that may lie over grid lines
 PLATE = {"facecolor": SURFACE, "edgecolor": "none", "pad": 0.6}
 
-_RC: Any = {
-    "font.family": "DejaVu Sans",  # it ships with matplotlib: the same figure everywhere
-    "font.size": 8.5,
-    "text.color": INK,
-    "text.parse_math": False,  # names are names
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED,
-    "axes.labelsize": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlecolor": INK,
-    "axes.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "xtick.major.size": 3,
-    "ytick.color": MUTED,
-    "ytick.major.size": 0,
-    "lines.solid_capstyle": "round",
-    "figure.facecolor": SURFACE,
-    "savefig.facecolor": "auto",
-    "svg.fonttype": "path",
-    "svg.hashsalt": "intervmerge",
-}
-
 
 @contextmanager
 def style() -> Iterator[None]:
     """The figures' look, for the time of a block."""
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(fname=Path(__file__).with_name("report.mplstyle")):
         yield
 
 
@@ -99,17 +68,19 @@ class Look:
     @property
     def point(self) -> dict[str, Any]:
         """Of a point among others."""
-        ring = {"mfc": SURFACE, "mec": MUTED, "mew": 1.3, "ms": 5.5}
-        filled = {"color": self.colour, "mec": SURFACE, "mew": 0.6, "ms": 5.8}
-        return {"marker": self.marker, "ls": "", **(ring if self is MERGED else filled)}
+        size: dict[str, Any] = {"mec": SURFACE, "mew": 0.6, "ms": 5.8}
+        if self.family == "merged":  # a ring
+            size = {"mfc": SURFACE, "mew": 1.3, "ms": 5.5}
+        elif self.family == "expert":
+            size = {"mew": 1.8, "ms": 10}
+        return {"marker": self.marker, "color": self.colour, "ls": "", **size}
 
     def handle(self, **line: Any) -> Line2D:
         """In a legend."""
         return Line2D([], [], label=self.label, **(line or self.point))
 
 
-MERGED, EXPERT = Look("merged", MUTED, "o"), Look("expert", INK, "|")
-EXPERTS: dict[str, Any] = {"marker": "|", "color": INK, "ms": 10, "mew": 1.8, "ls": ""}
+MERGED, EXPERT = Look("merged", MUTED, "o", "merged"), Look("experts", INK, "|", "expert")
 
 
 class Palette(dict[str, Look]):
@@ -148,12 +119,7 @@ class Palette(dict[str, Look]):
 
 @dataclass(frozen=True)
 class Canvas:
-    """What a figure is drawn for.
-
-    Attributes:
-        width: in inches; a page shows a wide and a narrow one.
-        palette: the methods' looks.
-    """
+    """What a figure is drawn for: a width in inches, and the methods' looks."""
 
     width: float
     palette: Palette
@@ -169,9 +135,8 @@ class Canvas:
         self,
         number: int = 1,
         high: float = 3.2,
-        more: float = 0.0,
+        more: float = 0,
         columns: tuple[int, int] = (1, 3),
-        broad: bool = True,
         **shared: Any,
     ) -> Panels:
         """A blank figure.
@@ -180,12 +145,11 @@ class Canvas:
             number: of its panels.
             high: of one, in inches; ``more`` for all together.
             columns: at most so many where it is narrow, and where it is wide.
-            broad: whether three columns take more width.
             shared: as ``Figure.subplots`` takes it.
         """
         beside = min(number, columns[self.wide])
         lines = math.ceil(number / beside)
-        width = _BROAD if broad and beside > 2 else self.width
+        width = _BROAD if beside > 2 and columns == (1, 3) else self.width
         layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.03, hspace=0.05)
         figure = Figure(figsize=(width, high * lines + more), dpi=100, layout=layout)
         FigureCanvasAgg(figure)
@@ -194,58 +158,84 @@ class Canvas:
             spare.remove()
         return Panels(figure, list(axes[:number]), beside)
 
-    def curves(
+    def dots(
         self,
-        tasks: Sequence[str],
-        curves: Mapping[str, np.ndarray],
-        first: int,
-        x: str,
-        y: str,
-        percent: bool = False,
+        shown: Mapping[str, pd.DataFrame],
+        deviations: Mapping[str, pd.DataFrame] | None = None,
+        percent: Collection[str] = (),
+        merged: str = "merged",
     ) -> Figure:
-        """Every encoder's curve, a panel a task after one of their mean.
+        """Rows of tasks, a point an encoder, and a bar from the lowest to the highest.
 
         Args:
-            tasks: their names.
-            curves: encoder -> heights, (tasks, points).
-            first: where the curves begin.
-            x, y: what the axes are.
-            percent: whether heights are percentages; else they are distances, from 0 on.
+            shown: a panel's title -> values; a row a task, the last one their mean; a column an
+                encoder: ``merged``, methods, ``expert``.
+            deviations: the same of standard deviations; the methods stand above each other then.
+            percent: titles of the panels of percentages.
+            merged: what ``merged`` is called.
         """
+        names = list(dict.fromkeys(itertools.chain.from_iterable(shown.values())))
+        methods = [name for name in names if name not in ("merged", "expert")]
+        spread = 0.5 / max(len(methods) - 1, 1) if len(methods) > 2 else 0.16
+        rows = list(next(iter(shown.values())).index)
+        high = max(0.27, 0.09 * len(methods)) * len(rows) + 0.7
+        panels = self.panels(len(shown), high, 0.35, sharex=deviations is not None)
+        y = np.arange(len(rows)) + 0.35 * (np.arange(len(rows)) == len(rows) - 1)
+        for (title, values), panel in zip(shown.items(), panels.axes, strict=True):
+            panels.rows(panel, y, rows)
+            panel.axhline(y[-1] - 0.68, color=GRID, lw=0.8)
+            panel.get_yticklabels()[-1].set_fontweight("bold")
+            panel.hlines(y, values.min(axis=1), values.max(axis=1), color=GRID, lw=2.5, zorder=1)
+            for name in values:
+                look, at = self.palette[name], y
+                if deviations is not None and name in methods:
+                    at = y + spread * (methods.index(name) - (len(methods) - 1) / 2)
+                    low, high = (values[name] + s * deviations[title][name] for s in (-1, 1))
+                    panel.hlines(at, low, high, color=look.colour, lw=1.1)
+                panel.plot(values[name], at, **look.point, zorder=2 + (name in methods))
+            panel.set_title(title)
+            if title in percent:
+                panels.percent(panel.xaxis, 4 if panels.columns > 2 else 6)
+        looks = {**self.palette, "merged": replace(MERGED, label=merged)}
+        return panels.finish([looks[name].handle() for name in names])
+
+    def curves(self, curves: Mapping[str, pd.DataFrame], x: str, y: str) -> Figure:
+        """Every encoder's curve along the index, a panel a column after one of their mean.
+
+        Args:
+            curves: encoder -> heights; distances, or percentages (``y``: accuracy, agreement).
+            x, y: what the axes are.
+        """
+        tasks = list(next(iter(curves.values())))
+        means = {name: values.mean(axis=1) for name, values in curves.items()}
         titles = ["mean over tasks", *map(readable, tasks)] if len(tasks) > 1 else [""]
         high, more = (1.55, 0.65) if len(titles) > 1 else (3.2, 0.0)
-        panels = self.panels(len(titles), high, more, (2, 3), False, sharex=True, sharey=True)
+        panels = self.panels(len(titles), high, more, (2, 3), sharex=True, sharey=True)
         lines: dict[str, dict[str, Any]] = {
-            name: {"color": self.palette[name].colour, "marker": "o", "ms": 2.8, "lw": 1.4}
+            name: {"color": self.palette[name].colour, "lw": 1.4, "ms": 2.8}
+            | {"marker": "o" if len(values) <= 50 else ""}
             # over the others: a repair of the image features leaves every block as it was
             | ({"ls": (0, (2, 1.5)), "zorder": 3} if name == "merged" else {})
-            for name in curves
+            for name, values in curves.items()
         }
         for i, (title, panel) in enumerate(zip(titles, panels.axes, strict=True)):
-            for name, of in curves.items():
-                curve = of.mean(0) if i == 0 else of[i - 1]
-                panel.plot(range(first, first + len(curve)), curve, **lines[name])
+            for name, values in curves.items():
+                panel.plot(values[tasks[i - 1]] if i else means[name], **lines[name])
             panels.title(panel, title, bold=i == 0)
             panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             panel.tick_params(labelbottom=True)
-            if percent:
-                panels.percent(panel.yaxis)
-        if not percent:
+        if y in ("accuracy", "agreement"):
+            panels.percent(panels.axes[0].yaxis)
+        else:
             panels.axes[0].set_ylim(bottom=0)  # of all: once every curve is there
         panels.named(x, y)
-        panels.legend([self.palette[name].handle(**line) for name, line in lines.items()], gap=0.6)
-        return panels.finish()
+        handles = [self.palette[name].handle(**line) for name, line in lines.items()]
+        return panels.finish(handles, gap=0.6)
 
 
 @dataclass(frozen=True)
 class Panels:
-    """A figure of panels.
-
-    Attributes:
-        figure: the figure.
-        axes: the panels, row by row.
-        columns: how many stand side by side.
-    """
+    """A figure and its panels, row by row, so many ``columns`` side by side."""
 
     figure: Figure
     axes: list[Axes]
@@ -259,40 +249,16 @@ class Panels:
             self.figure.supxlabel(x, fontsize=8.5, color=MUTED)
             self.figure.supylabel(y, fontsize=8.5, color=MUTED)
 
-    def legend(self, handles: Sequence[Line2D], gap: float = 0.2) -> None:
-        """Above the panels, in as many columns as fit."""
-        if handles:
-            longest = max(len(str(handle.get_label())) for handle in handles)
-            width = self.figure.get_figwidth() * 72 - 100 * gap + 20
-            columns = max(1, min(len(handles), int(width / (4.6 * longest + 32))))
-            self.figure.legend(handles=handles, loc="outside upper left", ncols=columns,
-                               frameon=False, handletextpad=gap, columnspacing=1.4,
-                               borderpad=0.1)  # fmt: skip
-
-    def rows(self, labels: Sequence[str], bold_last: bool = False) -> np.ndarray:
-        """Horizontal lines in every panel, one a label; gives their heights."""
-        last = np.arange(len(labels)) == len(labels) - 1
-        heights = np.arange(len(labels)) + 0.35 * last * bold_last
-        for i, panel in enumerate(self.axes):
-            panel.set_yticks(
-                heights,
-                list(map(readable, labels)) if i % self.columns == 0 else [""] * len(labels),
-            )
-            panel.set_ylim(heights[-1] + 0.6, -0.6)
-            panel.tick_params(axis="y", labelcolor=INK)
-            panel.tick_params(axis="x", length=0, labelbottom=True)
-            panel.grid(axis="y", visible=False)
-            panel.grid(axis="x", visible=True)
-            panel.spines["bottom"].set_visible(False)
-            if bold_last:
-                panel.axhline(heights[-1] - 0.68, color=GRID, lw=0.8)
-                panel.get_yticklabels()[-1].set_fontweight("bold")
-        return heights
-
-    @staticmethod
-    def ranges(panel: Axes, y: Any, low: Any, high: Any) -> None:
-        """Broad grey bars from the lowest to the highest."""
-        panel.hlines(y, low, high, color=GRID, lw=2.5, zorder=1)
+    def rows(self, panel: Axes, heights: Sequence[float], labels: Sequence[str]) -> None:
+        """Horizontal lines, named by the first panel of each line of panels."""
+        first = self.axes.index(panel) % self.columns == 0
+        panel.set_yticks(heights, list(map(readable, labels)) if first else [""] * len(labels))
+        panel.set_ylim(heights[-1] + 0.6, -0.6)
+        panel.tick_params(axis="y", labelcolor=INK)
+        panel.tick_params(axis="x", length=0, labelbottom=True)
+        panel.grid(axis="y", visible=False)
+        panel.grid(axis="x", visible=True)
+        panel.spines["bottom"].set_visible(False)
 
     @staticmethod
     def title(panel: Axes, text: str, bold: bool = False) -> None:
@@ -306,41 +272,39 @@ class Panels:
         axis.set_major_locator(MaxNLocator(ticks, integer=integer, steps=(1, 2, 2.5, 5, 10)))
 
     @staticmethod
-    def reference(
-        panel: Axes, row: Row, of: str = "average", text: bool = True, upright: bool = False
-    ) -> None:
-        """A line at the merge's accuracy (dashed), or at the experts', with its name.
-
-        The name stands below the merge's line and above the experts', where there is room; above
-        the panel where the line is upright.
-        """
+    def reference(panel: Axes, row: Row, of: str = "average", text: bool = True) -> None:
+        """A line at the merge's accuracy (dashed, its name below), or the experts' (name above)."""
         merge, value = row.kind == "merge", 100 * row.mean[of]
-        place: Any = (0, value), ("axes fraction", "data"), (3, -4 if merge else 4)
-        look: dict[str, Any] = {"va": "top" if merge else "bottom", "bbox": PLATE}
-        if upright:
-            place, look = ((value, 1), ("data", "axes fraction"), (0, 3)), {"ha": "center"}
-        colour, line = MUTED if merge else INK, panel.axvline if upright else panel.axhline
-        line(value, color=colour, lw=1.1, ls=DASHES if merge else "-", zorder=1)
+        colour, down = (MUTED, -4) if merge else (INK, 4)
+        panel.axhline(value, color=colour, lw=1.1, ls=DASHES if merge else "-", zorder=1)
         if text:
-            panel.annotate(f"{row.label}  {value:.1f}", place[0], xycoords=place[1],
-                           xytext=place[2], textcoords="offset points", fontsize=8, color=colour,
-                           **look)  # fmt: skip
+            panel.annotate(f"{row.label}  {value:.1f}", (0, value), xytext=(3, down), fontsize=8,
+                           xycoords=("axes fraction", "data"), textcoords="offset points",
+                           va="top" if merge else "bottom", color=colour, bbox=PLATE)  # fmt: skip
 
-    def finish(self) -> Figure:
-        """Settle the layout: labels can be placed in pixels, and the figure is written quickly."""
+    def finish(self, handles: Sequence[Line2D] = (), gap: float = 0.2) -> Figure:
+        """A legend above the panels, in as many columns as fit, and the layout settled.
+
+        Labels can then be placed in pixels, and the figure is written quickly, however often.
+        """
+        if handles:
+            longest = max(len(str(handle.get_label())) for handle in handles)
+            width = self.figure.get_figwidth() * 72 - 100 * gap + 20
+            columns = max(1, min(len(handles), int(width / (4.6 * longest + 32))))
+            self.figure.legend(handles=handles, loc="outside upper left", ncols=columns,
+                               frameon=False, handletextpad=gap, columnspacing=1.4,
+                               borderpad=0.1)  # fmt: skip
         self.figure.draw_without_rendering()
         self.figure.set_layout_engine("none")
         return self.figure
 
 
-def number_axis(panel: Axes, values: Iterable[float], log: bool = False, most: int = 8) -> None:
-    """Ticks at the values themselves, ``most`` of them."""
-    ticks = sorted(set(values))
-    if log:
-        panel.set_xscale("log")
-        panel.xaxis.set_minor_locator(NullLocator())
-    panel.xaxis.set_major_locator(FixedLocator(ticks[:: math.ceil(len(ticks) / most)]))
-    panel.xaxis.set_major_formatter("{x:g}")
+def number_axis(panel: Axes, ticks: Sequence[float], log: bool, words: Any = "{x:g}") -> None:
+    """An axis with these ticks and no others."""
+    panel.set_xscale("log" if log else "linear")
+    panel.xaxis.set_major_locator(FixedLocator(ticks))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(words)
 
 
 def parameter_axis(panel: Axes, values: Iterable[float]) -> None:
@@ -352,10 +316,8 @@ def parameter_axis(panel: Axes, values: Iterable[float]) -> None:
         ticks = [s * 10.0**e for e in range(-1, 16) for s in steps if left <= s * 10.0**e <= right]
         if len(ticks) <= 6:
             break
-    panel.set(xscale="log", xlim=(left, right))
-    panel.xaxis.set_major_locator(FixedLocator(ticks))
-    panel.xaxis.set_minor_locator(NullLocator())
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda v, _: count(v).replace(".0", "")))
+    number_axis(panel, ticks, True, FuncFormatter(lambda v, _: count(v).replace(".0", "")))
+    panel.set_xlim(left, right)
 
 
 def label_points(panel: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
@@ -404,36 +366,6 @@ def label_points(panel: Axes, labels: Sequence[tuple[float, float, str, str]]) -
             arrow = {"arrowstyle": "-", "color": MUTED, "lw": 0.6, "shrinkA": 1, "shrinkB": 5}
             panel.annotate("", (x, y), xytext=tuple(near), textcoords="offset points", zorder=2,
                            arrowprops=arrow)  # fmt: skip
-
-
-def label_ends(panel: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Write labels at the right edge at the given heights, pushed apart where they would touch.
-
-    Args:
-        panel: with its final limits and position, and room at its right.
-        ends: (height in data coordinates, text, colour).
-    """
-    ends, frame, pixel = sorted(ends), panel.get_window_extent(), panel.figure.dpi / 72
-    wanted = [(panel.transData.transform((0, y))[1] - frame.y0) / pixel for y, *_ in ends]
-    for (_, text, colour), at, place in zip(
-        ends, wanted, spread(np.array(wanted), 11.0, frame.height / pixel), strict=True
-    ):
-        panel.annotate(
-            text, (1, 0), xycoords="axes fraction", xytext=(9, place), textcoords="offset points",
-            va="center", annotation_clip=False, fontsize=7.5,
-        )  # fmt: skip
-        panel.annotate(
-            "", (1, at * pixel / frame.height), xycoords="axes fraction", xytext=(8, place - at),
-            textcoords="offset points", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 1, "shrinkA": 0, "shrinkB": 1},
-        )  # fmt: skip
-
-
-def spread(wanted: np.ndarray, step: float, high: float) -> np.ndarray:
-    """Ascending heights in [0, ``high``], ``step`` apart where there is room, near the wanted."""
-    steps = min(step, high / max(len(wanted) - 1, 1)) * np.arange(len(wanted))
-    up = np.maximum.accumulate(np.maximum(wanted - steps, 0))
-    return np.minimum(up, high - steps[-1]) + steps
 
 
 def css_variables(dark: bool) -> dict[str, str]:
@@ -498,9 +430,7 @@ def _variables() -> dict[str, str]:
 
 def _places(width: float, height: float, pixel: float) -> Iterator[tuple[float, float]]:
     """Lower left corners of a box beside a point, in pixels from it, the best first."""
-    for ring in (8, 12, 17, 24, 33, 44, 58):
-        r, d = ring * pixel, 0.75 * ring * pixel
-        left, below = -r - width, -r - height
-        yield from ((r, -height / 2), (left, -height / 2), (-width / 2, r), (-width / 2, below))
-        yield from ((d, -d - height), (-d - width, d), (d, d), (-d - width, -d - height))
-        yield from ((-d, r), (d - width, r), (-d, below), (d - width, below))
+    ways = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, -1), (-1, 1), (1, 1), (-1, -1))
+    for ring, (x, y) in itertools.product((8, 12, 17, 24, 33, 44, 58), ways):
+        r = ring * pixel * (0.75 if x and y else 1)
+        yield r * x + width * (x - 1) / 2, r * y + height * (y - 1) / 2

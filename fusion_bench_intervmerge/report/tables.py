@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from math import isnan, nan
 from typing import Any, NamedTuple
 
 import pandas as pd
+from rich.console import Console
 from rich.table import Table
 
 from .runs import REPAIRS, Evaluation, Row
@@ -145,29 +146,34 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(f"|{'|'.join(line)}|" for line in [body[0], rule, *body[1:]])
 
 
-def to_terminal(evaluation: Evaluation, width: int) -> Table:
-    """The table for a terminal of ``width`` characters, with as much as fits into it.
+def to_terminal(evaluation: Evaluation, console: Console) -> Table:
+    """The table with as much as fits into the terminal.
 
     What gives way first are the tasks' deviations over seeds, then the tasks.
     """
     whole, rows, tasks = cells(evaluation), evaluation.rows, evaluation.tasks
     plain = whole.assign(**{task: whole[task].map(lambda cell: cell.text) for task in tasks})
+    ends = [i for i, row in enumerate(rows[1:]) if row.base != rows[i].base]
+    names = pd.Series(list(map(label, rows)), name="method")
+    unbounded = console.options.update(max_width=10**4)
     for table in (whole, plain, whole.drop(columns=tasks)):
-        table = table.map(str).rename(columns=lambda head: head.replace(" ", "\n", 1))
-        table = table.rename(columns={t.replace(" ", "\n", 1): t for t in tasks})
-        widths = [len(max(map(label, rows), key=len))]
-        widths += [max(len(head.split("\n")[-1]), table[head].str.len().max()) for head in table]
-        if sum(widths) + 3 * len(widths) + 1 <= width:
+        shown = rich(pd.concat([names, table.map(str)], axis=1), ends)
+        if console.measure(shown, options=unbounded).maximum <= console.width:
             break
-    shown = Table(title="Accuracy in percent", title_justify="left", caption_justify="left")
-    shown.add_column("method", no_wrap=True)
-    for head in table:
-        shown.add_column(head, justify="right", no_wrap=True)
-    for i, row in enumerate(rows):
-        last = i + 1 == len(rows) or rows[i + 1].base != row.base
-        shown.add_row(label(row), *table.iloc[i], end_section=last)
-    if not set(tasks) & set(table):
+    if tasks and tasks[0] not in table:
         shown.caption = "The terminal is too narrow for the tasks; the written table has them."
+    shown.title = "Accuracy in percent"
+    return shown
+
+
+def rich(table: pd.DataFrame, ends: Collection[int] = ()) -> Table:
+    """Lines of text for a terminal, with a rule behind some of them."""
+    shown, titles = Table(title_justify="left", caption_justify="left"), [c.title for c in COLUMNS]
+    for i, head in enumerate(table):
+        words = head.replace(" ", "\n", 1) if head in titles else head
+        shown.add_column(words, justify="right" if i else "left", no_wrap=True)
+    for i, line in enumerate(table.to_numpy().tolist()):
+        shown.add_row(*line, end_section=i in ends)
     return shown
 
 

@@ -57,11 +57,10 @@ def _draw(of: Evaluation, canvas: Canvas) -> Figure:
         else:
             panel.set_xticks([])
     panels.named("extra parameters, all tasks (log scale)", "average accuracy over tasks")
-    if not alone:
-        # beside each other the panels have no room for a label at every point
-        methods = canvas.palette.families(row.method for row in of.repairs)
-        panels.legend([canvas.palette[name].handle() for family in methods for name in family])
-    figure = panels.finish()
+    families = canvas.palette.families({row.method for row in of.repairs})
+    # beside each other the panels have no room for a label at every point
+    looks = [canvas.palette[name] for family in families for name in family if not alone]
+    figure = panels.finish([look.handle() for look in looks])
     for base, panel in zip(bases, panels.axes, strict=True):
         _scatter(panel, base, of, canvas.palette, labelled=alone)
     return figure
