@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,8 +17,7 @@ from omegaconf import OmegaConf
 
 from .. import results
 from ..errors import ConfigError
-from .words import method as in_words
-from .words import readable
+from . import words
 
 REPORT, ANALYSIS = "program_report.json", "analysis.json"
 _EXPECTED = "a run folder of `fusion_bench method=intervmerge/compare` or `method=intervmerge`"
@@ -27,9 +27,7 @@ _SAME_REFERENCE = 0.005
 REPAIRS = ("repair", "rival")
 KEY = ["kind", "base", "method"]
 COSTS = ["extra_parameters", "bytes", "passes", "labels", "needs_task"]
-
 LAYOUT = "merges: {MERGE: {ANALYSIS: {TASK: {ENCODER: value}}}}"  # of analysis.json
-
 Analysis = Mapping[str, Mapping[str, Mapping[str, Any]]]  # analysis -> task -> encoder -> value
 
 
@@ -49,7 +47,7 @@ class Run:
 
     folder: Path
     tasks: list[str]
-    models: dict[str, results.Result] = field(default_factory=dict)
+    models: dict[str, results.Result]
     accuracies: dict[str, dict[str, float]] = field(default_factory=dict)
     command: str | None = None
     config: str | None = None
@@ -61,7 +59,11 @@ class Run:
         return self.folder.resolve().name
 
     def table(self) -> pd.DataFrame:
-        """A line a model: what it is, and its accuracies."""
+        """A line a model: what it is, and its accuracies.
+
+        ``label`` is its name for people, ``images`` are in words; models of one ``family`` differ
+        by their ``size`` alone, those of one ``setting`` by their seed.
+        """
         found = []
         for name, model in self.models.items():
             costs = {cost: v for cost in COSTS if (v := getattr(model, cost)) is not None}
@@ -71,16 +73,17 @@ class Run:
                     "kind": model.kind,
                     "base": model.base or "",
                     "method": model.method or "",
-                    "label": in_words(model.method, model.rank, model.budget)
+                    "label": words.method(model.method, model.rank, model.budget)
                     if model.method
-                    else readable(model.base or model.kind),
+                    else words.readable(model.base or model.kind),
                     "family": _family(model),
                     "size": model.budget or model.rank or 0,
                     "seed": model.seed,
                     "costs": costs,
+                    "extra_parameters": model.extra_parameters,
                     "images": images,
                     "transductive": model.transductive,
-                    "setting": f"{costs}, {images}, {model.transductive}",  # equal for all seeds
+                    "setting": f"{costs}, {images}, {model.transductive}",
                     "seconds": model.seconds,
                     "losses": model.losses,
                     **self.accuracies.get(name, {}),
@@ -91,15 +94,9 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A model over its seeds.
+    """A model over its seeds: a group of lines of ``Run.table``.
 
     Attributes:
-        kind, base, method: as in ``results.Result``, empty where there is none.
-        label: its name for people.
-        family, size: equal families differ by their sizes alone.
-        seeds: empty for what has none.
-        costs: what it needs, as in ``results.Result``; what is known.
-        images, transductive: what its edits were found on, in words.
         values: a line a seed: accuracies by task, ``average``, ``gap_closed``, ``seconds``.
         mean, std: over these lines; the sample deviation (n - 1), NaN of one seed.
     """
@@ -184,11 +181,7 @@ class Evaluation:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read a run folder.
-
-    Args:
-        folder: holds ``program_report.json`` and ``intervmerge.json``, or ``analysis.json`` alone,
-            of a model that no task pool evaluated.
+    """Read a run folder: a report, or an ``analysis.json`` of what no task pool evaluated.
 
     Raises:
         ConfigError: no such folder, no report, broken JSON, or another layout.
@@ -227,9 +220,7 @@ def read_run(folder: str | Path) -> Run:
 def gather(runs: Sequence[Run], bases: Sequence[str] = ()) -> Evaluation:
     """Put the runs' models together: seeds of one method meet, references are kept once.
 
-    Args:
-        runs: one or more.
-        bases: the merges to keep; all where empty.
+    ``bases`` are the merges to keep; all where empty.
 
     Raises:
         ConfigError: the runs are of different tasks or pools, or a base is in none of them.
@@ -241,7 +232,7 @@ def gather(runs: Sequence[Run], bases: Sequence[str] = ()) -> Evaluation:
             raise ConfigError(str(run.folder), problem, "runs on the same tasks")
     tables = [run.table().assign(run=i) for i, run in enumerate(runs) if run.accuracies]
     models = pd.concat(tables or [pd.DataFrame()], ignore_index=True)
-    known = [base for base in models["base"].unique() if base] if len(models) else []
+    known = Evaluation(tasks, models, list(runs)).bases
     for base in bases:
         if base not in known:
             raise ConfigError("--base", f"no run has {base!r}", ", ".join(known))
@@ -262,13 +253,11 @@ def gather(runs: Sequence[Run], bases: Sequence[str] = ()) -> Evaluation:
 
 def _references(models: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
     """Merges, experts and the pretrained encoder, each once."""
-    for (kind, base), lines in models.groupby(["kind", "base"]):
-        first = lines["average"].iloc[0]
-        for number, average in lines[["run", "average"]].itertuples(index=False):
-            if abs(average - first) > _SAME_REFERENCE:
-                problem = f"{base or kind} has an average accuracy of {average:.1%} there, and of"
-                problem, allowed = f"{problem} {first:.1%} in another run", "runs on the same pool"
-                raise ConfigError(str(runs[number].folder), problem, allowed)
+    models = models.assign(first=models.groupby(["kind", "base"])["average"].transform("first"))
+    for line in models[(models["average"] - models["first"]).abs() > _SAME_REFERENCE].itertuples():
+        problem = f"{line.base or line.kind} has an average accuracy of {line.average:.1%} there"
+        problem += f", and of {line.first:.1%} in another run"
+        raise ConfigError(str(runs[line.run].folder), problem, "runs on the same pool")
     return models.drop_duplicates(["kind", "base"])
 
 
@@ -312,14 +301,12 @@ def _analyses(content: Mapping[str, Any], path: Path) -> dict[str, Analysis]:
 
 
 def read_json(path: Path, finite: bool = False) -> dict[str, Any] | None:
-    """The file's content, None where there is no such file.
-
-    Raises:
-        ConfigError: it cannot be read, or holds something else; ``finite``: or infinite numbers.
-    """
+    """The file's content, None where there is no such file; ``finite``: numbers have to be."""
     try:
         text = path.read_text(encoding="utf-8")
-        value = json.loads(text, parse_constant=_refuse if finite else None)
+        value = json.loads(text)
+        if finite and re.search(r"\b(NaN|Infinity)\b", text):
+            raise ValueError("numbers are not finite")
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -337,10 +324,6 @@ def laid_out_otherwise(path: Path, error: Exception, layout: str = _EXPECTED) ->
     return ConfigError(str(path), f"is not laid out as expected ({reason})", layout)
 
 
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant}: numbers are not finite")
-
-
 def _hydra(folder: Path) -> tuple[str | None, str | None]:
     """The command line and the configuration that Hydra kept, wherever it put them."""
     places = [folder / place for place in (".", ".hydra", "hydra_output", "hydra_output/.hydra")]
@@ -348,11 +331,11 @@ def _hydra(folder: Path) -> tuple[str | None, str | None]:
     command = config = None
     # These files only add to a report: without them it is poorer, not wrong.
     with suppress(Exception):
-        words = list(map(str, OmegaConf.load(place / "overrides.yaml")))
-        command = shlex.join(["fusion_bench", *words])
+        given = list(map(str, OmegaConf.load(place / "overrides.yaml")))
+        command = shlex.join(["fusion_bench", *given])
         name = OmegaConf.select(OmegaConf.load(place / "hydra.yaml"), "hydra.job.config_name")
         if name not in (None, "fabric_model_fusion"):
-            command = shlex.join(["fusion_bench", "--config-name", name, *words])
+            command = shlex.join(["fusion_bench", "--config-name", name, *given])
     with suppress(Exception):
         config = (place / "config.yaml").read_text("utf-8")
     return command, config

@@ -35,16 +35,16 @@ from .words import count, readable
 
 INK, MUTED, GRID, SURFACE = "#1c2127", "#5c6670", "#dde1e6", "#fffffe"
 # Okabe and Ito's colours: told apart by people of any colour vision, and each has its own marker.
-_HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b4c9a")
-_HUES_IN_THE_DARK = (
-    "#4db2f0", "#ff8b4a", "#33c79c", "#e69ac6", "#f2b632", "#8fd0f5", "#a98fd8",
-)  # fmt: skip
-ACCENT, HUES = _HUES[0], len(_HUES)
+HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b4c9a")
+ACCENT = HUES[0]
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 _TINTS = (1.0, 0.6, 0.42)
 WIDE, NARROW = 7.2, 3.7  # a page shows the one or the other
 _BROAD = 10.2  # where three panels stand side by side
 DASHES = (0, (4, 3))
+# where labels are tried: distances in points, and ways (right, up)
+_RINGS = (8, 12, 17, 24, 33, 44, 58)
+_WAYS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, -1), (-1, 1), (1, 1), (-1, -1))
 # behind text that may lie over grid lines
 PLATE = {"facecolor": SURFACE, "edgecolor": "none", "pad": 0.6}
 
@@ -84,11 +84,7 @@ MERGED, EXPERT = Look("merged", MUTED, "o", "merged"), Look("experts", INK, "|",
 
 
 class Palette(dict[str, Look]):
-    """Every method's look: a hue a family, a tint a size within it.
-
-    Args:
-        methods: name, label, family and size of each, in the order of the table.
-    """
+    """Every method's look, of (name, label, family, size): a hue a family, a tint a size."""
 
     def __init__(self, methods: Iterable[tuple[str, str, str, float]]):
         super().__init__({"merged": MERGED, "expert": EXPERT})
@@ -99,14 +95,14 @@ class Palette(dict[str, Look]):
             families.setdefault(family, {}).setdefault(name, (label, size))
         for hue, (family, members) in enumerate(families.items()):
             for tint, name in enumerate(sorted(members, key=lambda name: -members[name][1])):
-                colour = _tinted(hue % HUES, min(tint, len(_TINTS) - 1))
-                self[name] = Look(members[name][0], colour, _MARKERS[hue % HUES], family)
+                colour = _tinted(hue % len(HUES), min(tint, len(_TINTS) - 1))
+                self[name] = Look(members[name][0], colour, _MARKERS[hue % len(HUES)], family)
         self.hues = len(families)
 
     def __missing__(self, name: str) -> Look:
         """Of a model that the results do not describe."""
-        hue = self.hues % HUES
-        self[name], self.hues = Look(readable(name), _HUES[hue], _MARKERS[hue], name), self.hues + 1
+        hue = self.hues % len(HUES)
+        self[name], self.hues = Look(readable(name), HUES[hue], _MARKERS[hue], name), self.hues + 1
         return self[name]
 
     def families(self, names: Iterable[str]) -> list[list[str]]:
@@ -139,11 +135,10 @@ class Canvas:
         columns: tuple[int, int] = (1, 3),
         **shared: Any,
     ) -> Panels:
-        """A blank figure.
+        """A blank figure of ``number`` panels.
 
         Args:
-            number: of its panels.
-            high: of one, in inches; ``more`` for all together.
+            high, more: inches of a line of panels, and more for all together.
             columns: at most so many where it is narrow, and where it is wide.
             shared: as ``Figure.subplots`` takes it.
         """
@@ -169,10 +164,9 @@ class Canvas:
 
         Args:
             shown: a panel's title -> values; a row a task, the last one their mean; a column an
-                encoder: ``merged``, methods, ``expert``.
+                encoder: ``merged`` (called so in the legend), methods, ``expert``.
             deviations: the same of standard deviations; the methods stand above each other then.
             percent: titles of the panels of percentages.
-            merged: what ``merged`` is called.
         """
         names = list(dict.fromkeys(itertools.chain.from_iterable(shown.values())))
         methods = [name for name in names if name not in ("merged", "expert")]
@@ -202,9 +196,7 @@ class Canvas:
     def curves(self, curves: Mapping[str, pd.DataFrame], x: str, y: str) -> Figure:
         """Every encoder's curve along the index, a panel a column after one of their mean.
 
-        Args:
-            curves: encoder -> heights; distances, or percentages (``y``: accuracy, agreement).
-            x, y: what the axes are.
+        ``x`` and ``y`` name the axes; heights are distances, or percentages of accuracy, agreement.
         """
         tasks = list(next(iter(curves.values())))
         means = {name: values.mean(axis=1) for name, values in curves.items()}
@@ -321,13 +313,10 @@ def parameter_axis(panel: Axes, values: Iterable[float]) -> None:
 
 
 def label_points(panel: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write labels beside points, clear of points, lines and each other.
+    """Write labels (x, y, name, rest) beside points, clear of points, lines and each other.
 
-    Candidates lie on rings around a point; the nearest that covers least is taken.
-
-    Args:
-        panel: with its final limits and position, and all that the labels must not cover.
-        labels: (x, y, name, rest); the name is bold, the rest stands muted below it.
+    The panel has its final limits and position, and all that the labels must not cover. Places lie
+    on rings around a point; the nearest that covers least is taken.
     """
     pixel, frame = panel.figure.dpi / 72, panel.get_window_extent()
     lines = [line.get_transform().transform_path(line.get_path()) for line in panel.lines]
@@ -344,33 +333,31 @@ def label_points(panel: Axes, labels: Sequence[tuple[float, float, str, str]]) -
 
     for (x, y, *words), anchor in zip(labels, anchors, strict=True):
         notes = [
-            panel.annotate(word, (x, y), xytext=(0, 0), textcoords="offset points", color=colour,
-                           weight=weight, fontsize=size, bbox=PLATE, zorder=zorder,
-                           annotation_clip=False, in_layout=False)
-            for word, colour, weight, size, zorder in zip(
-                words, (INK, MUTED), ("bold", "normal"), (8, 7.5), (7, 6), strict=True)
+            panel.annotate(word, (x, y), xytext=(0, 0), textcoords="offset points", bbox=PLATE,
+                           annotation_clip=False, in_layout=False, color=colour, zorder=7 - i,
+                           fontsize=8 - i / 2, weight=weight)
+            for i, (word, colour, weight) in enumerate(
+                zip(words, (INK, MUTED), ("bold", "normal"), strict=True))
         ]  # fmt: skip
         extents = [note.get_window_extent() for note in notes]
         width, height = max(box.width for box in extents), sum(box.height for box in extents)
-        boxes = [Bbox.from_bounds(anchor[0] + left, anchor[1] + bottom, width, height)
-                 for left, bottom in _places(width, height, pixel)]  # fmt: skip
-        box = boxes[int(np.argmin([cost(box) + 0.3 * i for i, box in enumerate(boxes)]))]
+        places = []
+        for ring, (right, up) in itertools.product(_RINGS, _WAYS):
+            r = ring * pixel * (0.75 if right and up else 1)
+            x0, y0 = anchor[0] + r * right, anchor[1] + r * up
+            x0, y0 = x0 + width * (right - 1) / 2, y0 + height * (up - 1) / 2
+            places.append((Bbox.from_bounds(x0, y0, width, height), right, r * right / pixel))
+        costs = [cost(box) + 0.3 * i for i, (box, *_) in enumerate(places)]
+        box, side, at = places[int(np.argmin(costs))]
         taken.append(box)
         (left, bottom), (right, top) = (box.get_points() - anchor) / pixel
-        align, at = min(("left", left), ("right", right), ("center", (left + right) / 2),
-                        key=lambda side: (abs(side[1]), side[0] == "center"))  # fmt: skip
-        for note, at_y in zip(notes, ((bottom + top) / 2, bottom), strict=True):
-            note.set(ha=align, position=(at, at_y))
+        for note, height in zip(notes, ((bottom + top) / 2, bottom), strict=True):
+            note.set(ha={1: "left", 0: "center", -1: "right"}[side], position=(at, height))
         near = np.clip(0, (left, bottom), (right, top))
         if np.hypot(*near) > 14:
             arrow = {"arrowstyle": "-", "color": MUTED, "lw": 0.6, "shrinkA": 1, "shrinkB": 5}
             panel.annotate("", (x, y), xytext=tuple(near), textcoords="offset points", zorder=2,
                            arrowprops=arrow)  # fmt: skip
-
-
-def css_variables(dark: bool) -> dict[str, str]:
-    """The figures' colours as CSS custom properties, for light or dark."""
-    return {f"--hue-{i}": hue for i, hue in enumerate(_HUES_IN_THE_DARK if dark else _HUES)}
 
 
 def to_png(figure: Figure) -> bytes:
@@ -386,10 +373,7 @@ def to_svg(figure: Figure) -> str:
 def to_inline_svg(figure: Figure, name: str, alternative: str) -> str:
     """The figure as an ``<svg>`` element whose colours are the page's.
 
-    Args:
-        figure: the figure.
-        name: prefix of its ids, unique in the page.
-        alternative: what it shows, in words.
+    Its ids begin with ``name``, which is unique in the page; ``alternative`` says what it shows.
     """
     figure.patch.set_alpha(0)
     svg = to_svg(figure)
@@ -413,7 +397,7 @@ def _written(figure: Figure, kind: str, **options: Any) -> bytes:
 
 
 def _tinted(hue: int, tint: int) -> str:
-    red, green, blue = (1 - _TINTS[tint] * (1 - part) for part in to_rgb(_HUES[hue]))
+    red, green, blue = (1 - _TINTS[tint] * (1 - part) for part in to_rgb(HUES[hue]))
     return to_hex((red, green, blue))
 
 
@@ -421,16 +405,8 @@ def _variables() -> dict[str, str]:
     """Hex colour -> what the page writes in its place."""
     names = {INK: "ink", MUTED: "muted", GRID: "line", SURFACE: "surface"}
     found = {colour: f"var(--{name})" for colour, name in names.items()}
-    for hue, (tint, share) in itertools.product(range(HUES), enumerate(_TINTS)):
+    for hue, (tint, share) in itertools.product(range(len(HUES)), enumerate(_TINTS)):
         plain = f"var(--hue-{hue})"
         mixed = f"color-mix(in srgb, {plain} {share:.0%}, var(--surface))"
         found[_tinted(hue, tint)] = plain if tint == 0 else mixed
     return found
-
-
-def _places(width: float, height: float, pixel: float) -> Iterator[tuple[float, float]]:
-    """Lower left corners of a box beside a point, in pixels from it, the best first."""
-    ways = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, -1), (-1, 1), (1, 1), (-1, -1))
-    for ring, (x, y) in itertools.product((8, 12, 17, 24, 33, 44, 58), ways):
-        r = ring * pixel * (0.75 if x and y else 1)
-        yield r * x + width * (x - 1) / 2, r * y + height * (y - 1) / 2

@@ -15,13 +15,9 @@ from .words import NONE, count, duration, percent
 
 
 class Column(NamedTuple):
-    """A column behind the accuracies.
+    """A column behind the accuracies: its value of a row, NaN where it is not known, in words.
 
-    Attributes:
-        title: its head.
-        value: what it holds of a row, to sort by; NaN where it is not known.
-        words: how that is written.
-        always: whether it stands there where no row has a value.
+    One that does not stand there ``always`` does where a row has a value.
     """
 
     title: str
@@ -57,28 +53,23 @@ class Cell(NamedTuple):
 def cells(evaluation: Evaluation) -> pd.DataFrame:
     """The table: a line a row, a column a task, the average, and ``COLUMNS`` as far as known."""
     rows, names = evaluation.rows, [*evaluation.tasks, "average"]
-    best = {
-        (base, name): max(of_base, key=lambda row: row.mean[name])
-        for base in evaluation.bases
-        for of_base in [[row for row in evaluation.repairs if row.base == base]]
-        for name in names
-        if len(of_base) > 1
-    }
-    lines = [
-        [
-            Cell(percent(row.mean[n]), "" if isnan(row.std[n]) else f"± {percent(row.std[n])}",
-                 row.mean[n], best.get((row.base, n)) is row)
-            for n in names
-        ]
-        for row in rows
-    ]  # fmt: skip
-    found = pd.DataFrame(lines, columns=names)
+    best = {}
+    for base in evaluation.bases:
+        repairs = [row for row in evaluation.repairs if row.base == base]
+        for name in names if len(repairs) > 1 else []:
+            best[base, name] = max(repairs, key=lambda row: row.mean[name])
+
+    def cell(row: Row, name: str) -> Cell:
+        spread = "" if isnan(row.std[name]) else f"± {percent(row.std[name])}"
+        winner = best.get((row.base, name)) is row
+        return Cell(percent(row.mean[name]), spread, row.mean[name], winner)
+
+    found = pd.DataFrame([[cell(row, name) for name in names] for row in rows], columns=names)
     for column in COLUMNS:
         values = [column.value(row) for row in rows]
         if column.always or not all(map(isnan, values)):
-            found[column.title] = [
-                Cell(NONE if isnan(v) else column.words(v), value=v) for v in values
-            ]
+            texts = [NONE if isnan(v) else column.words(v) for v in values]
+            found[column.title] = [Cell(t, "", v) for t, v in zip(texts, values, strict=True)]
     return found
 
 
@@ -125,9 +116,11 @@ def to_csv(evaluation: Evaluation) -> str:
         line = {"base": row.base, "method": row.method, "kind": row.kind, "seeds": len(row.seeds)}
         for name in names:
             line |= {name: 100 * row.mean[name], f"{name}_std": 100 * row.std[name]}
-        line |= {"extra_parameters": row.extra_parameters}
-        gap, seconds = 100 * row.mean["gap_closed"], row.mean["seconds"]
-        lines.append(line | {"gap_closed": gap, "seconds": seconds})
+        line |= {
+            "extra_parameters": row.extra_parameters,
+            "gap_closed": 100 * row.mean["gap_closed"],
+        }
+        lines.append(line | {"seconds": row.mean["seconds"]})
     found = pd.DataFrame(lines).astype({"extra_parameters": "Int64"})
     return found.to_csv(index=False, float_format="%.2f", lineterminator="\n")
 
@@ -147,10 +140,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def to_terminal(evaluation: Evaluation, console: Console) -> Table:
-    """The table with as much as fits into the terminal.
-
-    What gives way first are the tasks' deviations over seeds, then the tasks.
-    """
+    """As much as fits into the terminal: the tasks' deviations give way first, then the tasks."""
     whole, rows, tasks = cells(evaluation), evaluation.rows, evaluation.tasks
     plain = whole.assign(**{task: whole[task].map(lambda cell: cell.text) for task in tasks})
     ends = [i for i, row in enumerate(rows[1:]) if row.base != rows[i].base]

@@ -19,14 +19,14 @@ _REFERENCES = {"merge": "merged", "experts": "expert"}
 
 def pictures(of: Evaluation) -> Iterator[Picture]:
     """None where nothing was evaluated, or there are more methods than colours."""
-    if of.rows and len({row.family for row in of.repairs}) <= HUES:
+    if of.rows and len({row.family for row in of.repairs}) <= len(HUES):
         yield Picture(
             "tasks",
             "Task by task",
             "A bar reaches from a task's lowest accuracy to its highest; the numbers are in the "
             "table above.",
             partial(_draw, of),
-            file="accuracy_by_task",
+            "accuracy_by_task",
         )
 
 

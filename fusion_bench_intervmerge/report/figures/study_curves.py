@@ -29,26 +29,26 @@ def pictures(of: Study) -> Iterator[Picture]:
 def _draw(of: Study, names: list[str], canvas: Canvas) -> Figure:
     about, series, average = of.about, of.series(), names == ["average"]
     palette = Palette((name, name, name, 0) for name in series)
-    size: dict[str, Any] = {"ms": 4, "lw": 1.3, "elinewidth": 1, "capsize": 2}
+    size: dict[str, Any] = {"ms": 6.5, "lw": 1.6, "elinewidth": 1.2, "capsize": 3}
     panels = canvas.panels(1, 3.7)
-    if average:
-        size = {"ms": 6.5, "lw": 1.6, "elinewidth": 1.2, "capsize": 3, "mec": SURFACE, "mew": 0.8}
-    else:
+    if not average:
+        size = {"ms": 4, "lw": 1.3, "elinewidth": 1, "capsize": 2}
         panels = canvas.panels(len(names), 1.75, 0.6, (2, 4), sharex=True)
     base = of.evaluation.bases[0] if len(of.evaluation.bases) == 1 else ""
-    at = sorted({x for mean, _ in series.values() for x in mean.index})
+    at = sorted({x for points in series.values() for x in points})
     for name, panel in zip(names, panels.axes, strict=True):
-        for label, (mean, std) in series.items():
-            look = palette[label]
-            panel.errorbar(mean.index, 100 * mean[name], yerr=100 * std[name], fmt="-", zorder=3,
-                           marker=look.marker, color=look.colour, **size)  # fmt: skip
+        for label, points in series.items():
+            look, rows = palette[label], points.values()
+            panel.errorbar(list(points), [100 * row.mean[name] for row in rows], fmt="-", zorder=3,
+                           yerr=[100 * row.std[name] for row in rows], marker=look.marker,
+                           color=look.colour, mec=SURFACE, mew=0.8, **size)  # fmt: skip
         for row in of.evaluation.references(base):
             panels.reference(panel, row, name, text=average)
         if about["x"] == "extra_parameters":
             parameter_axis(panel, at)
         else:
-            most = 8 if average else 3
-            number_axis(panel, at[:: math.ceil(len(at) / most)], bool(about.get("log")))
+            every = math.ceil(len(at) / (8 if average else 3))
+            number_axis(panel, at[::every], bool(about.get("log")))
         panels.percent(panel.yaxis, integer=True)
         panels.title(panel, "" if average else canvas.readable(name), bold=True)
         panel.margins(y=0.1)

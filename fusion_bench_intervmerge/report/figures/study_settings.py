@@ -32,10 +32,9 @@ def _draw(of: Study, canvas: Canvas) -> Figure:
             if row.base == base:
                 y, mean, std = names.index(row.method), row.mean["average"], row.std["average"]
                 panel.errorbar(100 * mean, y, xerr=100 * std, fmt="o", color=ACCENT, ms=6.5,
-                               mec=SURFACE, mew=0.8, capsize=3, elinewidth=1.3,
-                               zorder=3)  # fmt: skip
-                end = 100 * (mean if len(row.seeds) < 2 else mean + std)
-                panel.annotate(percent(mean, std), (end, y), xytext=(7, 0), va="center",
+                               mec=SURFACE, capsize=3, elinewidth=1.3, zorder=3)  # fmt: skip
+                end = mean if len(row.seeds) < 2 else mean + std
+                panel.annotate(percent(mean, std), (100 * end, y), xytext=(7, 0), va="center",
                                textcoords="offset points", fontsize=7.5, color=MUTED)  # fmt: skip
         for row in of.evaluation.references(base):
             value, merge = 100 * row.mean["average"], row.kind == "merge"

@@ -46,8 +46,8 @@ def _by_method(trained: pd.DataFrame, canvas: Canvas) -> Figure:
         for model in models.itertuples():
             curve = _smooth(model.losses).mean(axis=1)
             panel.plot(curve, color=canvas.palette[model.method].colour, lw=1.4)
-    looks = [canvas.palette[method] for method in trained["method"].unique()]
     panels.named("step (each task)", "loss, mean over tasks")
+    looks = [canvas.palette[method] for method in trained["method"].unique()]
     return panels.finish([look.handle(color=look.colour, lw=1.6) for look in looks], gap=0.5)
 
 
