@@ -136,5 +136,4 @@ def _draw(edits: pd.DataFrame, canvas: Canvas) -> Figure:
         panel.set_xticks(list(ticks), list(ticks.values()))
         panels.title(panel, _KINDS[kind][0])
     panels.named("edit switched off, by block", "change")
-    panels.legend(handles, gap=0.6)
-    return panels.finish()
+    return panels.finish(handles, gap=0.6)

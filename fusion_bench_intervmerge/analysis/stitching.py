@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import pandas as pd
 
 from . import EXPERT
 
@@ -70,13 +70,13 @@ def figures(found: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     values = [value for of in tasks.values() for value in of.values()]
     curves = {
         share: {
-            name: 100 * np.array([of[name][share] for of in tasks.values()])
+            name: 100 * pd.DataFrame({task: of[name][share] for task, of in tasks.items()})
             for name in next(iter(tasks.values()))
         }
         for share in ("accuracy", "agreement")
         if all(share in value for value in values)
     }
-    share, x = next(iter(curves)), "blocks from the model"
+    share = next(iter(curves))
     what = {"accuracy": "Accuracy", "agreement": "Agreement with the expert's predictions"}[share]
     yield (
         "stitching",
@@ -84,5 +84,5 @@ def figures(found: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
         f"{what} of a network whose first blocks are the model's and whose others are the "
         "expert's, by the number of blocks from the model. At 0 it is the expert, at the right "
         "end the model with its own readout.",
-        lambda canvas: canvas.curves(list(tasks), curves[share], 0, x, share, percent=True),
+        lambda canvas: canvas.curves(curves[share], "blocks from the model", share),
     )

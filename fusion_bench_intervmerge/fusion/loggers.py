@@ -39,7 +39,8 @@ def show(
 
     run = Run(Path(), [], {str(number): model for number, model in enumerate(models)})
     evaluation = Evaluation([], run.table(), [run])
-    pictures = {p.name: p for room in (training, features) for p in room.pictures(evaluation)}
+    pictures = {p.name: p for p in training.pictures(evaluation)}
+    pictures |= {p.name.removesuffix("-0"): p for p in features.pictures(evaluation)}
     pictures |= {f"{base}/{p.name}": p for p in analyses.of_merge(analysis or {})}
     for name, picture in pictures.items():
         figure = picture.draw(Palette(evaluation.methods))

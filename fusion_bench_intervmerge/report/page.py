@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import platform
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from rich.console import Console
 from ..files import write_files
 from . import tables
 from .figures import Picture, pictures
-from .runs import Evaluation, Row, Run, gather, read_run
+from .runs import Evaluation, Row, gather, read_run
 from .study import Study, is_study, read_study
-from .style import NARROW, Palette, css_variables, to_inline_svg, to_png, to_svg
+from .style import HUES, NARROW, Palette, to_inline_svg, to_png, to_svg
 from .words import count, listed, percent, readable
 
 _PACKAGES = (
@@ -42,27 +43,18 @@ def write_report(
 
     Args:
         runs: folders of runs, and of studies, which are grids of runs.
-        to: the report's folder; ``report`` in the first run's folder where None. Other files in it
-            stay as they are.
+        to: the report's folder, which is returned; by default ``report`` in the first run's. Other
+            files in it stay as they are.
         bases: the merging methods to report; all where empty.
         title: the page's.
-        console: where the table is printed; nowhere where None.
-
-    Returns:
-        The report's folder.
+        console: where the table is printed too.
 
     Raises:
-        ConfigError: runs that cannot be read or do not belong together, or a folder that cannot be
-            written to.
+        ConfigError: runs or a folder that cannot be read, do not fit together, or not be written.
     """
-    studies: list[Study] = []
-    single: list[Run] = []
-    for run in runs:
-        if is_study(run):
-            studies.append(read_study(run))
-            single += studies[-1].evaluation.runs
-        else:
-            single.append(read_run(run))
+    studies = [read_study(run) for run in runs if is_study(run)]
+    single = [read_run(run) for run in runs if not is_study(run)]
+    single += [run for study in studies for run in study.evaluation.runs]
     evaluation = gather(single, bases)
     folder = Path(runs[0]) / "report" if to is None else Path(to)
     command = ["intervmerge", "report", *map(str, runs), *(["--to", str(to)] if to else [])]
@@ -75,14 +67,10 @@ def write_report(
         if picture.file:
             content[f"{picture.file}.png"] = to_png(wide)
             content[f"{picture.file}.svg"] = to_svg(wide)
-        words = picture.words or f"{picture.title}. {picture.text}"
-        sections.append(
-            {
-                "picture": picture,
-                "wide": to_inline_svg(wide, f"{picture.name}-wide", words),
-                "narrow": to_inline_svg(narrow, f"{picture.name}-narrow", words),
-            }
-        )
+        words = f"{picture.title}. {picture.text}"
+        both = {"wide": wide, "narrow": narrow}
+        svg = {k: to_inline_svg(f, f"{picture.name}-{k}", words) for k, f in both.items()}
+        sections.append((picture, svg))
     content["report.html"] = _page(evaluation, sections, title, shlex.join(command))
     if evaluation.rows:
         content["table.md"] = tables.to_markdown(evaluation)
@@ -90,7 +78,7 @@ def write_report(
         content["table.json"] = json.dumps(tables.to_json(evaluation), indent=2) + "\n"
     write_files(folder, content)
     if console is not None and evaluation.rows:
-        console.print(tables.to_terminal(evaluation, console.width))
+        console.print(tables.to_terminal(evaluation, console))
     return folder
 
 
@@ -108,23 +96,22 @@ def _pictures(
 
 
 def _page(
-    evaluation: Evaluation, sections: Sequence[dict[str, Any]], title: str, command: str
+    evaluation: Evaluation, sections: Sequence[tuple[Picture, Any]], title: str, command: str
 ) -> str:
     """The page, as HTML that loads nothing from elsewhere."""
-    environment = Environment(
-        loader=PackageLoader(__package__, "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = Environment(loader=PackageLoader(__package__, "."), autoescape=True,
+                              undefined=StrictUndefined, trim_blocks=True,
+                              lstrip_blocks=True)  # fmt: skip
     rows, cells = evaluation.rows, tables.cells(evaluation)
     first = ["average", "gap closed", "extra parameters"]
     cells = cells[[*first, *(head for head in cells if head not in (*first, *evaluation.tasks)),
                    *evaluation.tasks]]  # fmt: skip
     if len(evaluation.bases) > 1:
         cells.insert(0, "merge", [tables.Cell(readable(row.base) or tables.NONE) for row in rows])
-    versions = [(package, _version(package)) for package in _PACKAGES]
+    versions = [("Python", platform.python_version())]
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions.append((package, version(package)))
     return environment.get_template("page.html").render(
         title=title,
         subtitle=_subtitle(evaluation),
@@ -137,10 +124,9 @@ def _page(
         seen=_seen(evaluation),
         runs=evaluation.runs,
         command=command,
-        versions=[("Python", platform.python_version()), *((p, v) for p, v in versions if v)],
+        versions=versions,
         today=datetime.date.today().isoformat(),
-        light=css_variables(dark=False),
-        dark=css_variables(dark=True),
+        hues=HUES,
     )  # fmt: skip
 
 
@@ -182,21 +168,11 @@ def _seen(evaluation: Evaluation) -> list[dict[str, Any]]:
     for row in evaluation.repairs:
         groups.setdefault(row.images, []).append(row)
     groups.pop("", None)  # not known
-    seeds = {i: sorted({seed for row in rows for seed in row.seeds}) for i, rows in groups.items()}
-    return [
-        {
-            "images": images,
-            "transductive": rows[0].transductive,
-            "methods": listed(list(dict.fromkeys(row.label for row in rows))),
-            "seeds": "seed" + "s" * (len(seeds[images]) != 1),
-            "numbers": listed(list(map(str, seeds[images]))),
-        }
-        for images, rows in groups.items()
-    ]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    found = []
+    for images, rows in groups.items():
+        seeds = sorted({seed for row in rows for seed in row.seeds})
+        words = f"seed{'s' * (len(seeds) != 1)} {listed(list(map(str, seeds)))}"
+        methods = listed(list(dict.fromkeys(row.label for row in rows)))
+        about = {"images": images, "transductive": rows[0].transductive}
+        found.append({**about, "methods": methods, "seeds": words})
+    return found

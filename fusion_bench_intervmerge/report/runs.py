@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,8 +17,7 @@ from omegaconf import OmegaConf
 
 from .. import results
 from ..errors import ConfigError
-from .words import method as in_words
-from .words import readable
+from . import words
 
 REPORT, ANALYSIS = "program_report.json", "analysis.json"
 _EXPECTED = "a run folder of `fusion_bench method=intervmerge/compare` or `method=intervmerge`"
@@ -27,9 +27,7 @@ _SAME_REFERENCE = 0.005
 REPAIRS = ("repair", "rival")
 KEY = ["kind", "base", "method"]
 COSTS = ["extra_parameters", "bytes", "passes", "labels", "needs_task"]
-
 LAYOUT = "merges: {MERGE: {ANALYSIS: {TASK: {ENCODER: value}}}}"  # of analysis.json
-
 Analysis = Mapping[str, Mapping[str, Mapping[str, Any]]]  # analysis -> task -> encoder -> value
 
 
@@ -49,7 +47,7 @@ class Run:
 
     folder: Path
     tasks: list[str]
-    models: dict[str, results.Result] = field(default_factory=dict)
+    models: dict[str, results.Result]
     accuracies: dict[str, dict[str, float]] = field(default_factory=dict)
     command: str | None = None
     config: str | None = None
@@ -61,7 +59,11 @@ class Run:
         return self.folder.resolve().name
 
     def table(self) -> pd.DataFrame:
-        """A line a model: what it is, and its accuracies."""
+        """A line a model: what it is, and its accuracies.
+
+        ``label`` is its name for people, ``images`` are in words; models of one ``family`` differ
+        by their ``size`` alone, those of one ``setting`` by their seed.
+        """
         found = []
         for name, model in self.models.items():
             costs = {cost: v for cost in COSTS if (v := getattr(model, cost)) is not None}
@@ -71,14 +73,17 @@ class Run:
                     "kind": model.kind,
                     "base": model.base or "",
                     "method": model.method or "",
-                    "label": in_words(model.method or "", model.rank, model.budget),
+                    "label": words.method(model.method, model.rank, model.budget)
+                    if model.method
+                    else words.readable(model.base or model.kind),
                     "family": _family(model),
                     "size": model.budget or model.rank or 0,
                     "seed": model.seed,
                     "costs": costs,
+                    "extra_parameters": model.extra_parameters,
                     "images": images,
                     "transductive": model.transductive,
-                    "setting": f"{costs}, {images}, {model.transductive}",  # equal for all seeds
+                    "setting": f"{costs}, {images}, {model.transductive}",
                     "seconds": model.seconds,
                     "losses": model.losses,
                     **self.accuracies.get(name, {}),
@@ -87,17 +92,11 @@ class Run:
         return pd.DataFrame(found)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
-    """A model over its seeds.
+    """A model over its seeds: a group of lines of ``Run.table``.
 
     Attributes:
-        kind, base, method: as in ``results.Result``, empty where there is none.
-        label: its name for people.
-        family, size: equal families differ by their sizes alone.
-        seeds: empty for what has none.
-        costs: what it needs, as in ``results.Result``; what is known.
-        images, transductive: what its edits were found on, in words.
         values: a line a seed: accuracies by task, ``average``, ``gap_closed``, ``seconds``.
         mean, std: over these lines; the sample deviation (n - 1), NaN of one seed.
     """
@@ -153,24 +152,23 @@ class Evaluation:
         for (kind, base, method), lines in self.models.groupby(KEY, sort=False):
             lines, first = lines.sort_values("seed"), lines.iloc[0]
             values = lines[numbers].astype(float).reset_index(drop=True)
-            label = first["label"] if kind in REPAIRS else readable(base or kind)
             found.append(
-                Row(kind, base, method, label, first["family"], first["size"],
+                Row(kind, base, method, first["label"], first["family"], first["size"],
                     lines["seed"].dropna().astype(int).tolist(), first["costs"], first["images"],
                     None if pd.isna(told := first["transductive"]) else bool(told),
                     values, values.mean(), values.std())
             )  # fmt: skip
-        kinds, last = ["pretrained", "merge", *REPAIRS, "experts"], len(self.bases)
-        ends = {"pretrained": -1, "experts": last + 1}
-        bases = {base: i for i, base in enumerate(self.bases)}
-        key = [(ends.get(r.kind, bases.get(r.base, last)), kinds.index(r.kind)) for r in found]
-        return [found[i] for i in sorted(range(len(found)), key=key.__getitem__)]
+        kinds, bases = ["pretrained", "merge", *REPAIRS, "experts"], [*self.bases, ""]
+        bounds = {"pretrained": -1, "experts": len(bases)}
+        place = {r: (bounds.get(r.kind, bases.index(r.base)), kinds.index(r.kind)) for r in found}
+        return sorted(found, key=place.__getitem__)
 
     @property
     def methods(self) -> list[tuple[str, str, str, int]]:
         """Name, label, family and size of every repair, those without accuracies too."""
-        rows = self.repairs or [row for run in self.runs for row in run.table().itertuples()]
-        return [(row.method, row.label, row.family, row.size) for row in rows if row.method]
+        found = pd.concat([self.models, *(run.table() for run in self.runs)])
+        found = found[found["method"] != ""].drop_duplicates("method") if len(found) else found
+        return [(row.method, row.label, row.family, row.size) for row in found.itertuples()]
 
     @property
     def repairs(self) -> list[Row]:
@@ -183,11 +181,7 @@ class Evaluation:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read a run folder.
-
-    Args:
-        folder: holds ``program_report.json`` and ``intervmerge.json``, or ``analysis.json`` alone,
-            of a model that no task pool evaluated.
+    """Read a run folder: a report, or an ``analysis.json`` of what no task pool evaluated.
 
     Raises:
         ConfigError: no such folder, no report, broken JSON, or another layout.
@@ -219,17 +213,14 @@ def read_run(folder: str | Path) -> Run:
                     problem = f"the accuracy of {task} is {share!r}, which is no share"
                     raise ValueError(f"{name}: {problem}")
     except (KeyError, TypeError, ValueError) as error:
-        problem = f"is not laid out as expected ({reason(error)})"
-        raise ConfigError(str(folder / REPORT), problem, _EXPECTED) from None
+        raise laid_out_otherwise(folder / REPORT, error) from None
     return Run(folder, found.tasks, found.models, accuracies, command, config, analysis)
 
 
 def gather(runs: Sequence[Run], bases: Sequence[str] = ()) -> Evaluation:
     """Put the runs' models together: seeds of one method meet, references are kept once.
 
-    Args:
-        runs: one or more.
-        bases: the merges to keep; all where empty.
+    ``bases`` are the merges to keep; all where empty.
 
     Raises:
         ConfigError: the runs are of different tasks or pools, or a base is in none of them.
@@ -238,11 +229,10 @@ def gather(runs: Sequence[Run], bases: Sequence[str] = ()) -> Evaluation:
     for run in runs:
         if set(run.tasks) != set(tasks):
             problem = f"its tasks are not those of {runs[0].folder}"
-            allowed = "runs on the same tasks; report others apart"
-            raise ConfigError(str(run.folder), problem, allowed)
+            raise ConfigError(str(run.folder), problem, "runs on the same tasks")
     tables = [run.table().assign(run=i) for i, run in enumerate(runs) if run.accuracies]
     models = pd.concat(tables or [pd.DataFrame()], ignore_index=True)
-    known = [base for base in models["base"].unique() if base] if len(models) else []
+    known = Evaluation(tasks, models, list(runs)).bases
     for base in bases:
         if base not in known:
             raise ConfigError("--base", f"no run has {base!r}", ", ".join(known))
@@ -263,16 +253,11 @@ def gather(runs: Sequence[Run], bases: Sequence[str] = ()) -> Evaluation:
 
 def _references(models: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
     """Merges, experts and the pretrained encoder, each once."""
-    for (kind, base), lines in models.groupby(["kind", "base"]):
-        first = lines["average"].iloc[0]
-        for number, average in lines[["run", "average"]].itertuples(index=False):
-            if abs(average - first) > _SAME_REFERENCE:
-                raise ConfigError(
-                    str(runs[number].folder),
-                    f"{base or kind} has an average accuracy of {average:.1%} there, and of "
-                    f"{first:.1%} in another run",
-                    "runs on the same pool; report others apart",
-                )
+    models = models.assign(first=models.groupby(["kind", "base"])["average"].transform("first"))
+    for line in models[(models["average"] - models["first"]).abs() > _SAME_REFERENCE].itertuples():
+        problem = f"{line.base or line.kind} has an average accuracy of {line.average:.1%} there"
+        problem += f", and of {line.first:.1%} in another run"
+        raise ConfigError(str(runs[line.run].folder), problem, "runs on the same pool")
     return models.drop_duplicates(["kind", "base"])
 
 
@@ -312,20 +297,16 @@ def _analyses(content: Mapping[str, Any], path: Path) -> dict[str, Analysis]:
                     raise ValueError(f"{name}: the tasks' encoders differ")
         return dict(content["merges"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            str(path), f"is not laid out as expected ({reason(error)})", LAYOUT
-        ) from None
+        raise laid_out_otherwise(path, error, LAYOUT) from None
 
 
 def read_json(path: Path, finite: bool = False) -> dict[str, Any] | None:
-    """The file's content, None where there is no such file.
-
-    Raises:
-        ConfigError: it cannot be read, or holds something else; ``finite``: or infinite numbers.
-    """
+    """The file's content, None where there is no such file; ``finite``: numbers have to be."""
     try:
         text = path.read_text(encoding="utf-8")
-        value = json.loads(text, parse_constant=_refuse if finite else None)
+        value = json.loads(text)
+        if finite and re.search(r"\b(NaN|Infinity)\b", text):
+            raise ValueError("numbers are not finite")
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -337,26 +318,24 @@ def read_json(path: Path, finite: bool = False) -> dict[str, Any] | None:
     return value
 
 
-def reason(error: Exception) -> str:
-    """What was missing or wrong, on one line."""
-    return f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
-
-
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant}: numbers are not finite")
+def laid_out_otherwise(path: Path, error: Exception, layout: str = _EXPECTED) -> ConfigError:
+    """The error of a file in which something was missing or wrong."""
+    reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+    return ConfigError(str(path), f"is not laid out as expected ({reason})", layout)
 
 
 def _hydra(folder: Path) -> tuple[str | None, str | None]:
     """The command line and the configuration that Hydra kept, wherever it put them."""
     places = [folder / place for place in (".", ".hydra", "hydra_output", "hydra_output/.hydra")]
-    place = next((p for p in places if (p / "overrides.yaml").is_file()), None)
-    if place is None:
-        return None, None
+    place = next((p for p in places if (p / "overrides.yaml").is_file()), folder)
+    command = config = None
     # These files only add to a report: without them it is poorer, not wrong.
     with suppress(Exception):
-        overrides = list(OmegaConf.load(place / "overrides.yaml"))
+        given = list(map(str, OmegaConf.load(place / "overrides.yaml")))
+        command = shlex.join(["fusion_bench", *given])
         name = OmegaConf.select(OmegaConf.load(place / "hydra.yaml"), "hydra.job.config_name")
-        flags = ["--config-name", name] if name not in (None, "fabric_model_fusion") else []
-        command = shlex.join(["fusion_bench", *flags, *map(str, overrides)])
-        return command, (place / "config.yaml").read_text("utf-8")
-    return None, None
+        if name not in (None, "fabric_model_fusion"):
+            command = shlex.join(["fusion_bench", "--config-name", name, *given])
+    with suppress(Exception):
+        config = (place / "config.yaml").read_text("utf-8")
+    return command, config

@@ -9,18 +9,18 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.table import Table
 
 from ..errors import ConfigError
 from ..files import write_files
 from . import tables
-from .runs import REPORT, Evaluation, Row, Run, gather, read_run, reason
+from .runs import REPORT, Evaluation, Row, Run, gather, read_json, read_run
 from .style import Palette, to_png, to_svg
 from .words import NONE, percent, readable
 
@@ -61,8 +61,8 @@ class Study:
         rows = self.evaluation.repairs
         return [({**self.labels[row.method], "base": row.base}, row) for row in rows]
 
-    def series(self) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
-        """Curves along ``x`` by name: mean and deviation of every task and the average, by x."""
+    def series(self) -> dict[str, dict[float, Row]]:
+        """Curves along ``x`` by name: x -> results, in ascending order."""
         x, settings = self.about["x"], self.settings()
         found: dict[str, dict[float, Row]] = {}
         for labels, row in settings:
@@ -74,13 +74,7 @@ class Study:
                 rest += [readable(row.base)] * (len(self.evaluation.bases) > 1)
                 name, at = ", ".join(rest), float(labels[x])
             found.setdefault(name, {})[at] = row
-        return {
-            name: (
-                pd.DataFrame({at: rows[at].mean for at in sorted(rows)}).T,
-                pd.DataFrame({at: rows[at].std for at in sorted(rows)}).T,
-            )
-            for name, rows in found.items()
-        }
+        return {name: dict(sorted(rows.items())) for name, rows in found.items()}
 
 
 def is_study(folder: str | Path) -> bool:
@@ -100,7 +94,7 @@ def read_study(folder: str | Path) -> Study:
         jobs = [(str(job["folder"]), dict(job["labels"])) for job in index["jobs"]]
         about = {"title": folder.name, **(index["study"] or {})}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"cannot be read ({reason(error)})"
+        problem = f"cannot be read ({error!r})".replace("\n", " ")
         raise ConfigError(str(folder / INDEX), problem, "the folder of a grid of runs") from None
     runs, labels = [], {}
     for name, job in jobs:
@@ -136,16 +130,8 @@ def write_study(folder: str | Path, console: Console | None = None) -> None:
     write_files(Path(folder), content)
     console = console or Console()
     console.print(study.title, style="bold")
-    if study.about.get("columns"):
-        found = table(study)
-        shown = Table()
-        for i, name in enumerate(found):
-            shown.add_column(name, justify="right" if i else "left")
-        for line in found.to_numpy():
-            shown.add_row(*line)
-        console.print(shown)
-    else:
-        console.print(tables.to_terminal(study.evaluation, console.width))
+    shown = tables.rich(table(study)) if study.about.get("columns") else None
+    console.print(shown or tables.to_terminal(study.evaluation, console))
     console.print(f"Table and figure: {Path(folder) / 'study.md'}, study.png", soft_wrap=True)
 
 
@@ -194,41 +180,31 @@ def to_markdown(study: Study) -> str:
 def to_csv(study: Study) -> str:
     """Every run's own numbers: one line a model and seed."""
     of = study.evaluation
-    models = of.models.assign(
-        extra_parameters=[c.get("extra_parameters") for c in of.models["costs"]]
-    )
-    models = models.astype({"seed": "Int64", "extra_parameters": "Int64"})
+    models = of.models.astype({"seed": "Int64", "extra_parameters": "Int64"})
     labels = models["method"].map(lambda method: study.labels.get(method, {})).apply(pd.Series)
-    shown = [
-        models[["kind", "base"]],
-        labels,
-        models[["seed", "extra_parameters", *of.tasks, "average"]],
-    ]
-    return pd.concat(shown, axis=1).to_csv(index=False, float_format="%.6f", lineterminator="\n")
+    numbers = models[["seed", "extra_parameters", *of.tasks, "average"]]
+    shown = pd.concat([models[["kind", "base"]], labels, numbers], axis=1)
+    return shown.to_csv(index=False, float_format="%.6f", lineterminator="\n")
 
 
 def _finished(report: Path) -> bool:
     """Whether a run's report is there, and whole: FusionBench may be killed as it writes it."""
-    try:
-        json.loads(report.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+    with suppress(ConfigError):
+        return read_json(report) is not None
+    return False
 
 
 def _renamed(run: Run, method: str, base: str | None) -> Run:
-    models = {
-        name: model.model_copy(update={"method": method, "base": base or model.base})
-        if model.kind == "repair"
-        else model
-        for name, model in run.models.items()
-    }
+    models = dict(run.models)
+    for name, model in models.items():
+        if model.kind == "repair":
+            update = {"method": method, "base": base or model.base}
+            models[name] = model.model_copy(update=update)
     return replace(run, models=models)
 
 
 def _in_common(names: list[str]) -> str:
     """The words that all names begin with."""
-    common = itertools.takewhile(
-        lambda words: len(set(words)) == 1, zip(*map(str.split, names), strict=False)
-    )
-    return " ".join(words[0] for words in common).rstrip(",")
+    words = zip(*map(str.split, names), strict=False)
+    common = itertools.takewhile(lambda found: len(set(found)) == 1, words)
+    return " ".join(found[0] for found in common).rstrip(",")

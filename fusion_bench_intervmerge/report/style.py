@@ -11,13 +11,15 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,57 +35,24 @@ from .words import count, readable
 
 INK, MUTED, GRID, SURFACE = "#1c2127", "#5c6670", "#dde1e6", "#fffffe"
 # Okabe and Ito's colours: told apart by people of any colour vision, and each has its own marker.
-_HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b4c9a")
-_HUES_IN_THE_DARK = (
-    "#4db2f0", "#ff8b4a", "#33c79c", "#e69ac6", "#f2b632", "#8fd0f5", "#a98fd8",
-)  # fmt: skip
-ACCENT, HUES = _HUES[0], len(_HUES)
+HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b4c9a")
+ACCENT = HUES[0]
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 _TINTS = (1.0, 0.6, 0.42)
 WIDE, NARROW = 7.2, 3.7  # a page shows the one or the other
 _BROAD = 10.2  # where three panels stand side by side
 DASHES = (0, (4, 3))
+# where labels are tried: distances in points, and ways (right, up)
+_RINGS = (8, 12, 17, 24, 33, 44, 58)
+_WAYS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, -1), (-1, 1), (1, 1), (-1, -1))
 # behind text that may lie over grid lines
 PLATE = {"facecolor": SURFACE, "edgecolor": "none", "pad": 0.6}
-
-_RC: Any = {
-    "font.family": "DejaVu Sans",  # it ships with matplotlib: the same figure everywhere
-    "font.size": 8.5,
-    "text.color": INK,
-    "text.parse_math": False,  # names are names
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED,
-    "axes.labelsize": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlecolor": INK,
-    "axes.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "xtick.major.size": 3,
-    "ytick.color": MUTED,
-    "ytick.major.size": 0,
-    "lines.solid_capstyle": "round",
-    "figure.facecolor": SURFACE,
-    "savefig.facecolor": "auto",
-    "svg.fonttype": "path",
-    "svg.hashsalt": "intervmerge",
-}
 
 
 @contextmanager
 def style() -> Iterator[None]:
     """The figures' look, for the time of a block."""
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(fname=Path(__file__).with_name("report.mplstyle")):
         yield
 
 
@@ -99,25 +68,23 @@ class Look:
     @property
     def point(self) -> dict[str, Any]:
         """Of a point among others."""
-        ring = {"mfc": SURFACE, "mec": MUTED, "mew": 1.3, "ms": 5.5}
-        filled = {"color": self.colour, "mec": SURFACE, "mew": 0.6, "ms": 5.8}
-        return {"marker": self.marker, "ls": "", **(ring if self is MERGED else filled)}
+        size: dict[str, Any] = {"mec": SURFACE, "mew": 0.6, "ms": 5.8}
+        if self.family == "merged":  # a ring
+            size = {"mfc": SURFACE, "mew": 1.3, "ms": 5.5}
+        elif self.family == "expert":
+            size = {"mew": 1.8, "ms": 10}
+        return {"marker": self.marker, "color": self.colour, "ls": "", **size}
 
     def handle(self, **line: Any) -> Line2D:
         """In a legend."""
         return Line2D([], [], label=self.label, **(line or self.point))
 
 
-MERGED, EXPERT = Look("merged", MUTED, "o"), Look("expert", INK, "|")
-EXPERTS: dict[str, Any] = {"marker": "|", "color": INK, "ms": 10, "mew": 1.8, "ls": ""}
+MERGED, EXPERT = Look("merged", MUTED, "o", "merged"), Look("experts", INK, "|", "expert")
 
 
 class Palette(dict[str, Look]):
-    """Every method's look: a hue a family, a tint a size within it.
-
-    Args:
-        methods: name, label, family and size of each, in the order of the table.
-    """
+    """Every method's look, of (name, label, family, size): a hue a family, a tint a size."""
 
     def __init__(self, methods: Iterable[tuple[str, str, str, float]]):
         super().__init__({"merged": MERGED, "expert": EXPERT})
@@ -128,14 +95,14 @@ class Palette(dict[str, Look]):
             families.setdefault(family, {}).setdefault(name, (label, size))
         for hue, (family, members) in enumerate(families.items()):
             for tint, name in enumerate(sorted(members, key=lambda name: -members[name][1])):
-                colour = _tinted(hue % HUES, min(tint, len(_TINTS) - 1))
-                self[name] = Look(members[name][0], colour, _MARKERS[hue % HUES], family)
+                colour = _tinted(hue % len(HUES), min(tint, len(_TINTS) - 1))
+                self[name] = Look(members[name][0], colour, _MARKERS[hue % len(HUES)], family)
         self.hues = len(families)
 
     def __missing__(self, name: str) -> Look:
         """Of a model that the results do not describe."""
-        hue = self.hues % HUES
-        self[name], self.hues = Look(readable(name), _HUES[hue], _MARKERS[hue], name), self.hues + 1
+        hue = self.hues % len(HUES)
+        self[name], self.hues = Look(readable(name), HUES[hue], _MARKERS[hue], name), self.hues + 1
         return self[name]
 
     def families(self, names: Iterable[str]) -> list[list[str]]:
@@ -148,12 +115,7 @@ class Palette(dict[str, Look]):
 
 @dataclass(frozen=True)
 class Canvas:
-    """What a figure is drawn for.
-
-    Attributes:
-        width: in inches; a page shows a wide and a narrow one.
-        palette: the methods' looks.
-    """
+    """What a figure is drawn for: a width in inches, and the methods' looks."""
 
     width: float
     palette: Palette
@@ -169,23 +131,20 @@ class Canvas:
         self,
         number: int = 1,
         high: float = 3.2,
-        more: float = 0.0,
+        more: float = 0,
         columns: tuple[int, int] = (1, 3),
-        broad: bool = True,
         **shared: Any,
     ) -> Panels:
-        """A blank figure.
+        """A blank figure of ``number`` panels.
 
         Args:
-            number: of its panels.
-            high: of one, in inches; ``more`` for all together.
+            high, more: inches of a line of panels, and more for all together.
             columns: at most so many where it is narrow, and where it is wide.
-            broad: whether three columns take more width.
             shared: as ``Figure.subplots`` takes it.
         """
         beside = min(number, columns[self.wide])
         lines = math.ceil(number / beside)
-        width = _BROAD if broad and beside > 2 else self.width
+        width = _BROAD if beside > 2 and columns == (1, 3) else self.width
         layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.03, hspace=0.05)
         figure = Figure(figsize=(width, high * lines + more), dpi=100, layout=layout)
         FigureCanvasAgg(figure)
@@ -194,58 +153,81 @@ class Canvas:
             spare.remove()
         return Panels(figure, list(axes[:number]), beside)
 
-    def curves(
+    def dots(
         self,
-        tasks: Sequence[str],
-        curves: Mapping[str, np.ndarray],
-        first: int,
-        x: str,
-        y: str,
-        percent: bool = False,
+        shown: Mapping[str, pd.DataFrame],
+        deviations: Mapping[str, pd.DataFrame] | None = None,
+        percent: Collection[str] = (),
+        merged: str = "merged",
     ) -> Figure:
-        """Every encoder's curve, a panel a task after one of their mean.
+        """Rows of tasks, a point an encoder, and a bar from the lowest to the highest.
 
         Args:
-            tasks: their names.
-            curves: encoder -> heights, (tasks, points).
-            first: where the curves begin.
-            x, y: what the axes are.
-            percent: whether heights are percentages; else they are distances, from 0 on.
+            shown: a panel's title -> values; a row a task, the last one their mean; a column an
+                encoder: ``merged`` (called so in the legend), methods, ``expert``.
+            deviations: the same of standard deviations; the methods stand above each other then.
+            percent: titles of the panels of percentages.
         """
+        names = list(dict.fromkeys(itertools.chain.from_iterable(shown.values())))
+        methods = [name for name in names if name not in ("merged", "expert")]
+        spread = 0.5 / max(len(methods) - 1, 1) if len(methods) > 2 else 0.16
+        rows = list(next(iter(shown.values())).index)
+        high = max(0.27, 0.09 * len(methods)) * len(rows) + 0.7
+        panels = self.panels(len(shown), high, 0.35, sharex=deviations is not None)
+        y = np.arange(len(rows)) + 0.35 * (np.arange(len(rows)) == len(rows) - 1)
+        for (title, values), panel in zip(shown.items(), panels.axes, strict=True):
+            panels.rows(panel, y, rows)
+            panel.axhline(y[-1] - 0.68, color=GRID, lw=0.8)
+            panel.get_yticklabels()[-1].set_fontweight("bold")
+            panel.hlines(y, values.min(axis=1), values.max(axis=1), color=GRID, lw=2.5, zorder=1)
+            for name in values:
+                look, at = self.palette[name], y
+                if deviations is not None and name in methods:
+                    at = y + spread * (methods.index(name) - (len(methods) - 1) / 2)
+                    low, high = (values[name] + s * deviations[title][name] for s in (-1, 1))
+                    panel.hlines(at, low, high, color=look.colour, lw=1.1)
+                panel.plot(values[name], at, **look.point, zorder=2 + (name in methods))
+            panel.set_title(title)
+            if title in percent:
+                panels.percent(panel.xaxis, 4 if panels.columns > 2 else 6)
+        looks = {**self.palette, "merged": replace(MERGED, label=merged)}
+        return panels.finish([looks[name].handle() for name in names])
+
+    def curves(self, curves: Mapping[str, pd.DataFrame], x: str, y: str) -> Figure:
+        """Every encoder's curve along the index, a panel a column after one of their mean.
+
+        ``x`` and ``y`` name the axes; heights are distances, or percentages of accuracy, agreement.
+        """
+        tasks = list(next(iter(curves.values())))
+        means = {name: values.mean(axis=1) for name, values in curves.items()}
         titles = ["mean over tasks", *map(readable, tasks)] if len(tasks) > 1 else [""]
         high, more = (1.55, 0.65) if len(titles) > 1 else (3.2, 0.0)
-        panels = self.panels(len(titles), high, more, (2, 3), False, sharex=True, sharey=True)
+        panels = self.panels(len(titles), high, more, (2, 3), sharex=True, sharey=True)
         lines: dict[str, dict[str, Any]] = {
-            name: {"color": self.palette[name].colour, "marker": "o", "ms": 2.8, "lw": 1.4}
+            name: {"color": self.palette[name].colour, "lw": 1.4, "ms": 2.8}
+            | {"marker": "o" if len(values) <= 50 else ""}
             # over the others: a repair of the image features leaves every block as it was
             | ({"ls": (0, (2, 1.5)), "zorder": 3} if name == "merged" else {})
-            for name in curves
+            for name, values in curves.items()
         }
         for i, (title, panel) in enumerate(zip(titles, panels.axes, strict=True)):
-            for name, of in curves.items():
-                curve = of.mean(0) if i == 0 else of[i - 1]
-                panel.plot(range(first, first + len(curve)), curve, **lines[name])
+            for name, values in curves.items():
+                panel.plot(values[tasks[i - 1]] if i else means[name], **lines[name])
             panels.title(panel, title, bold=i == 0)
             panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             panel.tick_params(labelbottom=True)
-            if percent:
-                panels.percent(panel.yaxis)
-        if not percent:
+        if y in ("accuracy", "agreement"):
+            panels.percent(panels.axes[0].yaxis)
+        else:
             panels.axes[0].set_ylim(bottom=0)  # of all: once every curve is there
         panels.named(x, y)
-        panels.legend([self.palette[name].handle(**line) for name, line in lines.items()], gap=0.6)
-        return panels.finish()
+        handles = [self.palette[name].handle(**line) for name, line in lines.items()]
+        return panels.finish(handles, gap=0.6)
 
 
 @dataclass(frozen=True)
 class Panels:
-    """A figure of panels.
-
-    Attributes:
-        figure: the figure.
-        axes: the panels, row by row.
-        columns: how many stand side by side.
-    """
+    """A figure and its panels, row by row, so many ``columns`` side by side."""
 
     figure: Figure
     axes: list[Axes]
@@ -259,40 +241,16 @@ class Panels:
             self.figure.supxlabel(x, fontsize=8.5, color=MUTED)
             self.figure.supylabel(y, fontsize=8.5, color=MUTED)
 
-    def legend(self, handles: Sequence[Line2D], gap: float = 0.2) -> None:
-        """Above the panels, in as many columns as fit."""
-        if handles:
-            longest = max(len(str(handle.get_label())) for handle in handles)
-            width = self.figure.get_figwidth() * 72 - 100 * gap + 20
-            columns = max(1, min(len(handles), int(width / (4.6 * longest + 32))))
-            self.figure.legend(handles=handles, loc="outside upper left", ncols=columns,
-                               frameon=False, handletextpad=gap, columnspacing=1.4,
-                               borderpad=0.1)  # fmt: skip
-
-    def rows(self, labels: Sequence[str], bold_last: bool = False) -> np.ndarray:
-        """Horizontal lines in every panel, one a label; gives their heights."""
-        last = np.arange(len(labels)) == len(labels) - 1
-        heights = np.arange(len(labels)) + 0.35 * last * bold_last
-        for i, panel in enumerate(self.axes):
-            panel.set_yticks(
-                heights,
-                list(map(readable, labels)) if i % self.columns == 0 else [""] * len(labels),
-            )
-            panel.set_ylim(heights[-1] + 0.6, -0.6)
-            panel.tick_params(axis="y", labelcolor=INK)
-            panel.tick_params(axis="x", length=0, labelbottom=True)
-            panel.grid(axis="y", visible=False)
-            panel.grid(axis="x", visible=True)
-            panel.spines["bottom"].set_visible(False)
-            if bold_last:
-                panel.axhline(heights[-1] - 0.68, color=GRID, lw=0.8)
-                panel.get_yticklabels()[-1].set_fontweight("bold")
-        return heights
-
-    @staticmethod
-    def ranges(panel: Axes, y: Any, low: Any, high: Any) -> None:
-        """Broad grey bars from the lowest to the highest."""
-        panel.hlines(y, low, high, color=GRID, lw=2.5, zorder=1)
+    def rows(self, panel: Axes, heights: Sequence[float], labels: Sequence[str]) -> None:
+        """Horizontal lines, named by the first panel of each line of panels."""
+        first = self.axes.index(panel) % self.columns == 0
+        panel.set_yticks(heights, list(map(readable, labels)) if first else [""] * len(labels))
+        panel.set_ylim(heights[-1] + 0.6, -0.6)
+        panel.tick_params(axis="y", labelcolor=INK)
+        panel.tick_params(axis="x", length=0, labelbottom=True)
+        panel.grid(axis="y", visible=False)
+        panel.grid(axis="x", visible=True)
+        panel.spines["bottom"].set_visible(False)
 
     @staticmethod
     def title(panel: Axes, text: str, bold: bool = False) -> None:
@@ -306,41 +264,39 @@ class Panels:
         axis.set_major_locator(MaxNLocator(ticks, integer=integer, steps=(1, 2, 2.5, 5, 10)))
 
     @staticmethod
-    def reference(
-        panel: Axes, row: Row, of: str = "average", text: bool = True, upright: bool = False
-    ) -> None:
-        """A line at the merge's accuracy (dashed), or at the experts', with its name.
-
-        The name stands below the merge's line and above the experts', where there is room; above
-        the panel where the line is upright.
-        """
+    def reference(panel: Axes, row: Row, of: str = "average", text: bool = True) -> None:
+        """A line at the merge's accuracy (dashed, its name below), or the experts' (name above)."""
         merge, value = row.kind == "merge", 100 * row.mean[of]
-        place: Any = (0, value), ("axes fraction", "data"), (3, -4 if merge else 4)
-        look: dict[str, Any] = {"va": "top" if merge else "bottom", "bbox": PLATE}
-        if upright:
-            place, look = ((value, 1), ("data", "axes fraction"), (0, 3)), {"ha": "center"}
-        colour, line = MUTED if merge else INK, panel.axvline if upright else panel.axhline
-        line(value, color=colour, lw=1.1, ls=DASHES if merge else "-", zorder=1)
+        colour, down = (MUTED, -4) if merge else (INK, 4)
+        panel.axhline(value, color=colour, lw=1.1, ls=DASHES if merge else "-", zorder=1)
         if text:
-            panel.annotate(f"{row.label}  {value:.1f}", place[0], xycoords=place[1],
-                           xytext=place[2], textcoords="offset points", fontsize=8, color=colour,
-                           **look)  # fmt: skip
+            panel.annotate(f"{row.label}  {value:.1f}", (0, value), xytext=(3, down), fontsize=8,
+                           xycoords=("axes fraction", "data"), textcoords="offset points",
+                           va="top" if merge else "bottom", color=colour, bbox=PLATE)  # fmt: skip
 
-    def finish(self) -> Figure:
-        """Settle the layout: labels can be placed in pixels, and the figure is written quickly."""
+    def finish(self, handles: Sequence[Line2D] = (), gap: float = 0.2) -> Figure:
+        """A legend above the panels, in as many columns as fit, and the layout settled.
+
+        Labels can then be placed in pixels, and the figure is written quickly, however often.
+        """
+        if handles:
+            longest = max(len(str(handle.get_label())) for handle in handles)
+            width = self.figure.get_figwidth() * 72 - 100 * gap + 20
+            columns = max(1, min(len(handles), int(width / (4.6 * longest + 32))))
+            self.figure.legend(handles=handles, loc="outside upper left", ncols=columns,
+                               frameon=False, handletextpad=gap, columnspacing=1.4,
+                               borderpad=0.1)  # fmt: skip
         self.figure.draw_without_rendering()
         self.figure.set_layout_engine("none")
         return self.figure
 
 
-def number_axis(panel: Axes, values: Iterable[float], log: bool = False, most: int = 8) -> None:
-    """Ticks at the values themselves, ``most`` of them."""
-    ticks = sorted(set(values))
-    if log:
-        panel.set_xscale("log")
-        panel.xaxis.set_minor_locator(NullLocator())
-    panel.xaxis.set_major_locator(FixedLocator(ticks[:: math.ceil(len(ticks) / most)]))
-    panel.xaxis.set_major_formatter("{x:g}")
+def number_axis(panel: Axes, ticks: Sequence[float], log: bool, words: Any = "{x:g}") -> None:
+    """An axis with these ticks and no others."""
+    panel.set_xscale("log" if log else "linear")
+    panel.xaxis.set_major_locator(FixedLocator(ticks))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(words)
 
 
 def parameter_axis(panel: Axes, values: Iterable[float]) -> None:
@@ -352,20 +308,15 @@ def parameter_axis(panel: Axes, values: Iterable[float]) -> None:
         ticks = [s * 10.0**e for e in range(-1, 16) for s in steps if left <= s * 10.0**e <= right]
         if len(ticks) <= 6:
             break
-    panel.set(xscale="log", xlim=(left, right))
-    panel.xaxis.set_major_locator(FixedLocator(ticks))
-    panel.xaxis.set_minor_locator(NullLocator())
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda v, _: count(v).replace(".0", "")))
+    number_axis(panel, ticks, True, FuncFormatter(lambda v, _: count(v).replace(".0", "")))
+    panel.set_xlim(left, right)
 
 
 def label_points(panel: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write labels beside points, clear of points, lines and each other.
+    """Write labels (x, y, name, rest) beside points, clear of points, lines and each other.
 
-    Candidates lie on rings around a point; the nearest that covers least is taken.
-
-    Args:
-        panel: with its final limits and position, and all that the labels must not cover.
-        labels: (x, y, name, rest); the name is bold, the rest stands muted below it.
+    The panel has its final limits and position, and all that the labels must not cover. Places lie
+    on rings around a point; the nearest that covers least is taken.
     """
     pixel, frame = panel.figure.dpi / 72, panel.get_window_extent()
     lines = [line.get_transform().transform_path(line.get_path()) for line in panel.lines]
@@ -382,63 +333,31 @@ def label_points(panel: Axes, labels: Sequence[tuple[float, float, str, str]]) -
 
     for (x, y, *words), anchor in zip(labels, anchors, strict=True):
         notes = [
-            panel.annotate(word, (x, y), xytext=(0, 0), textcoords="offset points", color=colour,
-                           weight=weight, fontsize=size, bbox=PLATE, zorder=zorder,
-                           annotation_clip=False, in_layout=False)
-            for word, colour, weight, size, zorder in zip(
-                words, (INK, MUTED), ("bold", "normal"), (8, 7.5), (7, 6), strict=True)
+            panel.annotate(word, (x, y), xytext=(0, 0), textcoords="offset points", bbox=PLATE,
+                           annotation_clip=False, in_layout=False, color=colour, zorder=7 - i,
+                           fontsize=8 - i / 2, weight=weight)
+            for i, (word, colour, weight) in enumerate(
+                zip(words, (INK, MUTED), ("bold", "normal"), strict=True))
         ]  # fmt: skip
         extents = [note.get_window_extent() for note in notes]
         width, height = max(box.width for box in extents), sum(box.height for box in extents)
-        boxes = [Bbox.from_bounds(anchor[0] + left, anchor[1] + bottom, width, height)
-                 for left, bottom in _places(width, height, pixel)]  # fmt: skip
-        box = boxes[int(np.argmin([cost(box) + 0.3 * i for i, box in enumerate(boxes)]))]
+        places = []
+        for ring, (right, up) in itertools.product(_RINGS, _WAYS):
+            r = ring * pixel * (0.75 if right and up else 1)
+            x0, y0 = anchor[0] + r * right, anchor[1] + r * up
+            x0, y0 = x0 + width * (right - 1) / 2, y0 + height * (up - 1) / 2
+            places.append((Bbox.from_bounds(x0, y0, width, height), right, r * right / pixel))
+        costs = [cost(box) + 0.3 * i for i, (box, *_) in enumerate(places)]
+        box, side, at = places[int(np.argmin(costs))]
         taken.append(box)
         (left, bottom), (right, top) = (box.get_points() - anchor) / pixel
-        align, at = min(("left", left), ("right", right), ("center", (left + right) / 2),
-                        key=lambda side: (abs(side[1]), side[0] == "center"))  # fmt: skip
-        for note, at_y in zip(notes, ((bottom + top) / 2, bottom), strict=True):
-            note.set(ha=align, position=(at, at_y))
+        for note, height in zip(notes, ((bottom + top) / 2, bottom), strict=True):
+            note.set(ha={1: "left", 0: "center", -1: "right"}[side], position=(at, height))
         near = np.clip(0, (left, bottom), (right, top))
         if np.hypot(*near) > 14:
             arrow = {"arrowstyle": "-", "color": MUTED, "lw": 0.6, "shrinkA": 1, "shrinkB": 5}
             panel.annotate("", (x, y), xytext=tuple(near), textcoords="offset points", zorder=2,
                            arrowprops=arrow)  # fmt: skip
-
-
-def label_ends(panel: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Write labels at the right edge at the given heights, pushed apart where they would touch.
-
-    Args:
-        panel: with its final limits and position, and room at its right.
-        ends: (height in data coordinates, text, colour).
-    """
-    ends, frame, pixel = sorted(ends), panel.get_window_extent(), panel.figure.dpi / 72
-    wanted = [(panel.transData.transform((0, y))[1] - frame.y0) / pixel for y, *_ in ends]
-    for (_, text, colour), at, place in zip(
-        ends, wanted, spread(np.array(wanted), 11.0, frame.height / pixel), strict=True
-    ):
-        panel.annotate(
-            text, (1, 0), xycoords="axes fraction", xytext=(9, place), textcoords="offset points",
-            va="center", annotation_clip=False, fontsize=7.5,
-        )  # fmt: skip
-        panel.annotate(
-            "", (1, at * pixel / frame.height), xycoords="axes fraction", xytext=(8, place - at),
-            textcoords="offset points", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 1, "shrinkA": 0, "shrinkB": 1},
-        )  # fmt: skip
-
-
-def spread(wanted: np.ndarray, step: float, high: float) -> np.ndarray:
-    """Ascending heights in [0, ``high``], ``step`` apart where there is room, near the wanted."""
-    steps = min(step, high / max(len(wanted) - 1, 1)) * np.arange(len(wanted))
-    up = np.maximum.accumulate(np.maximum(wanted - steps, 0))
-    return np.minimum(up, high - steps[-1]) + steps
-
-
-def css_variables(dark: bool) -> dict[str, str]:
-    """The figures' colours as CSS custom properties, for light or dark."""
-    return {f"--hue-{i}": hue for i, hue in enumerate(_HUES_IN_THE_DARK if dark else _HUES)}
 
 
 def to_png(figure: Figure) -> bytes:
@@ -454,10 +373,7 @@ def to_svg(figure: Figure) -> str:
 def to_inline_svg(figure: Figure, name: str, alternative: str) -> str:
     """The figure as an ``<svg>`` element whose colours are the page's.
 
-    Args:
-        figure: the figure.
-        name: prefix of its ids, unique in the page.
-        alternative: what it shows, in words.
+    Its ids begin with ``name``, which is unique in the page; ``alternative`` says what it shows.
     """
     figure.patch.set_alpha(0)
     svg = to_svg(figure)
@@ -481,7 +397,7 @@ def _written(figure: Figure, kind: str, **options: Any) -> bytes:
 
 
 def _tinted(hue: int, tint: int) -> str:
-    red, green, blue = (1 - _TINTS[tint] * (1 - part) for part in to_rgb(_HUES[hue]))
+    red, green, blue = (1 - _TINTS[tint] * (1 - part) for part in to_rgb(HUES[hue]))
     return to_hex((red, green, blue))
 
 
@@ -489,18 +405,8 @@ def _variables() -> dict[str, str]:
     """Hex colour -> what the page writes in its place."""
     names = {INK: "ink", MUTED: "muted", GRID: "line", SURFACE: "surface"}
     found = {colour: f"var(--{name})" for colour, name in names.items()}
-    for hue, (tint, share) in itertools.product(range(HUES), enumerate(_TINTS)):
+    for hue, (tint, share) in itertools.product(range(len(HUES)), enumerate(_TINTS)):
         plain = f"var(--hue-{hue})"
         mixed = f"color-mix(in srgb, {plain} {share:.0%}, var(--surface))"
         found[_tinted(hue, tint)] = plain if tint == 0 else mixed
     return found
-
-
-def _places(width: float, height: float, pixel: float) -> Iterator[tuple[float, float]]:
-    """Lower left corners of a box beside a point, in pixels from it, the best first."""
-    for ring in (8, 12, 17, 24, 33, 44, 58):
-        r, d = ring * pixel, 0.75 * ring * pixel
-        left, below = -r - width, -r - height
-        yield from ((r, -height / 2), (left, -height / 2), (-width / 2, r), (-width / 2, below))
-        yield from ((d, -d - height), (-d - width, d), (d, d), (-d - width, -d - height))
-        yield from ((-d, r), (d - width, r), (-d, below), (d - width, below))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from math import isnan, nan
 from typing import Any, NamedTuple
 
 import pandas as pd
+from rich.console import Console
 from rich.table import Table
 
 from .runs import REPAIRS, Evaluation, Row
@@ -14,13 +15,9 @@ from .words import NONE, count, duration, percent
 
 
 class Column(NamedTuple):
-    """A column behind the accuracies.
+    """A column behind the accuracies: its value of a row, NaN where it is not known, in words.
 
-    Attributes:
-        title: its head.
-        value: what it holds of a row, to sort by; NaN where it is not known.
-        words: how that is written.
-        always: whether it stands there where no row has a value.
+    One that does not stand there ``always`` does where a row has a value.
     """
 
     title: str
@@ -56,28 +53,23 @@ class Cell(NamedTuple):
 def cells(evaluation: Evaluation) -> pd.DataFrame:
     """The table: a line a row, a column a task, the average, and ``COLUMNS`` as far as known."""
     rows, names = evaluation.rows, [*evaluation.tasks, "average"]
-    best = {
-        (base, name): max(of_base, key=lambda row: row.mean[name])
-        for base in evaluation.bases
-        for of_base in [[row for row in evaluation.repairs if row.base == base]]
-        for name in names
-        if len(of_base) > 1
-    }
-    lines = [
-        [
-            Cell(percent(row.mean[n]), "" if isnan(row.std[n]) else f"± {percent(row.std[n])}",
-                 row.mean[n], best.get((row.base, n)) is row)
-            for n in names
-        ]
-        for row in rows
-    ]  # fmt: skip
-    found = pd.DataFrame(lines, columns=names)
+    best = {}
+    for base in evaluation.bases:
+        repairs = [row for row in evaluation.repairs if row.base == base]
+        for name in names if len(repairs) > 1 else []:
+            best[base, name] = max(repairs, key=lambda row: row.mean[name])
+
+    def cell(row: Row, name: str) -> Cell:
+        spread = "" if isnan(row.std[name]) else f"± {percent(row.std[name])}"
+        winner = best.get((row.base, name)) is row
+        return Cell(percent(row.mean[name]), spread, row.mean[name], winner)
+
+    found = pd.DataFrame([[cell(row, name) for name in names] for row in rows], columns=names)
     for column in COLUMNS:
         values = [column.value(row) for row in rows]
         if column.always or not all(map(isnan, values)):
-            found[column.title] = [
-                Cell(NONE if isnan(v) else column.words(v), value=v) for v in values
-            ]
+            texts = [NONE if isnan(v) else column.words(v) for v in values]
+            found[column.title] = [Cell(t, "", v) for t, v in zip(texts, values, strict=True)]
     return found
 
 
@@ -124,9 +116,11 @@ def to_csv(evaluation: Evaluation) -> str:
         line = {"base": row.base, "method": row.method, "kind": row.kind, "seeds": len(row.seeds)}
         for name in names:
             line |= {name: 100 * row.mean[name], f"{name}_std": 100 * row.std[name]}
-        line |= {"extra_parameters": row.extra_parameters}
-        gap, seconds = 100 * row.mean["gap_closed"], row.mean["seconds"]
-        lines.append(line | {"gap_closed": gap, "seconds": seconds})
+        line |= {
+            "extra_parameters": row.extra_parameters,
+            "gap_closed": 100 * row.mean["gap_closed"],
+        }
+        lines.append(line | {"seconds": row.mean["seconds"]})
     found = pd.DataFrame(lines).astype({"extra_parameters": "Int64"})
     return found.to_csv(index=False, float_format="%.2f", lineterminator="\n")
 
@@ -145,29 +139,31 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(f"|{'|'.join(line)}|" for line in [body[0], rule, *body[1:]])
 
 
-def to_terminal(evaluation: Evaluation, width: int) -> Table:
-    """The table for a terminal of ``width`` characters, with as much as fits into it.
-
-    What gives way first are the tasks' deviations over seeds, then the tasks.
-    """
+def to_terminal(evaluation: Evaluation, console: Console) -> Table:
+    """As much as fits into the terminal: the tasks' deviations give way first, then the tasks."""
     whole, rows, tasks = cells(evaluation), evaluation.rows, evaluation.tasks
     plain = whole.assign(**{task: whole[task].map(lambda cell: cell.text) for task in tasks})
+    ends = [i for i, row in enumerate(rows[1:]) if row.base != rows[i].base]
+    names = pd.Series(list(map(label, rows)), name="method")
+    unbounded = console.options.update(max_width=10**4)
     for table in (whole, plain, whole.drop(columns=tasks)):
-        table = table.map(str).rename(columns=lambda head: head.replace(" ", "\n", 1))
-        table = table.rename(columns={t.replace(" ", "\n", 1): t for t in tasks})
-        widths = [len(max(map(label, rows), key=len))]
-        widths += [max(len(head.split("\n")[-1]), table[head].str.len().max()) for head in table]
-        if sum(widths) + 3 * len(widths) + 1 <= width:
+        shown = rich(pd.concat([names, table.map(str)], axis=1), ends)
+        if console.measure(shown, options=unbounded).maximum <= console.width:
             break
-    shown = Table(title="Accuracy in percent", title_justify="left", caption_justify="left")
-    shown.add_column("method", no_wrap=True)
-    for head in table:
-        shown.add_column(head, justify="right", no_wrap=True)
-    for i, row in enumerate(rows):
-        last = i + 1 == len(rows) or rows[i + 1].base != row.base
-        shown.add_row(label(row), *table.iloc[i], end_section=last)
-    if not set(tasks) & set(table):
+    if tasks and tasks[0] not in table:
         shown.caption = "The terminal is too narrow for the tasks; the written table has them."
+    shown.title = "Accuracy in percent"
+    return shown
+
+
+def rich(table: pd.DataFrame, ends: Collection[int] = ()) -> Table:
+    """Lines of text for a terminal, with a rule behind some of them."""
+    shown, titles = Table(title_justify="left", caption_justify="left"), [c.title for c in COLUMNS]
+    for i, head in enumerate(table):
+        words = head.replace(" ", "\n", 1) if head in titles else head
+        shown.add_column(words, justify="right" if i else "left", no_wrap=True)
+    for i, line in enumerate(table.to_numpy().tolist()):
+        shown.add_row(*line, end_section=i in ends)
     return shown
 
 

@@ -35,11 +35,7 @@ def readable(name: str) -> str:
 
 
 def method(name: str, rank: int | None = None, budget: int | None = None) -> str:
-    """A method's name as a person would write it, with the size where the name carries it.
-
-    ``intervmerge_r4`` of rank 4 is ``IntervMerge r=4``, ``closed_form_b6192`` with that budget
-    ``Closed form 6.2k``.
-    """
+    """The same of a method: ``intervmerge_r4`` of rank 4 is ``IntervMerge r=4``."""
     if rank is not None and name.endswith(f"_r{rank}"):
         return f"{readable(name.removesuffix(f'_r{rank}'))} r={rank}"
     if budget is not None and name.endswith(f"_b{budget}"):

@@ -26,10 +26,8 @@ class Picture:
 
     Attributes:
         name: its anchor in a page.
-        title: its heading.
-        text: what it shows.
+        title, text: its heading, and what it shows.
         make: draws it.
-        words: the figure in words; title and text where empty.
         file: under which name it lies beside the page; empty: nowhere.
     """
 
@@ -37,7 +35,6 @@ class Picture:
     title: str
     text: str
     make: Callable[[Canvas], Figure]
-    words: str = ""
     file: str = ""
 
     def draw(self, palette: Palette, width: float = WIDE) -> Figure:

@@ -8,15 +8,8 @@ from functools import partial
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..runs import Evaluation, Row
-from ..style import (
-    SURFACE,
-    Canvas,
-    Palette,
-    Panels,
-    label_points,
-    parameter_axis,
-)
+from ..runs import Evaluation
+from ..style import SURFACE, Canvas, Palette, Panels, label_points, parameter_axis
 from ..words import count, percent, readable
 from . import Picture
 
@@ -32,7 +25,6 @@ def pictures(of: Evaluation) -> Iterator[Picture]:
             "Average accuracy over tasks. Lines are the merge without repair and the experts; "
             "whiskers are the standard deviation over seeds.",
             partial(_draw, of),
-            _in_words(of),
             "accuracy_vs_parameters",
         )
 
@@ -57,11 +49,10 @@ def _draw(of: Evaluation, canvas: Canvas) -> Figure:
         else:
             panel.set_xticks([])
     panels.named("extra parameters, all tasks (log scale)", "average accuracy over tasks")
-    if not alone:
-        # beside each other the panels have no room for a label at every point
-        methods = canvas.palette.families(row.method for row in of.repairs)
-        panels.legend([canvas.palette[name].handle() for family in methods for name in family])
-    figure = panels.finish()
+    families = canvas.palette.families({row.method for row in of.repairs})
+    # beside each other the panels have no room for a label at every point
+    looks = [canvas.palette[name] for family in families for name in family if not alone]
+    figure = panels.finish([look.handle() for look in looks])
     for base, panel in zip(bases, panels.axes, strict=True):
         _scatter(panel, base, of, canvas.palette, labelled=alone)
     return figure
@@ -81,17 +72,7 @@ def _scatter(panel: Axes, base: str, of: Evaluation, palette: Palette, labelled:
             look, row = palette[name], repairs[name]
             mean, std = row.mean["average"], row.std["average"]
             panel.errorbar(x, y, yerr=100 * std, fmt=look.marker, color=look.colour, ms=7.5,
-                           mec=SURFACE, mew=1, elinewidth=1.4, capsize=3, capthick=1.4,
-                           zorder=4)  # fmt: skip
+                           mec=SURFACE, elinewidth=1.4, capsize=3, zorder=4)  # fmt: skip
             labels.append((x, y, look.label, f"{percent(mean, std)}, {count(x)}"))
     if labelled:
         label_points(panel, labels)
-
-
-def _in_words(of: Evaluation) -> str:
-    def said(row: Row) -> str:
-        what = f" on {readable(row.base)}" if row.method and row.base else ""
-        extra = f" with {count(row.extra_parameters)} parameters" if row.extra_parameters else ""
-        return f"{row.label}{what} {percent(row.mean['average'], row.std['average'])}%{extra}"
-
-    return f"Average accuracy and extra parameters: {'; '.join(map(said, of.rows))}."

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
-
-from matplotlib.figure import Figure
 
 from ... import analysis
-from ...errors import ConfigError
-from ..runs import ANALYSIS, LAYOUT, Analysis, Evaluation, reason
-from ..style import Canvas
+from ..runs import ANALYSIS, LAYOUT, Analysis, Evaluation, laid_out_otherwise
 from ..words import readable
 from . import Picture
 
@@ -26,8 +19,10 @@ def pictures(of: Evaluation) -> Iterator[Picture]:
     found = []
     for number, run in enumerate(of.runs):
         for merge, analysed in run.analysis.items():
-            with _layout_of(run.folder / ANALYSIS):
+            try:
                 drawings = list(of_merge(analysed))  # those of merges that are not shown too
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                raise laid_out_otherwise(run.folder / ANALYSIS, error, LAYOUT) from error
             if merge in of.bases or not run.accuracies:
                 found.append((number, run, merge, drawings))
     several = len({merge for _, _, merge, _ in found}) > 1
@@ -38,8 +33,7 @@ def pictures(of: Evaluation) -> Iterator[Picture]:
         title = f" ({', '.join(words)})" if words else ""
         for one in drawings:
             name = re.sub(r"[^\w-]", "_", one.name + suffix)
-            make = partial(_drawn, run.folder / ANALYSIS, one.make)
-            yield replace(one, name=name, title=one.title + title, make=make, file=name)
+            yield replace(one, name=name, title=one.title + title, file=name)
 
 
 def of_merge(found: Analysis) -> Iterator[Picture]:
@@ -47,18 +41,3 @@ def of_merge(found: Analysis) -> Iterator[Picture]:
     for name, module in analysis.modules().items():
         if name in found and hasattr(module, "figures"):
             yield from (Picture(*one) for one in module.figures(found))
-
-
-def _drawn(file: Path, make: Callable[[Canvas], Figure], canvas: Canvas) -> Figure:
-    with _layout_of(file):
-        return make(canvas)
-
-
-@contextmanager
-def _layout_of(file: Path) -> Iterator[None]:
-    """What cannot be drawn is laid out in another way than the analysis wrote it."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        problem = f"is not laid out as expected ({reason(error)})"
-        raise ConfigError(str(file), problem, LAYOUT) from error

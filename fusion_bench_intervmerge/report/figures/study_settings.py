@@ -8,7 +8,7 @@ from functools import partial
 from matplotlib.figure import Figure
 
 from ..study import TEXT, Study
-from ..style import ACCENT, MUTED, SURFACE, Canvas
+from ..style import ACCENT, DASHES, MUTED, SURFACE, Canvas
 from ..words import percent, readable
 from . import Picture
 
@@ -25,20 +25,23 @@ def _draw(of: Study, canvas: Canvas) -> Figure:
     rows, bases = of.evaluation.repairs, list(dict.fromkeys(r.base for r in of.evaluation.repairs))
     names = list(dict.fromkeys(row.method for row in rows))
     columns = (len(bases), len(bases))
-    panels = canvas.panels(len(bases), 0.3 * len(names) + 0.95, 0, columns, False, sharey=True)
-    panels.rows(names)
+    panels = canvas.panels(len(bases), 0.3 * len(names) + 0.95, 0, columns, sharey=True)
     for base, panel in zip(bases, panels.axes, strict=True):
+        panels.rows(panel, range(len(names)), names)
         for row in rows:
             if row.base == base:
                 y, mean, std = names.index(row.method), row.mean["average"], row.std["average"]
                 panel.errorbar(100 * mean, y, xerr=100 * std, fmt="o", color=ACCENT, ms=6.5,
-                               mec=SURFACE, mew=0.8, capsize=3, elinewidth=1.3,
-                               zorder=3)  # fmt: skip
-                end = 100 * (mean if len(row.seeds) < 2 else mean + std)
-                panel.annotate(percent(mean, std), (end, y), xytext=(7, 0), va="center",
+                               mec=SURFACE, capsize=3, elinewidth=1.3, zorder=3)  # fmt: skip
+                end = mean if len(row.seeds) < 2 else mean + std
+                panel.annotate(percent(mean, std), (100 * end, y), xytext=(7, 0), va="center",
                                textcoords="offset points", fontsize=7.5, color=MUTED)  # fmt: skip
         for row in of.evaluation.references(base):
-            panels.reference(panel, row, upright=True)
+            value, merge = 100 * row.mean["average"], row.kind == "merge"
+            panel.axvline(value, color=MUTED, lw=1.1, ls=DASHES if merge else "-", zorder=1)
+            panel.annotate(f"{row.label} {value:.1f}", (value, 1), xytext=(0, 3), fontsize=7.5,
+                           xycoords=("data", "axes fraction"), textcoords="offset points",
+                           ha="center", color=MUTED)  # fmt: skip
         left, right = panel.get_xlim()
         # room for the last number; there is no accuracy beyond 100
         panel.set_xlim(left, max(right + 0.06 * (right - left), 100) if right > 80 else right * 1.1)
