@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from huggingface_hub import ModelHubMixin
@@ -29,7 +29,11 @@ from .interventions import (
     build_function,
     read_interventions,
 )
+from .routing.reading import rows_of
 from .task_names import check_task_name
+
+if TYPE_CHECKING:
+    from .routing import Router
 
 
 @dataclass
@@ -108,6 +112,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
         }
         self.edits: Any = nn.ModuleDict()
         self.metadata: dict[str, Any] = {}
+        self.router: Router | None = None
         # What the hooks on the tower know their model by: a shallow copy shares it with the tower,
         # a deep copy has its own on both.
         self._hooks = object()
@@ -127,22 +132,66 @@ class InterventionModel(nn.Module, ModelHubMixin):
 
         Args:
             images: (batch, 3, image_size, image_size).
-            task: the task of all images, or one task an image, in one forward pass. ``None`` gives
-                the merged encoder's features.
+            task: the task of all images, or one task an image, in one forward pass; ``auto`` lets
+                the router tell each image's, in the same pass. ``None`` gives the merged encoder's
+                features, and so does ``auto`` for images of no known task.
 
         Returns:
             (batch, projection_dim), after the visual projection, not normalised.
 
         Raises:
-            ValueError: a task the model has no edits for, or not one task an image.
+            ValueError: a task the model has no edits for, not one task an image, or ``auto`` and
+                there is no router.
         """
+        if isinstance(task, str) and task == "auto":
+            return self._encode_routed(images)
         with self.for_task(task, len(images)):
             return self.tower.features(images)
+
+    @torch.no_grad()
+    def route(self, images: Tensor) -> list[str | None]:
+        """The task of each image, as the router tells it; ``fit_router`` gives a model one.
+
+        Args:
+            images: (batch, 3, image_size, image_size).
+
+        Returns:
+            A name an image; None, where the router has a threshold, for images of no known task.
+
+        Raises:
+            ValueError: the model has no router.
+        """
+        return self._route_prefix(self.prefix(images))
+
+    def _route_prefix(self, prefix: Tensor) -> list[str | None]:
+        if self.router is None or not self.router.tasks:
+            raise ValueError(
+                "the model has no router that would tell tasks; fit_router(model, images), or "
+                "method.router=gaussian before it is saved, gives it one"
+            )
+        return self.router(rows_of(prefix, self.tower.num_tokens))
+
+    def _encode_routed(self, images: Tensor) -> Tensor:
+        prefix = self.prefix(images)
+        tasks = self._route_prefix(prefix)
+        known = torch.tensor([task is not None for task in tasks], device=prefix.device)
+        if known.all():
+            with self.for_task([task for task in tasks if task is not None], len(images)):
+                return self.features_after(prefix)
+        with self.for_task(None):
+            merged = self.features_after(prefix[~known])
+        features = merged.new_empty(len(images), merged.shape[1])
+        features[~known] = merged
+        if known.any():
+            with self.for_task([task for task in tasks if task is not None]):
+                features[known] = self.features_after(prefix[known])
+        return features
 
     def add_task(self, task: str) -> None:
         """Give a task edits at their starting values; ``distill`` trains them.
 
-        Where ``init`` is ``regression`` there are none until ``solve`` finds them.
+        Where ``init`` is ``regression`` there are none until ``solve`` finds them. A router knows
+        the task after ``fit_router(model, {task: images})``.
         """
         check_task_name(task, self.tasks)
         ranks = {
@@ -218,6 +267,8 @@ class InterventionModel(nn.Module, ModelHubMixin):
         """Remove a task's edits; the other tasks' features stay what they are."""
         self.check_task(task)
         del self.edits[task]
+        if self.router is not None:
+            self.router.drop(task)
 
     def fold(self) -> InterventionModel:
         """The same model in the form that needs least at inference; outputs are unchanged.
@@ -238,11 +289,12 @@ class InterventionModel(nn.Module, ModelHubMixin):
 
         Returns:
             ``total`` over all tasks as trained, ``per_task``, and ``folded``: the total after
-            ``fold``.
+            ``fold``. These are the edits'; ``router``: how many numbers the router is, if any.
         """
         per_task = {task: _count(edits) for task, edits in self.edits.items()}
         folded = sum(_count(f.folded()) for f in self._functions())
-        return {"total": sum(per_task.values()), "per_task": per_task, "folded": folded}
+        counts = {"total": sum(per_task.values()), "per_task": per_task, "folded": folded}
+        return counts if self.router is None else counts | {"router": self.router.count()}
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -272,6 +324,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
                 self._unequal_ranks(),
                 self.extra_parameters(),
                 self.metadata,
+                self.router,
             ),
             Path(folder),
             (model_card_kwargs or {}).get("name"),
@@ -301,9 +354,11 @@ class InterventionModel(nn.Module, ModelHubMixin):
                 check_fit(_tensors(edits), tensors, f"interventions/{task}.safetensors")
                 model.edits[task] = edits.to_empty(device=model.device)
                 _load(model.edits[task], tensors)
+            if saved.router is not None:
+                _check_reading(model, saved.router)
         except artifact.MISFITS as error:
             raise artifact.misfit(folder, error) from None
-        model.metadata = saved.metadata
+        model.metadata, model.router = saved.metadata, saved.router
         return model
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -625,6 +680,22 @@ def _load(edits: Any, tensors: Mapping[str, Tensor]) -> None:
         for block, function in blocks.items():
             names = function.tensors()
             function.load({name: tensors[f"{site}.{block}.{name}"] for name in names})
+
+
+def _check_reading(model: InterventionModel, router: Router) -> None:
+    """Raise ValueError unless the router reads what this encoder's ``prefix`` gives."""
+    tower, first = model.tower, model.first_block
+    shape: tuple[int, ...] = (1, tower.projection_dim)
+    if first < tower.num_blocks:
+        alone = model._class_token_alone(first)
+        tokens = 2 if alone and first == tower.num_blocks - 1 else tower.num_tokens + alone
+        shape = (1, tokens, tower.width)
+    needed = rows_of(torch.empty(shape), tower.num_tokens).shape[1]
+    if len(router.reading.mean) != needed:
+        raise ValueError(
+            f"router.safetensors: reads {len(router.reading.mean)} numbers an image, the encoder "
+            f"gives {needed}"
+        )
 
 
 def stacked(functions: Sequence[Function | None], ids: Tensor | None = None) -> dict[str, Tensor]:

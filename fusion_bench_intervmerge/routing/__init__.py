@@ -1,0 +1,11 @@
+"""What tells the task of an image: fitted on unlabelled images of each task, without a gradient.
+
+A router reads what no edit reaches, so that routing and encoding are one forward pass.
+"""
+
+from .fitting import fit_router
+from .routers import ROUTERS, Router
+from .saved import read_router
+from .settings import RouterSettings
+
+__all__ = ["ROUTERS", "Router", "RouterSettings", "fit_router", "read_router"]
