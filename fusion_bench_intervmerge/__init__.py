@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .distillation import DistillSettings, distill
     from .interventions import InterventionConfig
     from .model import InterventionModel
+    from .routing import RouterSettings, fit_router
     from .solving import SolveSettings, solve
 
 __version__ = "0.1.0"
@@ -15,8 +16,10 @@ __all__ = [
     "DistillSettings",
     "InterventionConfig",
     "InterventionModel",
+    "RouterSettings",
     "SolveSettings",
     "distill",
+    "fit_router",
     "solve",
 ]
 
@@ -24,8 +27,10 @@ _HOME = {
     "DistillSettings": ".distillation",
     "InterventionConfig": ".interventions",
     "InterventionModel": ".model",
+    "RouterSettings": ".routing",
     "SolveSettings": ".solving",
     "distill": ".distillation",
+    "fit_router": ".routing",
     "solve": ".solving",
 }
 

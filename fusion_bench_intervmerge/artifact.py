@@ -6,6 +6,7 @@
                                       its own content and of every other file but the model card
     interventions/<task>.safetensors  a task's edits: <site>.<block>.<tensor>
     coefficients.safetensors          merging coefficients, when they were trained
+    router.safetensors                what tells the task of an image, if anything does
     merged/model.safetensors          the merged encoder, under its family's usual names
     README.md                         a model card
 """
@@ -34,6 +35,7 @@ from .files import opened_folder, whole_folder
 from .hub.card import model_card
 from .interventions import InterventionConfig, read_interventions
 from .interventions.functions.base import Orthonormal
+from .routing import Router, read_router
 from .schema import Json, Strict, checked
 from .task_names import check_task_name
 
@@ -42,6 +44,7 @@ READABLE = (1, 2)  # 1 held, instead of R, what R is computed from, and no diges
 MERGED = "merged/model.safetensors"
 MERGED_CONFIG = "merged/config.json"
 COEFFICIENTS = "coefficients.safetensors"
+ROUTER = "router.safetensors"
 _MEANT = {MERGED: "the weights that the edits were trained on"}
 
 
@@ -62,6 +65,7 @@ class Artifact:
             settings say; no edit where nothing is named.
         extra_parameters: how many numbers the edits are, as trained and ``folded``.
         metadata: JSON values; tensors under ``coefficients``.
+        router: what tells the task of an image, if anything does.
     """
 
     tower: VisionTower
@@ -71,6 +75,7 @@ class Artifact:
     ranks: Mapping[str, Mapping[str, Mapping[str, int]]] | None = None
     extra_parameters: Mapping[str, object] = field(default_factory=dict)
     metadata: Json = field(default_factory=dict)
+    router: Router | None = None
 
     @property
     def tasks(self) -> list[str]:
@@ -101,6 +106,8 @@ def write(artifact: Artifact, folder: Path, card_name: str | None = None) -> Non
         coefficients = metadata.pop("coefficients", None)
         if coefficients is not None:
             _save(coefficients, temporary / COEFFICIENTS)
+        if artifact.router is not None:
+            _save(artifact.router.tensors(), temporary / ROUTER)
         config = {
             "format": FORMAT,
             "tower": artifact.tower.spec(),
@@ -109,6 +116,8 @@ def write(artifact: Artifact, folder: Path, card_name: str | None = None) -> Non
             "seed": artifact.seed,
             "ranks": artifact.ranks,
             "metadata": metadata,
+            # left out where there is none: earlier versions know no such key
+            **({} if artifact.router is None else {"router": artifact.router.config()}),
             "files": {
                 file.relative_to(temporary).as_posix(): _digest_of_file(file)
                 for file in sorted(temporary.rglob("*"))
@@ -213,6 +222,7 @@ class _Config1(_Config):
 
 class _Config2(_Config):
     files: dict[str, Digest]
+    router: Json | None = None
     digest: Digest
 
 
@@ -324,7 +334,20 @@ def _read(files: _Files) -> Artifact:
     metadata = dict(config.metadata)
     if files.has_coefficients():
         metadata["coefficients"] = files.tensors(COEFFICIENTS)
-    return Artifact(tower, interventions, config.seed, edits, config.ranks, metadata=metadata)
+    router = None
+    if isinstance(config, _Config2) and config.router is not None:
+        router = _read_router(files, config)
+    return Artifact(
+        tower, interventions, config.seed, edits, config.ranks, metadata=metadata, router=router
+    )
+
+
+def _read_router(files: _Files, config: _Config2) -> Router:
+    tensors = files.tensors(ROUTER)
+    try:
+        return read_router(config.router or {}, tensors, config.tasks)
+    except MISFITS as error:
+        raise misfit(files.folder / ROUTER, error) from None
 
 
 def _digest_of_config(config: Mapping[str, object]) -> str:
@@ -342,7 +365,7 @@ def _digest_of_file(path: Path) -> str:
 
 def _files_of(tasks: Sequence[str]) -> list[str]:
     """The files that an artifact may have beside config.json and the model card."""
-    return [MERGED, MERGED_CONFIG, COEFFICIENTS, *map(_edits_file, tasks)]
+    return [MERGED, MERGED_CONFIG, COEFFICIENTS, ROUTER, *map(_edits_file, tasks)]
 
 
 def _edits_file(task: str) -> str:

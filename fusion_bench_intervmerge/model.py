@@ -21,6 +21,7 @@ from .interventions import SITES, Edits, Function, InterventionConfig, Placement
 from .interventions.edits import build
 from .interventions.stacking import Stacked
 from .routes import Route, Told
+from .routing import Router, check_reading, encode_routed, route
 from .schema import Json
 from .task_names import check_task_name
 
@@ -69,6 +70,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
         }
         self.edits = nn.ModuleDict()
         self.metadata: Json = {}
+        self.router: Router | None = None
         # What the hooks on the tower know their model by: a shallow copy shares it with the tower,
         # a deep copy has its own on both.
         self._key = object()
@@ -91,22 +93,41 @@ class InterventionModel(nn.Module, ModelHubMixin):
 
         Args:
             images: (batch, 3, image_size, image_size).
-            task: the task of all images, or one task an image, in one forward pass. ``None`` gives
-                the merged encoder's features.
+            task: the task of all images, or one task an image, in one forward pass; ``auto`` lets
+                the router tell each image's, in the same pass. ``None`` gives the merged encoder's
+                features, and so does ``auto`` for images of no known task.
 
         Returns:
             (batch, projection_dim), after the visual projection, not normalised.
 
         Raises:
-            ValueError: a task the model has no edits for, or not one task an image.
+            ValueError: a task the model has no edits for, not one task an image, or ``auto`` and
+                there is no router.
         """
+        if isinstance(task, str) and task == "auto":
+            return encode_routed(self, images)
         with self.for_task(task, len(images)):
             return self.tower.features(images)
+
+    def route(self, images: Tensor) -> list[str | None]:
+        """The task of each image, as the router tells it; ``fit_router`` gives a model one.
+
+        Args:
+            images: (batch, 3, image_size, image_size).
+
+        Returns:
+            A name an image; None, where the router has a threshold, for images of no known task.
+
+        Raises:
+            ValueError: the model has no router.
+        """
+        return route(self, images)
 
     def add_task(self, task: str) -> None:
         """Give a task edits at their starting values; ``distill`` trains them.
 
-        Where ``init`` is ``regression`` there are none until ``solve`` finds them.
+        Where ``init`` is ``regression`` there are none until ``solve`` finds them. A router knows
+        the task after ``fit_router(model, {task: images})``.
         """
         check_task_name(task, self.tasks)
         ranks = {
@@ -165,6 +186,8 @@ class InterventionModel(nn.Module, ModelHubMixin):
         """Remove a task's edits; the other tasks' features stay what they are."""
         self.check_task(task)
         del self.edits[task]
+        if self.router is not None:
+            self.router.drop(task)
 
     def fold(self) -> InterventionModel:
         """The same model in the form that needs least at inference; outputs are unchanged.
@@ -186,12 +209,13 @@ class InterventionModel(nn.Module, ModelHubMixin):
 
         Returns:
             ``total`` over all tasks as trained, ``per_task``, and ``folded``: the total after
-            ``fold``.
+            ``fold``. These are the edits'; ``router``: how many numbers the router is, if any.
         """
         per_task = {task: _count(edits) for task, edits in self.edits.items()}
         functions = [f for task in self.tasks for _, _, f in self.edits_of(task).places()]
         folded = sum(_count(function.folded()) for function in functions)
-        return {"total": sum(per_task.values()), "per_task": per_task, "folded": folded}
+        counts: Json = {"total": sum(per_task.values()), "per_task": per_task, "folded": folded}
+        return counts if self.router is None else counts | {"router": self.router.count()}
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -221,6 +245,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
                 self._unequal_ranks(),
                 self.extra_parameters(),
                 self.metadata,
+                self.router,
             ),
             Path(folder),
             (model_card_kwargs or {}).get("name"),
@@ -250,9 +275,11 @@ class InterventionModel(nn.Module, ModelHubMixin):
                 check_fit(edits.tensors(), tensors, f"interventions/{task}.safetensors")
                 model.edits[task] = edits.to_empty(device=model.device)
                 edits.load(tensors)
+            if saved.router is not None:
+                check_reading(model, saved.router)
         except artifact.MISFITS as error:
             raise artifact.misfit(folder, error) from None
-        model.metadata = saved.metadata
+        model.metadata, model.router = saved.metadata, saved.router
         return model
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:

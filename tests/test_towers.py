@@ -19,13 +19,13 @@ from transformers import (
 )
 
 from fusion_bench_intervmerge import InterventionModel, distill
-from fusion_bench_intervmerge.distillation.prefix import Images, PastAttention, States, prefix_of
 from fusion_bench_intervmerge.encoders import as_tower, tower_from_spec
 from fusion_bench_intervmerge.encoders.activation import FusedQuickGELU
 from fusion_bench_intervmerge.encoders.dinov2 import DINOv2Tower
 from fusion_bench_intervmerge.errors import ConfigError
 from fusion_bench_intervmerge.export import plain_encoder
 from fusion_bench_intervmerge.interventions import SITES, Site
+from fusion_bench_intervmerge.prefix import Images, PastAttention, States, prefix_of
 from fusion_bench_intervmerge.solving.solver import solved_places
 
 

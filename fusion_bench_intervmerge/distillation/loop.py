@@ -20,17 +20,18 @@ from torch import Tensor
 
 from ..checkpoint import Interrupted, Progress, StateFolder, interruptible
 from ..encoders import VisionTower, check_expert
+from ..encoders.base import AfterBlock
 from ..errors import ConfigError
 from ..expert_cache import ExpertCache
 from ..images import Datasets
 from ..merging import Mixture
 from ..model import InterventionModel
 from ..precision import computing_dtype
+from ..prefix import prefix_of
 from ..progress import bar
-from .losses import LOSSES, AfterBlock, Representations
+from .losses import LOSSES, Representations
 from .memory import keep_freed_memory
 from .optimizer import make_optimizer
-from .prefix import prefix_of
 from .schedule import Schedule
 from .settings import DistillSettings
 from .store import ImageStore

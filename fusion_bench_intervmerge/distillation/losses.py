@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..encoders.base import AfterBlock
+
 # A task's representations by name: "output" (batch, projection_dim) image features, and for the
 # block-wise loss "blocks" (batch, num_blocks, width) means over the tokens of each block's output.
 Representations = dict[str, Tensor]
-AfterBlock = Callable[[int, Tensor], None]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from ..interventions.sites import SITES
 from ..schema import Json
 from .activation import FusedQuickGELU
 
+AfterBlock = Callable[[int, Tensor], None]  # told a block's index and output states
+
 # What CLIP's activation function is called in the families' libraries.
 QUICK_GELU = ("QuickGELU", "QuickGELUActivation")
 
@@ -55,6 +57,7 @@ class VisionTower(nn.Module, ABC):
     shortcuts: ClassVar[frozenset[str]] = frozenset()
     prefix_tokens: int = 1
     reads_patches: bool = False
+    image_size: int
     width: int
     num_blocks: int
     num_tokens: int
@@ -104,7 +107,7 @@ class VisionTower(nn.Module, ABC):
         self,
         states: Tensor,
         start: int = 0,
-        after_block: Callable[[int, Tensor], None] | None = None,
+        after_block: AfterBlock | None = None,
         class_token_alone: bool = False,
     ) -> Tensor:
         """States that enter block ``start`` -> image features.

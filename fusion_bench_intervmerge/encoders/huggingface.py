@@ -55,6 +55,7 @@ class HuggingFaceTower(VisionTower):
         config = self.config
         self.width = config.hidden_size
         self.num_blocks = config.num_hidden_layers
+        self.image_size = config.image_size
         self.num_tokens = (config.image_size // config.patch_size) ** 2 + 1
         self.projection_dim = projection.out_features
 

@@ -46,6 +46,8 @@ class OpenCLIPTower(VisionTower):
         super().__init__()
         self.visual = visual
         self.mean, self.std = tuple(mean), tuple(std)
+        size = visual.image_size
+        self.image_size = size[0] if isinstance(size, tuple) else size
         self.width = visual.conv1.out_channels
         self.num_blocks = len(visual.transformer.resblocks)
         self.num_tokens = visual.positional_embedding.shape[0]
@@ -105,10 +107,10 @@ class OpenCLIPTower(VisionTower):
 
     def spec(self) -> Json:
         visual, block = self.visual, self.block(0)
-        size, patch = visual.image_size, visual.patch_size
+        patch = visual.patch_size
         return {
             "family": self.family,
-            "image_size": size[0] if isinstance(size, tuple) else size,
+            "image_size": self.image_size,
             "patch_size": patch[0] if isinstance(patch, tuple) else patch,
             "width": self.width,
             "layers": self.num_blocks,

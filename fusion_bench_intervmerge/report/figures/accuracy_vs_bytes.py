@@ -68,7 +68,14 @@ def _draw(of: Evaluation, shown: Sequence[Row], canvas: Canvas) -> Figure:
     for kind in kinds:
         colour, marker = LOOKS[kind]
         own = [(x, y) for row, x, y in points if _kind(row) == kind]
-        look: dict[str, Any] = {"marker": marker, "color": colour, "ls": "", "mec": SURFACE, "mew": 0.6, "ms": 6}
+        look: dict[str, Any] = {
+            "marker": marker,
+            "color": colour,
+            "ls": "",
+            "mec": SURFACE,
+            "mew": 0.6,
+            "ms": 6,
+        }
         panel.plot(*zip(*own, strict=True), alpha=0.85, zorder=4, **look)
         handles.append(Line2D([], [], label=kind, **look))
     front = pareto([(x, y) for _, x, y in points])

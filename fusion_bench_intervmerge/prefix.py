@@ -1,4 +1,4 @@
-"""What the loop starts from: as much of a forward pass as is the same at every step.
+"""As much of a forward pass as no edit reaches: the same for every task, and at every step.
 
 Each kind keeps one tensor of a batch of images, which is computed once an image, and knows how to
 go on from it to image features inside ``for_task``.
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..interventions import SITES
-from ..model import InterventionModel
-from .losses import AfterBlock
+from .encoders.base import AfterBlock
+from .interventions import SITES
+
+if TYPE_CHECKING:
+    from .model import InterventionModel
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ class Images(Prefix):
 
     def features(self, kept: Tensor, after_block: AfterBlock | None = None) -> Tensor:
         return self.go_on(self.embedded(kept), 0, after_block)
+
+    def unedited(self, kept: Tensor) -> Tensor:
+        """The states that enter block 0 without any edit, (batch, num_tokens, width)."""
+        with self.model.for_task(None), torch.no_grad():
+            return self.embedded(kept)
 
 
 @dataclass(frozen=True)
