@@ -265,5 +265,5 @@ def test_a_site_before_the_blocks(monkeypatch, datasets, images):
 
 def test_a_site_that_an_encoder_does_not_have(monkeypatch):
     monkeypatch.setitem(SITES, "registers", Site(("register_tokens",)))
-    with pytest.raises(ConfigError, match="a huggingface encoder has no such site"):
+    with pytest.raises(ConfigError, match="huggingface encoders have no such site"):
         InterventionModel(hf_tower(), TASKS, {"registers": {}})

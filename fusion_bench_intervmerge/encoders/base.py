@@ -170,7 +170,7 @@ class VisionTower(nn.Module, ABC):
                 return (self.block(block) if inside else self).get_submodule(path)
             except AttributeError:
                 continue
-        raise ConfigError(f"interventions.{site}", f"a {self.family} encoder has no such site")
+        raise ConfigError(f"interventions.{site}", f"{self.family} encoders have no such site")
 
     def tap(self, site: str, block: int = 0) -> nn.Module:
         """What a site's tensor goes through: a forward hook on it sees the tensor, and may return
