@@ -8,9 +8,9 @@ from functools import partial
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..formatting import count, percent, readable
 from ..runs import Evaluation
 from ..style import SURFACE, Canvas, Palette, Panels, label_points, parameter_axis
-from ..words import count, percent, readable
 from . import Picture
 
 PLACE = 10
