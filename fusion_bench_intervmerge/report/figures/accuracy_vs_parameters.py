@@ -74,5 +74,5 @@ def _scatter(panel: Axes, base: str, of: Evaluation, palette: Palette, labelled:
             panel.errorbar(x, y, yerr=100 * std, fmt=look.marker, color=look.colour, ms=7.5,
                            mec=SURFACE, elinewidth=1.4, capsize=3, zorder=4)  # fmt: skip
             labels.append((x, y, look.label, f"{percent(mean, std)}, {count(x)}"))
-    if labelled:
+    if labelled and labels:
         label_points(panel, labels)
