@@ -289,6 +289,8 @@ def test_a_saved_merge_in_the_pool_wins_over_the_base(run, tmp_path):
         for folder in (log_dir / "intervmerge", tmp_path / "again")
     ]
     assert digests[0] == digests[1]
+    (story,) = json.loads((tmp_path / "log" / "intervmerge.json").read_text())["models"].values()
+    assert (story["base"], story["method"]) == ("merged", "surgery_r16"), "no base was run"
 
 
 def test_a_new_task_joins_a_saved_model(run, tmp_path):

@@ -18,8 +18,15 @@ import synthetic_runs as synthetic
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from fusion_bench_intervmerge import cli
-from fusion_bench_intervmerge.report import Evaluation, gather, read_run, style, words, write_report
+from fusion_bench_intervmerge import analysis, cli
+from fusion_bench_intervmerge.report import (
+    Evaluation,
+    formatting,
+    gather,
+    read_run,
+    style,
+    write_report,
+)
 from fusion_bench_intervmerge.report.figures import Picture, analyses, pictures
 from fusion_bench_intervmerge.report.tables import to_terminal
 from fusion_bench_intervmerge.results import Images, Result, Results, in_words, parse_results
@@ -181,16 +188,23 @@ def test_bases_can_be_chosen(tmp_path: Path) -> None:
 
 
 def test_names_and_numbers_are_written_for_people() -> None:
-    assert words.method("intervmerge_r4", rank=4) == "IntervMerge r=4"
-    assert words.method("closed_form_b6192", budget=6192) == "Closed form 6.2k"
+    assert formatting.method("intervmerge_r4", rank=4) == "IntervMerge r=4"
+    assert formatting.method("closed_form_b6192", budget=6192) == "Closed form 6.2k"
     # a size is told, not read out of a name
-    assert words.method("mine_r4", rank=2) == words.method("mine_r4") == "mine r4"
-    assert words.readable("surgery_v2") == "SurgeryV2"
-    assert words.readable("layer_wise_adamerging") == "layer-wise AdaMerging"
-    assert words.readable("stanford-cars") == "stanford-cars"
+    assert formatting.method("mine_r4", rank=2) == formatting.method("mine_r4") == "mine r4"
+    assert formatting.readable("surgery_v2") == "SurgeryV2"
+    assert formatting.readable("layer_wise_adamerging") == "layer-wise AdaMerging"
+    assert formatting.readable("stanford-cars") == "stanford-cars"
     numbers = (768, 6144, 24_768, 147_552, 999_950, 1_234_567)
-    assert [words.count(n) for n in numbers] == ["768", "6.1k", "24.8k", "148k", "1.0M", "1.2M"]
-    assert words.percent(0.7234, 0.0041) == "72.3 ± 0.4"
+    assert [formatting.count(n) for n in numbers] == [
+        "768",
+        "6.1k",
+        "24.8k",
+        "148k",
+        "1.0M",
+        "1.2M",
+    ]
+    assert formatting.percent(0.7234, 0.0041) == "72.3 ± 0.4"
 
 
 def test_words_are_made_of_data() -> None:
@@ -560,11 +574,32 @@ def test_the_command_writes_beside_the_run(
     ]  # fmt: skip
 
 
-def test_a_report_needs_neither_toolkit_nor_torch() -> None:
+def test_an_analysis_with_its_figure_is_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guide's own example, put beside the others."""
+    guide = Path(__file__).parents[1] / "docs" / "analyses.md"
+    example = re.search(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    assert example is not None
+    (tmp_path / "spread.py").write_text(example[1])
+    monkeypatch.setattr(analysis, "__path__", [*analysis.__path__, str(tmp_path)])
+    monkeypatch.setattr(analysis, "ANALYSES", (*analysis.ANALYSES, "spread"))
+    run = synthetic.analysis(tmp_path / "run")
+    found = json.loads((run / "analysis.json").read_text())
+    spread = {task: {"expert": 1.0, "merged": 0.5} for task in ("digits", "letters")}
+    found["merges"]["task_arithmetic"]["spread"] = spread
+    (run / "analysis.json").write_text(json.dumps(found))
+    page = (write_report([run]) / "report.html").read_text()
+    assert Page(page).sections == [*ANALYSED, "spread", "reproduce"]
+    assert "The mean standard deviation of a feature" in page
+
+
+def test_a_report_needs_neither_toolkit_nor_torch(tmp_path: Path) -> None:
+    run = synthetic.analysis(synthetic.comparison(tmp_path / "run", losses=True))
     code = (
-        "import sys, fusion_bench_intervmerge.cli\n"
+        f"import sys; from fusion_bench_intervmerge.cli import main; main(['report', '{run}'])\n"
         "print([m for m in ('torch', 'fusion_bench', 'transformers', 'matplotlib.pyplot')"
         " if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.splitlines()[-1] == "[]"

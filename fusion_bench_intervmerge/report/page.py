@@ -21,10 +21,10 @@ from rich.console import Console
 from ..files import write_files
 from . import tables
 from .figures import Picture, pictures
+from .formatting import count, listed, percent, readable
 from .runs import Evaluation, Row, gather, read_run
 from .study import Study, is_study, read_study
 from .style import HUES, NARROW, Palette, to_inline_svg, to_png, to_svg
-from .words import count, listed, percent, readable
 
 _PACKAGES = (
     "fusion-bench-intervmerge", "fusion-bench", "torch", "torchvision", "transformers",

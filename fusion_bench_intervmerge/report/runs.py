@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from .. import results
 from ..errors import ConfigError
-from . import words
+from . import formatting
 
 REPORT, ANALYSIS = "program_report.json", "analysis.json"
 _EXPECTED = "a run folder of `fusion_bench method=intervmerge/compare` or `method=intervmerge`"
@@ -73,9 +73,9 @@ class Run:
                     "kind": model.kind,
                     "base": model.base or "",
                     "method": model.method or "",
-                    "label": words.method(model.method, model.rank, model.budget)
+                    "label": formatting.method(model.method, model.rank, model.budget)
                     if model.method
-                    else words.readable(model.base or model.kind),
+                    else formatting.readable(model.base or model.kind),
                     "family": _family(model),
                     "size": model.budget or model.rank or 0,
                     "seed": model.seed,
@@ -270,9 +270,8 @@ def _apart(models: pd.DataFrame, tasks: Sequence[str], runs: Sequence[Run]) -> p
         for run in lines.loc[other, "run"].unique():
             name = names[run] + (f"-{run + 1}" if names.count(names[run]) > 1 else "")
             own = lines.index[lines["run"] == run]
-            for column, text in (("method", f"@{name}"), ("family", f"@{name}"),
-                                 ("label", f" ({name})")):  # fmt: skip
-                models.loc[own, column] += text
+            models.loc[own, ["method", "family"]] += f"@{name}"
+            models.loc[own, "label"] += f" ({name})"
     return models
 
 

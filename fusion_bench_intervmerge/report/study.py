@@ -20,9 +20,9 @@ from rich.console import Console
 from ..errors import ConfigError
 from ..files import write_files
 from . import tables
+from .formatting import NONE, percent, readable
 from .runs import REPORT, Evaluation, Row, Run, gather, read_json, read_run
 from .style import Palette, to_png, to_svg
-from .words import NONE, percent, readable
 
 INDEX = "study.json"
 TEXT = "Mean over seeds; whiskers are the standard deviation, lines the merge and the experts."

@@ -30,8 +30,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
+from .formatting import count, readable
 from .runs import Row
-from .words import count, readable
 
 INK, MUTED, GRID, SURFACE = "#1c2127", "#5c6670", "#dde1e6", "#fffffe"
 # Okabe and Ito's colours: told apart by people of any colour vision, and each has its own marker.

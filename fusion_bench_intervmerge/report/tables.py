@@ -10,8 +10,8 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from .formatting import NONE, count, duration, percent
 from .runs import REPAIRS, Evaluation, Row
-from .words import NONE, count, duration, percent
 
 
 class Column(NamedTuple):

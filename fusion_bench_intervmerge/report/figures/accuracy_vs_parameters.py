@@ -8,9 +8,9 @@ from functools import partial
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..formatting import count, percent, readable
 from ..runs import Evaluation
 from ..style import SURFACE, Canvas, Palette, Panels, label_points, parameter_axis
-from ..words import count, percent, readable
 from . import Picture
 
 PLACE = 10
@@ -74,5 +74,5 @@ def _scatter(panel: Axes, base: str, of: Evaluation, palette: Palette, labelled:
             panel.errorbar(x, y, yerr=100 * std, fmt=look.marker, color=look.colour, ms=7.5,
                            mec=SURFACE, elinewidth=1.4, capsize=3, zorder=4)  # fmt: skip
             labels.append((x, y, look.label, f"{percent(mean, std)}, {count(x)}"))
-    if labelled:
+    if labelled and labels:
         label_points(panel, labels)

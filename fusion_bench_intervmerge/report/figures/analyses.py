@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ... import analysis
+from ..formatting import readable
 from ..runs import ANALYSIS, LAYOUT, Analysis, Evaluation, laid_out_otherwise
-from ..words import readable
 from . import Picture
 
 PLACE = 50

@@ -7,9 +7,9 @@ from functools import partial
 
 from matplotlib.figure import Figure
 
+from ..formatting import percent, readable
 from ..study import TEXT, Study
 from ..style import ACCENT, DASHES, MUTED, SURFACE, Canvas
-from ..words import percent, readable
 from . import Picture
 
 PLACE = 1

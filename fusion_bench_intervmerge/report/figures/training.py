@@ -11,9 +11,9 @@ from functools import partial
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ..formatting import readable
 from ..runs import Evaluation
 from ..style import Canvas
-from ..words import readable
 from . import Picture
 
 PLACE = 30
