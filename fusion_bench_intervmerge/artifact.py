@@ -37,6 +37,7 @@ from .interventions import InterventionConfig, read_interventions
 from .interventions.functions.base import Orthonormal
 from .routing import Router, read_router
 from .schema import Json, Strict, checked
+from .storage import Storage, pack, unpack
 from .task_names import check_task_name
 
 FORMAT = 2
@@ -66,6 +67,7 @@ class Artifact:
         extra_parameters: how many numbers the edits are, as trained and ``folded``.
         metadata: JSON values; tensors under ``coefficients``.
         router: what tells the task of an image, if anything does.
+        storage: how the edits' tensors are stored.
     """
 
     tower: VisionTower
@@ -76,6 +78,7 @@ class Artifact:
     extra_parameters: Mapping[str, object] = field(default_factory=dict)
     metadata: Json = field(default_factory=dict)
     router: Router | None = None
+    storage: Storage = "float32"
 
     @property
     def tasks(self) -> list[str]:
@@ -101,7 +104,7 @@ def write(artifact: Artifact, folder: Path, card_name: str | None = None) -> Non
         if (stock := artifact.tower.stock_config()) is not None:
             (temporary / MERGED_CONFIG).write_text(json.dumps(stock, indent=2) + "\n")
         for task, edits in artifact.edits.items():
-            _save(edits, temporary / _edits_file(task))
+            _save(pack(edits, artifact.storage), temporary / _edits_file(task))
         metadata = dict(artifact.metadata)
         coefficients = metadata.pop("coefficients", None)
         if coefficients is not None:
@@ -118,6 +121,7 @@ def write(artifact: Artifact, folder: Path, card_name: str | None = None) -> Non
             "metadata": metadata,
             # left out where there is none: earlier versions know no such key
             **({} if artifact.router is None else {"router": artifact.router.config()}),
+            **({} if artifact.storage == "float32" else {"storage": artifact.storage}),
             "files": {
                 file.relative_to(temporary).as_posix(): _digest_of_file(file)
                 for file in sorted(temporary.rglob("*"))
@@ -223,6 +227,7 @@ class _Config1(_Config):
 class _Config2(_Config):
     files: dict[str, Digest]
     router: Json | None = None
+    storage: Storage = "float32"
     digest: Digest
 
 
@@ -337,8 +342,18 @@ def _read(files: _Files) -> Artifact:
     router = None
     if isinstance(config, _Config2) and config.router is not None:
         router = _read_router(files, config)
+    storage = config.storage if isinstance(config, _Config2) else "float32"
+    if storage != "float32":
+        edits = {task: unpack(tensors) for task, tensors in edits.items()}
     return Artifact(
-        tower, interventions, config.seed, edits, config.ranks, metadata=metadata, router=router
+        tower,
+        interventions,
+        config.seed,
+        edits,
+        config.ranks,
+        metadata=metadata,
+        router=router,
+        storage=storage,
     )
 
 

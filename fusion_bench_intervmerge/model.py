@@ -23,6 +23,8 @@ from .interventions.stacking import Stacked
 from .routes import Route, Told
 from .routing import Router, check_reading, encode_routed, route
 from .schema import Json
+from .storage import Storage, pack, unpack
+from .storage import size as stored_size
 from .task_names import check_task_name
 
 _ROUTES: Told[Route] = Told("routes")
@@ -71,6 +73,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
         self.edits = nn.ModuleDict()
         self.metadata: Json = {}
         self.router: Router | None = None
+        self.storage: Storage = "float32"
         # What the hooks on the tower know their model by: a shallow copy shares it with the tower,
         # a deep copy has its own on both.
         self._key = object()
@@ -195,6 +198,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
         R'b becomes one vector, W1 - W2 one matrix (eq 3.4, Table 7).
         """
         folded = copy.deepcopy(self)
+        folded.storage = "float32"  # fewer bits of other tensors would be other edits
         for task in folded.tasks:
             edits = folded.edits_of(task)
             for site, block, function in list(edits.places()):
@@ -204,17 +208,34 @@ class InterventionModel(nn.Module, ModelHubMixin):
                 folded.interventions[site] = InterventionConfig.from_mapping(config)
         return folded
 
+    def store_as(self, storage: Storage) -> None:
+        """Round the edits to what fewer bits hold, and save them so: a model is what its file says.
+
+        Args:
+            storage: ``float32``, ``float16``, or ``int8`` with a scale a row.
+
+        Raises:
+            ValueError: a number too large for half precision.
+        """
+        for task in self.tasks:
+            edits = self.edits_of(task)
+            edits.load(unpack(pack(edits.tensors(), storage)))
+        self.storage = storage
+
     def extra_parameters(self) -> Json:
         """What inference needs beyond one merged model.
 
         Returns:
-            ``total`` over all tasks as trained, ``per_task``, and ``folded``: the total after
-            ``fold``. These are the edits'; ``router``: how many numbers the router is, if any.
+            ``total`` over all tasks as trained, ``per_task``, ``folded``: the total after ``fold``,
+            and ``bytes``, as saved. These are the edits'; ``router``: how many numbers the router
+            is, if any.
         """
         per_task = {task: _count(edits) for task, edits in self.edits.items()}
         functions = [f for task in self.tasks for _, _, f in self.edits_of(task).places()]
         folded = sum(_count(function.folded()) for function in functions)
         counts: Json = {"total": sum(per_task.values()), "per_task": per_task, "folded": folded}
+        edits = [self.edits_of(task).tensors() for task in self.tasks]
+        counts["bytes"] = sum(stored_size(tensors, self.storage) for tensors in edits)
         return counts if self.router is None else counts | {"router": self.router.count()}
 
     def save_pretrained(  # type: ignore[override]
@@ -246,6 +267,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
                 self.extra_parameters(),
                 self.metadata,
                 self.router,
+                self.storage,
             ),
             Path(folder),
             (model_card_kwargs or {}).get("name"),
@@ -280,6 +302,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
         except artifact.MISFITS as error:
             raise artifact.misfit(folder, error) from None
         model.metadata, model.router = saved.metadata, saved.router
+        model.storage = saved.storage
         return model
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:

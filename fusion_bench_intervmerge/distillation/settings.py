@@ -14,6 +14,7 @@ from ..interventions import read_interventions
 from ..merging import CoefficientSettings
 from ..settings import Flag, Folder, Settings, nested, whole
 from ..solving.settings import SolveSettings
+from ..storage import Storage
 from .optimizer import OPTIMIZER
 
 OPTIONAL_FOLDER = Field(description="null, or the path of a folder")
@@ -64,6 +65,8 @@ class MethodSettings(DistillSettings, SolveSettings, MergeSettings):
     """The settings of ``method=intervmerge``, ``surgery`` and ``surgery_v2``.
 
     Args:
+        storage: of the edits: ``float32``, ``float16``, or ``int8`` with a scale a row. They are
+            rounded once they are found, so that what is evaluated is what is saved.
         save_to: folder for the artifact; ``{log_dir}`` stands for the run's log folder.
         resume: ``auto`` continues a run of the same settings that was stopped, and takes from the
             cache folder the coefficients that an earlier run of AdaMerging found on the pool and
@@ -75,6 +78,7 @@ class MethodSettings(DistillSettings, SolveSettings, MergeSettings):
         ConfigError: the first setting that does not fit.
     """
 
+    storage: Storage = "float32"
     save_to: Annotated[Folder | None, OPTIONAL_FOLDER] = None
     resume: Literal["auto", "never"] = "auto"
     extend: Annotated[Folder | None, OPTIONAL_FOLDER] = None

@@ -36,6 +36,7 @@ from ..model import InterventionModel
 from ..protocols import Experts, Repair
 from ..results import Images, Result, Results
 from ..solving import solve
+from ..storage import Storage
 from .diagnosis import diagnose, table
 from .experts import ExpertPool
 from .host import HostedInterventionModel
@@ -191,6 +192,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         done = self._train(pool, model, pool.tasks, trained)
         if mixture is not None:
             model.metadata["coefficients"] = {"coefficients": mixture.coefficients.detach().cpu()}
+        self._store(model, self.settings.storage)
         return model, done
 
     def _extend(self, pool: ExpertPool, folder: Path) -> tuple[InterventionModel, Distillation]:
@@ -201,7 +203,16 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             raise ConfigError("extend", f"{folder} has every task of the pool already", "new tasks")
         for task in new:
             model.add_task(task)
-        return model, self._train(pool, model, new, None)
+        done = self._train(pool, model, new, None)
+        self._store(model, model.storage)
+        return model, done
+
+    @staticmethod
+    def _store(model: InterventionModel, storage: Storage) -> None:
+        try:
+            model.store_as(storage)
+        except ValueError as error:
+            raise ConfigError("storage", str(error), "float32, int8") from None
 
     def _train(
         self,
@@ -286,6 +297,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             "data": self.data.to_dict(),
             "optimizer": self.settings.optimizer,
             "seed": self.settings.seed,
+            **({} if self.settings.storage == "float32" else {"storage": self.settings.storage}),
         }
 
     def _base_settings(self) -> Any:

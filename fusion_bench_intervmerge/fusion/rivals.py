@@ -48,11 +48,13 @@ class RivalSettings(Settings):
         method: its config.
         storage: what it stores; by default all that its modules hold beyond one encoder.
         passes: of an encoder, an image.
+        take: which model, of a method that gives several by name.
     """
 
     method: dict[str, Any]
     storage: Annotated[Storage, nested(Storage)] | None = None
     passes: Annotated[float, Field(gt=0, description="a number above 0")] = 1
+    take: str | None = None
 
 
 class FusionBenchMethod(Repair):
@@ -77,7 +79,10 @@ class FusionBenchMethod(Repair):
         Raises:
             ConfigError: it returns no model.
         """
-        found = run_method(self.settings.method, pool.pool, self._fabric_instance, self._program)
+        fabric, take = self._fabric_instance, self.settings.take
+        found = run_method(self.settings.method, pool.pool, fabric, self._program)
+        if take is not None and isinstance(found, Mapping):
+            found = found.get(take)
         one = sum(p.numel() for p in merged.mergeable().values())
         model = as_task_conditional(found, pool)
         if self.settings.storage is not None:

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from ..formatting import count, percent, readable
 from ..runs import Evaluation, Row
 from ..style import HUES, INK, MUTED, SURFACE, Canvas, Panels, label_points
-from ..words import count, percent, readable
 from . import Picture
 
 PLACE = 5
