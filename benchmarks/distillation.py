@@ -268,7 +268,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--trained", action="store_true", help="train layer-wise coefficients")
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="ours with compiled MLPs")
+    parser.add_argument("--compile", action="store_true", help="ours with compiled blocks")
     parser.add_argument(
         "--seen-again", action="store_true", help="images repeat as in the paper's protocol"
     )

@@ -12,6 +12,8 @@ import copy
 import hashlib
 import json
 import logging
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,6 +49,27 @@ def interruptible(doing: str, states: StateFolder | None = None) -> Iterator[Non
         kept = None if states is None else states.newest()
         more = "" if kept is None else f"; the same command goes on from step {kept}"
         raise Interrupted(f"stopped while {doing}{more}") from None
+
+
+@contextmanager
+def stop_requested() -> Iterator[threading.Event]:
+    """Set by the first Ctrl-C, which then waits for the step's end; a second one stops at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def request(number: int, frame: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    signal.signal(signal.SIGINT, request)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 @dataclass

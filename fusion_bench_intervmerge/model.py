@@ -18,7 +18,6 @@ from .encoders import VisionTower
 from .encoders.base import check_fit
 from .hub.names import local_folder, one_line
 from .interventions import SITES, Edits, Function, InterventionConfig, Placement, read_interventions
-from .interventions.edits import build
 from .interventions.stacking import Stacked
 from .routes import Route, Told
 from .routing import Router, check_reading, encode_routed, route
@@ -166,14 +165,8 @@ class InterventionModel(nn.Module, ModelHubMixin):
         edits = self.edits_of(task)
         if site not in self.placements or block not in self.placements[site].blocks:
             raise ValueError(f"block {block} is not edited at the site {site!r}")
-        function = None
-        if rank:
-            config, placement = self.interventions[site], self.placements[site]
-            start = torch.Generator().manual_seed(0)
-            function = build(site, config, placement, rank, "reference", start)
-            function.to(self.tower.device)
-        edits.put(site, block, function)
-        return function
+        function = edits.set_rank(site, block, rank)
+        return None if function is None else function.to(self.tower.device)
 
     def ranks(self) -> dict[str, dict[str, dict[int, int]]]:
         """Task -> site -> block -> rank of its edit; blocks without an edit are left out."""

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_model import intervmerge, surgery_v2
+from torch._dynamo.utils import counters
 
 from fusion_bench_intervmerge import InterventionModel, distill
 from fusion_bench_intervmerge.checkpoint import Interrupted, StateFolder
@@ -619,14 +620,18 @@ def test_two_processes_give_what_one_gives(tmp_path, undisturbed):
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
-def test_compiled_mlps_train_the_same_edits(datasets):
+def test_compiled_blocks_train_the_same_edits(datasets):
     """Another kernel's rounding and no more; and the model is left as it was."""
     found = []
+    torch._dynamo.reset()
+    counters.clear()
     for compile in (False, True):
         model = InterventionModel(hf_tower(), TASKS, {"attention": {"rank": 2}})
         distill(model, fine_tuned(hf_tower), datasets, steps=5, batch_size=4, compile=compile)
         found.append(model.state_dict())
         assert all(m._compiled_call_impl is None for m in model.modules())
+    assert not counters["graph_break"]  # a block is one graph, its edits in it
+    assert counters["stats"]["unique_graphs"] == 1  # and no step compiles it anew
     for name, tensor in found[0].items():
         assert torch.allclose(tensor, found[1][name], atol=1e-4), name
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,7 +16,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ..checkpoint import Interrupted, Progress, StateFolder, interruptible
+from ..checkpoint import Interrupted, Progress, StateFolder, interruptible, stop_requested
 from ..encoders import VisionTower, check_expert
 from ..encoders.base import AfterBlock
 from ..errors import ConfigError
@@ -373,7 +371,7 @@ class _Trainer:
             return progress
 
         with (
-            _stop_requested() as stopped,
+            stop_requested() as stopped,
             self.compiled(),
             bar(self.fabric, "distillation", steps, progress.step) as shown,
         ):
@@ -473,24 +471,3 @@ def _expert_features(expert: VisionTower, images: Tensor, after_block: AfterBloc
     """Image features; the last block works on the class token alone where nobody looks on."""
     states = expert.embed(images)
     return expert.features_from(states, 0, after_block, class_token_alone=after_block is None)
-
-
-@contextmanager
-def _stop_requested() -> Iterator[threading.Event]:
-    """Set by the first Ctrl-C, which then waits for the step's end; a second one stops at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def request(number: int, frame: object) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    signal.signal(signal.SIGINT, request)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -39,18 +39,37 @@ class Edits(nn.ModuleDict):
     ):
         digest = hashlib.sha256(f"{seed} {task}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        sites = {}
+        super().__init__({site: nn.ModuleDict() for site in configs})
+        self._configs, self._placements = dict(configs), dict(placements)
         for site, config in configs.items():
-            of, placement = ranks.get(site, {}), placements[site]
             init = "reference" if config.init == "regression" else config.init
-            blocks = [str(block) for block in placement.blocks if str(block) in of]
-            sites[site] = nn.ModuleDict(
-                {
-                    block: build(site, config, placement, of[block], init, generator)
-                    for block in blocks
-                }
-            )
-        super().__init__(sites)
+            for block in placements[site].blocks:
+                if rank := ranks.get(site, {}).get(str(block)):
+                    self.put(site, block, self._built(site, rank, init, generator))
+
+    def set_rank(self, site: str, block: int, rank: int) -> Function | None:
+        """Put a fresh edit of another rank at a place, at its published start; 0: none.
+
+        Raises:
+            ConfigError: a rank that does not fit.
+        """
+        generator = torch.Generator().manual_seed(0)
+        function = self._built(site, rank, "reference", generator) if rank else None
+        self.put(site, block, function)
+        return function
+
+    def _built(self, site: str, rank: int, init: str, generator: torch.Generator) -> Function:
+        config, placement = self._configs[site], self._placements[site]
+        return build_function(
+            config.function,
+            placement.width,
+            rank,
+            copies=placement.copies,
+            activation=config.activation,
+            init=init,
+            generator=generator,
+            where=f"interventions.{site}",
+        )
 
     def at(self, site: str, block: int | str) -> Function | None:
         """The edit at a place; None where there is none."""
@@ -90,28 +109,3 @@ class Edits(nn.ModuleDict):
         """Take over what ``tensors`` gave."""
         for site, block, function in self.places():
             function.load({n: tensors[f"{site}.{block}.{n}"] for n in function.tensors()})
-
-
-def build(
-    site: str,
-    config: InterventionConfig,
-    placement: Placement,
-    rank: int,
-    init: str,
-    generator: torch.Generator,
-) -> Function:
-    """A site's function at its starting values.
-
-    Raises:
-        ConfigError: a rank that does not fit, or a start that the form does not have.
-    """
-    return build_function(
-        config.function,
-        placement.width,
-        rank,
-        copies=placement.copies,
-        activation=config.activation,
-        init=init,
-        generator=generator,
-        where=f"interventions.{site}",
-    )

@@ -96,9 +96,6 @@ def resolve_part(
     if part is None:
         return slice(0, width)
     if isinstance(part, Mapping):
-        for key in part:
-            if key not in ("size", "start", "shift"):
-                raise ConfigError(f"{where}.{key}", "no such setting", "size, start, shift")
         even = part.get("size") == "even"
         share = 1 / max(len(edited), 1) if even else part.get("size")
         size: Any = _entries(share, width, at_least=1)
