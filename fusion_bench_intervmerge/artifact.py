@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -36,7 +36,7 @@ from .hub.card import model_card
 from .interventions import InterventionConfig, read_interventions
 from .interventions.functions.base import Orthonormal
 from .routing import Router, read_router
-from .schema import Strict, checked
+from .schema import Json, Strict, checked
 from .task_names import check_task_name
 
 FORMAT = 2
@@ -73,8 +73,8 @@ class Artifact:
     seed: int
     edits: Mapping[str, Mapping[str, Tensor]]
     ranks: Mapping[str, Mapping[str, Mapping[str, int]]] | None = None
-    extra_parameters: Mapping[str, Any] = field(default_factory=dict)
-    metadata: dict[str, Any] = field(default_factory=dict)
+    extra_parameters: Mapping[str, object] = field(default_factory=dict)
+    metadata: Json = field(default_factory=dict)
     router: Router | None = None
 
     @property
@@ -98,7 +98,8 @@ def write(artifact: Artifact, folder: Path, card_name: str | None = None) -> Non
         (temporary / "merged").mkdir()
         (temporary / "interventions").mkdir()
         _save(artifact.tower.weights(), temporary / MERGED, {"format": "pt"})
-        _write_stock_config(artifact.tower, temporary / "merged")
+        if (stock := artifact.tower.stock_config()) is not None:
+            (temporary / MERGED_CONFIG).write_text(json.dumps(stock, indent=2) + "\n")
         for task, edits in artifact.edits.items():
             _save(edits, temporary / _edits_file(task))
         metadata = dict(artifact.metadata)
@@ -207,12 +208,12 @@ class _Config(Strict):
     """config.json, its settings yet to be tried on the encoder."""
 
     format: int
-    tower: dict[str, Any]
+    tower: Json
     tasks: list[str]
-    interventions: dict[str, dict[str, Any]]
+    interventions: dict[str, Json]
     seed: int
     ranks: dict[str, dict[str, dict[str, Annotated[int, Field(ge=1)]]]] | None = None
-    metadata: dict[str, Any] = Field(default_factory=dict)
+    metadata: Json = Field(default_factory=dict)
 
 
 class _Config1(_Config):
@@ -221,7 +222,7 @@ class _Config1(_Config):
 
 class _Config2(_Config):
     files: dict[str, Digest]
-    router: dict[str, Any] | None = None
+    router: Json | None = None
     digest: Digest
 
 
@@ -349,7 +350,7 @@ def _read_router(files: _Files, config: _Config2) -> Router:
         raise misfit(files.folder / ROUTER, error) from None
 
 
-def _digest_of_config(config: Mapping[str, Any]) -> str:
+def _digest_of_config(config: Mapping[str, object]) -> str:
     """SHA-256 of config.json's content but for this digest, however it is laid out."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
@@ -391,15 +392,3 @@ def _save(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str] | No
         save_file(separate, path, header)
     except SafetensorError as error:  # a full disk comes as one
         raise OSError(str(error)) from None
-
-
-def _write_stock_config(tower: VisionTower, folder: Path) -> None:
-    """Beside a Hugging Face tower: what ``CLIPVisionModelWithProjection.from_pretrained`` reads."""
-    if tower.family == "huggingface":
-        config = {
-            **tower.spec()["vision_config"],
-            "projection_dim": tower.projection_dim,
-            "architectures": ["CLIPVisionModelWithProjection"],
-            "model_type": "clip_vision_model",
-        }
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

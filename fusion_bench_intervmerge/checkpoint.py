@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .files import whole_file
+from .schema import Json
 
 log = logging.getLogger(__name__)
 KEPT = 2
@@ -86,7 +87,7 @@ class StateFolder:
         """Write a state. A failure (a full disk, say) is reported and the older state stays."""
         tensors = {f"trained.{name}": tensor.detach() for name, tensor in trained.items()}
         tensors["losses"] = progress.losses
-        numbers: dict[str, Any] = {}
+        numbers: Json = {}
         for name, value in _entries(optimizer).items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{name}"] = value
@@ -173,7 +174,7 @@ class StateFolder:
         if header["run"] != self.run:
             raise ValueError("it belongs to another run")
         losses = tensors.pop("losses")
-        found: dict[str, dict[str, Any]] = {"trained": {}, "optimizer": {}}
+        found: dict[str, Json] = {"trained": {}, "optimizer": {}}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
             found[kind][rest] = tensor
@@ -192,7 +193,7 @@ class _State:
 
     progress: Progress
     trained: dict[str, Tensor]
-    optimizer: dict[str, Any]
+    optimizer: Json
 
     def check(
         self,
@@ -217,7 +218,7 @@ class _State:
         for name, tensor in trained.items():
             tensor.copy_(self.trained[name])
         if optimizer is not None:
-            state: dict[int, dict[str, Any]] = {}
+            state: dict[int, Json] = {}
             for name, value in self.optimizer.items():
                 index, _, key = name.partition(".")
                 state.setdefault(int(index), {})[key] = value
@@ -225,14 +226,14 @@ class _State:
             optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _entries(optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+def _entries(optimizer: torch.optim.Optimizer | None) -> Json:
     state = {} if optimizer is None else optimizer.state_dict()["state"]
     return {
         f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()
     }
 
 
-def _entries_after_a_step(optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+def _entries_after_a_step(optimizer: torch.optim.Optimizer | None) -> Json:
     """What an optimizer keeps once it has stepped; the one given does not step."""
     copied = copy.deepcopy(optimizer)
     if copied is not None:
@@ -243,7 +244,7 @@ def _entries_after_a_step(optimizer: torch.optim.Optimizer | None) -> dict[str, 
     return _entries(copied)
 
 
-def _compare(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def _compare(found: Mapping[str, object], expected: Mapping[str, object]) -> None:
     for name in expected.keys() | found.keys():
         if name not in found:
             raise ValueError(f"it lacks {name}")
@@ -253,7 +254,7 @@ def _compare(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
             raise ValueError(f"its {name} is {_kind(found[name])}, not {_kind(expected[name])}")
 
 
-def _kind(value: Any) -> Any:
+def _kind(value: object) -> Any:
     return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else type(value)
 
 

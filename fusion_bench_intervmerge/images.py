@@ -49,7 +49,7 @@ class RepairSettings(Settings):
     seed: Seed = 0
 
     @classmethod
-    def of(cls, settings: Self | None, keywords: dict[str, Any]) -> Self:
+    def of(cls, settings: Self | None, keywords: Mapping[str, object]) -> Self:
         """Settings as an object, or by keywords: those of ``data`` may stand among them.
 
         Raises:
@@ -62,7 +62,8 @@ class RepairSettings(Settings):
             return settings
         of_data = {k: v for k, v in keywords.items() if k in DataSettings.model_fields}
         rest = {k: v for k, v in keywords.items() if k not in of_data}
-        return cls.read(rest | {"data": {**rest.get("data", {}), **of_data}})
+        data = DataSettings.read(rest.get("data", {})).to_dict() | of_data
+        return cls.read(rest | {"data": data})
 
 
 def choose_images(
@@ -99,19 +100,23 @@ def generator_of(seed: int, purpose: str, task: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-class Pixels(Dataset):
+# task -> its images: pixel values, or (pixel values, anything)
+Datasets = Mapping[str, Dataset[Any]]
+
+
+class Pixels(Dataset[Tensor]):
     """Images of several tasks, addressed by (task, index); labels are left behind."""
 
-    def __init__(self, datasets: Mapping[str, Dataset]):
+    def __init__(self, datasets: Datasets):
         self.datasets = datasets
 
     def __getitem__(self, key: tuple[str, int]) -> Tensor:
-        item = self.datasets[key[0]][key[1]]  # type: ignore[index]
+        item = self.datasets[key[0]][key[1]]
         return item[0] if isinstance(item, (tuple, list)) else item
 
 
 def read_images(
-    datasets: Mapping[str, Dataset],
+    datasets: Datasets,
     batches: Sequence[Sequence[tuple[str, int]]],
     num_workers: int,
 ) -> Iterator[Tensor]:

@@ -124,11 +124,13 @@ class Results(Record):
         version: of this layout.
         tasks: in the pool's order.
         models: every model by the name under which FusionBench reports its accuracies.
+        problems: what did not run -> why, in a line.
     """
 
     version: Literal[1] = VERSION
     tasks: list[str]
     models: dict[str, Result]
+    problems: dict[str, str] = {}
 
     def write(self, folder: str | Path | None) -> None:
         """Write ``intervmerge.json``; None: nowhere."""

@@ -92,16 +92,18 @@ def comparison(
     ])  # fmt: skip
 
 
-def single(folder: Path, rank: int = 4, seed: int = 0, mean: float = 0.72) -> Path:
-    """A folder of ``method=intervmerge``."""
+def single(
+    folder: Path, rank: int = 4, seed: int = 0, mean: float = 0.72, name: str = "intervmerge"
+) -> Path:
+    """A folder of ``method=intervmerge``, or of another."""
     report = evaluated(TASKS, mean, 0.1, f"single{seed}")
     draw = random.Random(seed)
     facts = {
         "kind": "repair",
         "base": "task_arithmetic",
-        "method": f"intervmerge_r{rank}",
+        "method": f"{name}_r{rank}",
         "seed": seed,
-        **settings(f"intervmerge_r{rank}"),
+        **settings(f"{name}_r{rank}"),
         "images": [
             {"split": "validation", "fraction": 0.1, "steps": 200, "batch_size": 16, "seed": seed}
         ],
@@ -126,8 +128,8 @@ def single(folder: Path, rank: int = 4, seed: int = 0, mean: float = 0.72) -> Pa
         "method.data={split: validation, fraction: 0.1}",
         "modelpool=clip-vit-tiny_TA8",
     ]
-    name = f"task_arithmetic/intervmerge_r{rank}/seed{seed}"
-    return write(folder, report, {name: facts}, TASKS, overrides)
+    model = f"task_arithmetic/{name}_r{rank}/seed{seed}"
+    return write(folder, report, {model: facts}, TASKS, overrides)
 
 
 def settings(method: str) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def test_a_folded_edit_is_two_products_in_anyones_code(model, images, tmp_path):
         return hook
 
     for block in range(tower.num_blocks):
-        tower.site("attention", block).register_forward_hook(edit(block))
+        tower.module("attention", block).register_forward_hook(edit(block))
     with torch.no_grad():
         assert torch.allclose(tower.features(images), model.encode(images, "ants"), atol=1e-6)
 

@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import TASKS, blocks, hf_tower, perturbed, relative
+from conftest import TASKS, blocks, dinov2_tower, hf_tower, openclip_tower, perturbed, relative
 from test_clip import make_repaired
 from test_model import EVERYWHERE, SETTINGS
 from torch.nn import functional as F
@@ -45,6 +45,10 @@ def heads():
 # -- plain modules -----------------------------------------------------------------------------
 
 
+both_clips = pytest.mark.parametrize("make_tower", [hf_tower, openclip_tower])
+
+
+@both_clips
 @pytest.mark.parametrize("sites", SETTINGS)
 def test_plain_modules_give_what_the_model_gives(make_tower, images, sites):
     model = perturbed(InterventionModel(make_tower(), TASKS, sites))
@@ -54,6 +58,13 @@ def test_plain_modules_give_what_the_model_gives(make_tower, images, sites):
             assert relative(features, model.encode(images, MIXED)) < 1e-5
 
 
+def test_an_encoder_without_a_graph_is_named():
+    model = InterventionModel(dinov2_tower(), TASKS, {"attention": {}})
+    with pytest.raises(ConfigError, match="no graph is known for dinov2; allowed: huggingface"):
+        plain_encoder(model)
+
+
+@both_clips
 def test_the_model_is_left_as_it_was(make_tower, images):
     model = perturbed(InterventionModel(make_tower(), TASKS, EVERYWHERE))
     with torch.no_grad():

@@ -21,6 +21,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from fusion_bench_intervmerge import InterventionConfig, InterventionModel
 from fusion_bench_intervmerge.encoders import as_tower
 from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.prefix import PastAttention, prefix_of
 
 EVERYWHERE = {
     "attention": {"rank": 2},
@@ -79,7 +80,7 @@ def test_surgery_v2_gives_the_published_features_and_block_means(golden, golden_
     means = []
     with torch.no_grad(), model.for_task("a"):
         states = model.tower.embed(golden["encoder.images"][0])
-        features = model.features_from(states, 0, lambda _, s: means.append(s.mean(dim=1)))
+        features = model.tower.features_from(states, 0, lambda _, s: means.append(s.mean(dim=1)))
     assert relative(features, golden["surgery_v2.features"]) < 1e-5
     assert relative(torch.stack(means), golden["surgery_v2.block_means"]) < 1e-5
 
@@ -123,18 +124,22 @@ def test_the_shortcuts_of_training_change_nothing(make_tower, images, sites, nam
         return features.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
     plain, plain_gradients = features_and_gradients(model.encode(images, names))
+    prefix = prefix_of(model)
     with model.tower.fused_activations(), model.for_task(names):
-        quick, gradients = features_and_gradients(model.features_after(model.prefix(images)))
+        quick, gradients = features_and_gradients(prefix.features(prefix.of(images)))
     assert relative(quick, plain) < 1e-5
     assert relative(gradients, plain_gradients) < 1e-4
 
 
 def test_what_no_edit_reaches_is_the_same_for_every_task(make_tower, images):
     model = perturbed(InterventionModel(make_tower(), TASKS, {"attention": {"blocks": [1, 2]}}))
+    prefix = prefix_of(model)
     with model.for_task("bees"):
-        among = model.prefix(images)
-    assert torch.equal(among, model.prefix(images))
-    assert among.shape == (12, 1 + model.tower.num_tokens, model.tower.width)
+        among = prefix.of(images)
+    assert torch.equal(among, prefix.of(images))
+    beside = isinstance(prefix, PastAttention)
+    assert beside == bool(model.tower.shortcuts)
+    assert among.shape == (12, beside + model.tower.num_tokens, model.tower.width)
 
 
 def test_one_tasks_edits_never_change_another_tasks_features(images):
@@ -279,7 +284,7 @@ def test_a_model_run_inside_another_ones_forward_pass_keeps_its_own_task(images)
                 seen.append(None)
                 seen.append(copy.deepcopy(inner).encode(images, "bees"))
 
-        outer.tower.site("block", 1).register_forward_hook(encode_inside)
+        outer.tower.block(1).register_forward_hook(encode_inside)
         assert torch.equal(outer.encode(images, "ants"), expected[0])
         assert torch.equal(seen[1], expected[1])
         with outer.for_task("ants"), inner.for_task(None), outer.for_task("cats"):

@@ -59,7 +59,7 @@ def test_routed_is_the_same_as_told_in_one_pass(sites, make):
     images, tasks = mixed()
     model, worked = fitted(SITES[sites], make=make), []
     for block in range(3):
-        module = model.tower.site("mlp", block)
+        module = model.tower.tap("mlp", block)
         module.register_forward_hook(lambda *given: worked.append(given[2].numel()))
     routed = model.encode(images, "auto")
     # of the first edited block the class token may be taken once more, without its edits

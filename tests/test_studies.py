@@ -241,11 +241,11 @@ def test_a_study_holds_what_its_runs_reported(study):
     folder = study / "size=0.0625,seed=0"
     report = json.loads((folder / "program_report.json").read_text())
     assert labels == {"size": "0.0625", "base": "task_arithmetic"}
-    assert row.accuracy["digits"].mean == report["digits"]["accuracy"]
+    assert row.mean["digits"] == report["digits"]["accuracy"]
     # 8 = 2 tasks x 6 blocks x (2 x 2 x 4 + 2) for a sixteenth of 64
     assert row.extra_parameters == 2 * 6 * (2 * 2 * 4 + 2)
-    head, lines = table(grid)
-    assert head == ["setting", *TASKS, "average", "extra parameters"] and len(lines) == 8
+    found = table(grid)
+    assert list(found) == ["setting", *TASKS, "average", "extra parameters"] and len(found) == 8
 
 
 def test_a_half_finished_study_says_so(study, tmp_path):

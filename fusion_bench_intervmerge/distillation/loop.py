@@ -11,21 +11,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..checkpoint import Interrupted, Progress, StateFolder, interruptible
 from ..encoders import VisionTower, check_expert
+from ..encoders.base import AfterBlock
 from ..errors import ConfigError
 from ..expert_cache import ExpertCache
+from ..images import Datasets
 from ..merging import Mixture
 from ..model import InterventionModel
 from ..precision import computing_dtype
-from ..progress import progress_bar
+from ..prefix import prefix_of
+from ..progress import bar
 from .losses import LOSSES, Representations
 from .memory import keep_freed_memory
 from .optimizer import make_optimizer
@@ -87,14 +90,14 @@ class Distillation:
 def distill(
     model: InterventionModel,
     experts: Experts,
-    images: Mapping[str, Dataset],
+    images: Datasets,
     settings: DistillSettings | None = None,
     *,
     mixture: Mixture | None = None,
     fabric: L.Fabric | None = None,
     states: StateFolder | None = None,
     cache: ExpertCache | None = None,
-    **keywords: Any,
+    **keywords: object,
 ) -> Distillation:
     """Train a model's edits by distillation, without labels (eq 3.2 of the paper).
 
@@ -198,11 +201,10 @@ class _Trainer:
     ):
         self.model, self.tasks, self.schedules = model, tasks, schedules
         self.settings = settings
-        self.loss_name, self.loss = settings.loss, LOSSES[settings.loss]
+        self.loss = LOSSES[settings.loss]
         self.mixture, self.fabric = mixture, fabric
         self.dtype = computing_dtype(fabric)
-        # Weights that move invalidate what was computed with them; `blocks` reads every block.
-        self.prefixed = mixture is None and settings.loss == "output"
+        self.prefix = prefix_of(model, moving=mixture is not None, blocks=self.loss.reads_blocks)
         batch = next(iter(schedules.values())).rows.shape[1]
         self.mine = slice(fabric.global_rank, batch, fabric.world_size)
         if batch % fabric.world_size:
@@ -229,15 +231,10 @@ class _Trainer:
 
     @contextmanager
     def compiled(self) -> Iterator[None]:
-        """MLPs compiled where no edit follows them; afterwards as they were.
-
-        Edits are hooks that write in place, which a graph of a whole block would be broken at.
-        """
-        placement = self.model.placements.get("mlp")
-        edited = placement.blocks if placement is not None else []
-        start = self.model.first_block if self.prefixed else 0
-        blocks = [b for b in range(start, self.model.tower.num_blocks) if b not in edited]
-        modules = [self.model.tower.site("mlp", b) for b in blocks] if self.settings.compile else []
+        """The blocks compiled, where the settings say so; afterwards as they were."""
+        tower, start = self.model.tower, getattr(self.prefix, "first", 0)
+        modules = [tower.block(b) for b in range(start, tower.num_blocks)]
+        modules = modules if self.settings.compile else []
         for module in modules:
             module.compile()
         try:
@@ -284,16 +281,6 @@ class _Trainer:
 
     # -- before the loop ---------------------------------------------------------------------------
 
-    def prepare(self, images: Tensor) -> Tensor:
-        """Images -> what the loop starts from, as far as it is the same at every step."""
-        if self.mixture is not None:
-            return images
-        pixels = images.to(self.fabric.device, self.dtype)
-        if self.prefixed:
-            return self.model.prefix(pixels)
-        with torch.no_grad():
-            return self.model.tower.embed(pixels)
-
     def read_experts(
         self, experts: Experts, store: ImageStore, cache: ExpertCache | None
     ) -> dict[str, Representations]:
@@ -302,14 +289,14 @@ class _Trainer:
         # On a CPU the widest tensors should be small enough for freed memory to be kept.
         at_once = 32 if self.fabric.device.type == "cpu" else 64
         total = sum(len(self.schedules[task].unique) for task in self.tasks)
-        with progress_bar("experts' features", total, self.fabric.is_global_zero) as bar:
+        with bar(self.fabric, "experts' features", total) as shown:
             for task in self.tasks:
                 expert = experts[task]()
                 check_expert(task, expert, self.model.tower)
                 expert = expert.to(self.fabric.device).eval()
                 with torch.no_grad(), expert.in_dtype(self.dtype), expert.fused_activations():
                     targets[task] = self._representations(task, expert, store, at_once, cache)
-                bar.advance(len(self.schedules[task].unique))
+                shown.update(len(self.schedules[task].unique))
                 del expert
         return targets
 
@@ -325,7 +312,7 @@ class _Trainer:
         if cache is None:
             return self._read(task, expert, store, at_once)
         seen = self.schedules[task].unique
-        key = cache.key(expert.digest(), seen, at_once, self.dtype, self.loss_name)
+        key = cache.key(expert.digest(), seen, at_once, self.dtype, self.settings.loss)
         kept, pixels = cache.get(key), hashlib.sha256()
         found = self._read(task, expert if kept is None else None, store, at_once, pixels)
         if kept is not None:
@@ -345,24 +332,15 @@ class _Trainer:
     ) -> Representations:
         """Read a task's images, for the loop and, where they are given, an expert and a digest."""
         parts: list[Representations] = []
-        for _, images in store.first_pass(task, at_once, self.prepare):
+        for _, images in store.first_pass(task, at_once, self.prefix.of):
             if digest is not None:
                 digest.update(images.contiguous().numpy())
             if expert is not None:
                 pixels = images.to(self.fabric.device, self.dtype)
-                parts.append({n: t.cpu() for n, t in self._expert(expert, pixels).items()})
+                read = self.loss.read(partial(_expert_features, expert, pixels))
+                parts.append({name: tensor.cpu() for name, tensor in read.items()})
         names = parts[0] if parts else {}
         return {n: torch.cat([p[n] for p in parts]) for n in names}
-
-    def _expert(self, expert: VisionTower, images: Tensor) -> Representations:
-        if self.loss_name == "output":
-            return {"output": expert.features_by_class_token(images)}
-        means: list[Tensor] = []
-        states = expert.embed(images)
-        for block in range(expert.num_blocks):
-            states = expert.run_block(block, states)
-            means.append(states.mean(dim=1))
-        return {"blocks": torch.stack(means, dim=1), "output": expert.readout(states)}
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -382,10 +360,9 @@ class _Trainer:
             for step in range(progress.step, steps)
             for group in self.groups
         ]
-        passes = zip(plan, store.stream(plan, self.prepare), strict=True)
+        passes = zip(plan, store.stream(plan, self.prefix.of), strict=True)
         history = list(progress.losses)
         keep = states if self.fabric.is_global_zero else None
-        size = len(self.tasks) * self.schedules[self.tasks[0]].rows.shape[1]
         saved = progress.step
 
         def current(step: int) -> Progress:
@@ -398,9 +375,7 @@ class _Trainer:
         with (
             _stop_requested() as stopped,
             self.compiled(),
-            progress_bar(
-                "distillation", steps, self.fabric.is_global_zero, done=progress.step
-            ) as bar,
+            bar(self.fabric, "distillation", steps, progress.step) as shown,
         ):
             for step in range(progress.step, steps):
                 losses = self._step(passes, targets, optimizer, trained)
@@ -418,7 +393,8 @@ class _Trainer:
                 optimizer.step()
                 history.append(losses)
                 mean = float(losses.mean())
-                bar.advance(1, f"loss {mean:.4f}", size)
+                shown.set_postfix_str(f"loss {mean:.4f}", refresh=False)
+                shown.update()
                 if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
                     scalars = {
                         f"loss/{t}": float(v) for t, v in zip(self.tasks, losses, strict=True)
@@ -463,7 +439,7 @@ class _Trainer:
                 for name in next(iter(targets.values()))
             }
             student = self._student(entry, inputs.to(self.fabric.device, non_blocking=True))
-            group = self.loss(student, expert, len(entry))
+            group = self.loss.of(student, expert, len(entry))
             if group.requires_grad:  # a budget may leave all tasks of a group without an edit
                 (group.sum() * scale).backward()
             losses.append(group.detach())
@@ -479,17 +455,9 @@ class _Trainer:
         return result.cpu().float()
 
     def _student(self, entry: Mapping[str, Tensor], inputs: Tensor) -> Representations:
-        model = self.model
         names = [task for task, rows in entry.items() for _ in rows]
-        means: list[Tensor] = []
-        with model.for_task(names, len(inputs)):
-            if self.prefixed:
-                return {"output": model.features_after(inputs)}
-            states = inputs if self.mixture is None else model.tower.embed(inputs.to(self.dtype))
-            if self.loss_name == "output":
-                return {"output": model.features_from(states, 0)}
-            features = model.features_from(states, 0, lambda _, s: means.append(s.mean(dim=1)))
-            return {"output": features, "blocks": torch.stack(means, dim=1)}
+        with self.model.for_task(names, len(inputs)):
+            return self.loss.read(partial(self.prefix.features, inputs))
 
     def _average(self, gradients: list[Tensor], losses: Tensor) -> Tensor:
         """Means over the processes: each saw an equal share of every task's batch."""
@@ -501,6 +469,12 @@ class _Trainer:
         return parts[0]
 
 
+def _expert_features(expert: VisionTower, images: Tensor, after_block: AfterBlock | None) -> Tensor:
+    """Image features; the last block works on the class token alone where nobody looks on."""
+    states = expert.embed(images)
+    return expert.features_from(states, 0, after_block, class_token_alone=after_block is None)
+
+
 @contextmanager
 def _stop_requested() -> Iterator[threading.Event]:
     """Set by the first Ctrl-C, which then waits for the step's end; a second one stops at once."""
@@ -510,7 +484,7 @@ def _stop_requested() -> Iterator[threading.Event]:
         return
     previous = signal.getsignal(signal.SIGINT)
 
-    def request(number: int, frame: Any) -> None:
+    def request(number: int, frame: object) -> None:
         if event.is_set():
             raise KeyboardInterrupt
         event.set()

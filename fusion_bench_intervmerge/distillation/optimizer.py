@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pkgutil import resolve_name
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..schema import Json
 from ..settings import HOST_KEYS, check_arguments, shown
 
 MAX_RATE = 1000  # beyond it no learning rate is meant
@@ -19,7 +20,7 @@ MakeOptimizer = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
 
 
 def make_optimizer(
-    settings: Mapping[str, Any] | MakeOptimizer, parameters: Sequence[nn.Parameter]
+    settings: Json | MakeOptimizer, parameters: Sequence[nn.Parameter]
 ) -> torch.optim.Optimizer:
     """The optimizer of some parameters.
 
@@ -31,7 +32,7 @@ def make_optimizer(
     Raises:
         ConfigError: no optimizer is named, or an argument does not fit.
     """
-    if not isinstance(settings, Mapping):
+    if not isinstance(settings, dict):
         return settings(parameters)
     given = {key: value for key, value in settings.items() if key not in HOST_KEYS}
     try:

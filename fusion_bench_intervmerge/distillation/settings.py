@@ -32,8 +32,8 @@ class DistillSettings(RepairSettings):
             published optimizer lists every parameter three times, so that each of its steps at 1e-3
             is three steps of Adam; hence 3e-3.
         save_every: steps between two states of a run that may be stopped.
-        compile: compile the encoder's MLPs for the training; it takes about half a minute, and pays
-            in long runs of wide encoders.
+        compile: compile the encoder's blocks for the training; it takes about half a minute, and
+            pays in long runs of wide encoders.
     """
 
     steps: Annotated[int, whole(0, 10**7)] = 1000
@@ -106,7 +106,7 @@ class MethodSettings(DistillSettings, SolveSettings, MergeSettings):
         return self
 
 
-def check_method(config: Any, where: str) -> None:
+def check_method(config: object, where: str) -> None:
     """Make sure that a nested method is one: a config that names it, an object, or null.
 
     Raises:

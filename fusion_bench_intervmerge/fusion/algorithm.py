@@ -43,7 +43,7 @@ from .diagnosis import diagnose, table
 from .experts import ExpertPool
 from .host import HostedInterventionModel
 from .hub import warn_if_unreachable
-from .live import show_repair
+from .loggers import show
 from .merge import merge_experts
 from .program import check_task_pool, has_task_pool, plain, split_settings
 from .records import base_name, images_used, method_name, remembered_images, repaired
@@ -373,7 +373,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
                 console.print(f"For accuracies add a task pool: {_suggested_task_pool()}")
             name = f"{result.base}/{result.method}/seed{result.seed}"
             Results(tasks=list(pool.tasks), models={name: result}).write(self.log_dir)
-        show_repair(self.fabric, result.losses, rows)
+        show(self.fabric, [result])
         return result
 
     def _artifact_folder(self) -> Path:

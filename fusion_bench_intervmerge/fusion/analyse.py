@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Subset
 from typing_extensions import Self
 
 from .. import artifact
-from ..analysis import ANALYSES, MERGED, Subject, analyse, read_analyses
+from ..analysis import ANALYSES, MERGED, analyse, read_analyses
+from ..analysis.base import TaskEncoders
 from ..encoders import VisionTower
 from ..errors import ConfigError
 from ..files import write_json
@@ -81,8 +82,8 @@ class Analyser:
         for task in tasks:
             images, labels = self._images(pool, task)
             expert = pool.tower(task).requires_grad_(False).eval().to(self.device)
-            subject = Subject(task, images, expert, merged, models, pool.head(task), labels)
-            for analysis, values in analyse(subject, self.names).items():
+            seen = TaskEncoders(task, images, expert, merged, models, pool.head(task), labels)
+            for analysis, values in analyse(seen, self.names).items():
                 found.setdefault(analysis, {})[task] = values
         for encoder, device in before.items():
             encoder.to(device)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +24,8 @@ from ..encoders import VisionTower
 from ..errors import ConfigError, named, unknown_key
 from ..merging import CoefficientSettings
 from ..model import InterventionModel
-from ..protocols import Repair
-from ..results import Result, Results
+from ..protocols import Repair, TaskConditionalModel
+from ..results import Images, Result, Results
 from ..settings import Flag, Seed, Settings, whole
 from .algorithm import IntervMergeAlgorithm
 from .analyse import Analyser
@@ -32,12 +33,16 @@ from .expert_per_task import ExpertPerTask
 from .experts import ExpertPool
 from .host import HostedModel
 from .hub import warn_if_unreachable
-from .live import show_comparison
+from .loggers import show
 from .merge import merge_experts, run_adamerging
 from .program import HOST_KEYS, adopted, check_task_pool, split_settings
+from .rivals import FusionBenchMethod
 from .screen import host_in_the_log, one_line
 
 log = logging.getLogger(__name__)
+
+
+_NOT_SETTINGS = ("_target_", *HOST_KEYS)
 
 
 class ComparisonSettings(Settings):
@@ -45,8 +50,10 @@ class ComparisonSettings(Settings):
 
     Args:
         bases: name -> config of a FusionBench method.
-        methods: name -> config of an ``IntervMergeAlgorithm``; its own ``base`` is not used. A
-            method with ``coefficients`` trains those of the merge that it repairs.
+        methods: name -> config of a repair (``_target_``: a ``Repair``); its own ``base`` is not
+            used. A method with ``coefficients`` trains those of the merge that it repairs.
+        rivals: name -> config of a FusionBench method, or of a repair, that stands by itself: it
+            starts from the experts, whatever merge is repaired beside it.
         coefficients: name of a base -> the coefficients that stand for it: ``granularity``,
             ``init``, ``task_vectors``; with ``init: base`` the base is an AdaMerging method, run
             once. Bases without are left out for methods that train coefficients.
@@ -54,6 +61,9 @@ class ComparisonSettings(Settings):
         steps: override every method's, so that all have the same; a method with ``steps: 0`` is
             solved, not trained, and keeps it.
         data: override every method's, so that all have the same.
+        images: what bases and rivals see: name -> fields of ``results.Images``.
+        labels: how many labelled images a task bases and rivals need, by name.
+        keep_going: whether a merge or rival that fails is a line in the results, and not the end.
         references: whether the pretrained encoder and the experts themselves are evaluated too.
         analyses: names of analyses of every merge and its repairs at the first seed, ``all``, or
             null; ``analysis.json`` keeps what they find.
@@ -69,6 +79,9 @@ class ComparisonSettings(Settings):
     methods: Annotated[
         dict[str, dict[str, Any]], Field(description="settings of intervmerge or surgery, by name")
     ]
+    rivals: Annotated[dict[str, dict[str, Any]], Field(description="methods, by name")] = Field(
+        default={}
+    )
     coefficients: Annotated[
         dict[str, dict[str, Any]] | None, Field(description="coefficients, by the base's name")
     ] = None
@@ -79,6 +92,13 @@ class ComparisonSettings(Settings):
     data: Annotated[
         dict[str, Any] | None, Field(description="null, or {split: validation, ...}")
     ] = None
+    images: Annotated[dict[str, dict[str, Any]], Field(description="images, by name")] = Field(
+        default={}
+    )
+    labels: Annotated[dict[str, int], Field(description="whole numbers, by name")] = Field(
+        default={}
+    )
+    keep_going: Flag = False
     references: Flag = True
     analyses: Any = None
     analysis_images: Annotated[int, whole(1, 10**9)] = 256
@@ -95,10 +115,19 @@ class ComparisonSettings(Settings):
                 raise unknown_key(name, self.bases, "base").under("coefficients")
             CoefficientSettings.read(start, f"coefficients.{name}")
         DataSettings.read(self.data or {}, "data")
+        for name, rival in self.rivals.items():
+            check_method(rival, f"rivals.{name}")
+            if name in self.bases:
+                raise ConfigError(f"rivals.{name}", "a base has that name", "another name")
         for name in self.methods:
             for settings in (self._own(name), self.method(name)):
                 self.repair_class(name).Settings.read(settings, f"methods.{name}")
         return self
+
+    def needs(self, name: str) -> dict[str, Any]:
+        """Fields of the result of a base or rival: the images it sees."""
+        images = [Images(**self.images[name])] if name in self.images else []
+        return {"images": images, "labels": self.labels.get(name, 0)}
 
     def repair_class(self, name: str) -> type[Repair]:
         """What repairs by a method: its ``_target_``, IntervMerge's algorithm where it has none.
@@ -130,7 +159,7 @@ class ComparisonSettings(Settings):
 
     def _own(self, name: str) -> dict[str, Any]:
         given = self.methods[name]
-        return {k: v for k, v in given.items() if k not in ("_target_", *HOST_KEYS)}
+        return {k: v for k, v in given.items() if k not in _NOT_SETTINGS}
 
 
 class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
@@ -172,6 +201,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
             repair = self._build(method)
             with named(f"methods.{method}"):
                 repair.look_ahead(pool, tower)
+        self._problems: dict[str, str] = {}
         models: dict[str, Any] = {}
         about: dict[str, Result] = {}
         repairs: list[Repair] = []
@@ -180,13 +210,29 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
             models["experts"] = HostedModel(ExpertPerTask(pool), tower)
             about["pretrained"] = Result(kind="pretrained")
             about["experts"] = Result(kind="experts")
+        for name in settings.rivals:
+            with self._going_on(name):
+                log.info("running: %s", name)
+                repair, pretrained = self._rival(name), pool.tower("_pretrained_")
+                repairs.append(repair)
+                models[name], result = self._repair(repair, f"rivals.{name}", pool, pretrained)
+                about[name] = result.model_copy(update={"method": name, **settings.needs(name)})
         for base_name, base in settings.bases.items():
             started = time.perf_counter()
-            merged, start = self._merge(pool, base_name, base)
+            merged = None
+            with self._going_on(base_name):
+                merged, start = self._merge(pool, base_name, base)
+            if merged is None:
+                continue
             models[base_name] = copy.deepcopy(merged.stock())
             took = time.perf_counter() - started
             about[base_name] = Result(
-                kind="merge", base=base_name, extra_parameters=0, seconds=took
+                kind="merge",
+                base=base_name,
+                extra_parameters=0,
+                bytes=0,
+                seconds=took,
+                **settings.needs(base_name),
             )
             for method in settings.methods:
                 given = {}
@@ -199,18 +245,17 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
                     log.info("repairing: %s", name)
                     repair = self._build(method, given if seed is None else {"seed": seed, **given})
                     repairs.append(repair)
-                    models[name], result = self._repair(repair, method, pool, merged)
+                    models[name], result = self._repair(repair, f"methods.{method}", pool, merged)
                     told = {"base": base_name, "method": method, "seed": seed}
                     about[name] = result.model_copy(update=told)
             if analyser.names and self.fabric.is_global_zero:
                 repaired = self._first_seed(models, base_name)
                 analyser.run(base_name, pool, merged, repaired, pool.tasks)
                 analyser.write(Path(self.log_dir or "."), pool.tasks)
-            show_comparison(
-                self.fabric, about.values(), base_name, analyser.found.get(base_name, {})
-            )
+            show(self.fabric, about.values(), base_name, analyser.found.get(base_name))
         if self.fabric.is_global_zero:
-            Results(tasks=list(pool.tasks), models=about).write(self.log_dir)
+            found = Results(tasks=list(pool.tasks), models=about, problems=self._problems)
+            found.write(self.log_dir)
         for repair in repairs:
             repair.clear()
         return models
@@ -238,16 +283,39 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
             raise ConfigError(f"bases.{name}", error.problem, error.allowed) from error
 
     def _repair(
-        self, repair: Repair, method: str, pool: ExpertPool, merged: VisionTower
+        self, repair: Repair, where: str, pool: ExpertPool, merged: VisionTower
     ) -> tuple[nn.Module, Result]:
         started = time.perf_counter()
-        with named(f"methods.{method}"):
+        with named(where):
             model: Any = repair.repair(pool, copy.deepcopy(merged))
         seconds = time.perf_counter() - started
         result = repair.record(model).model_copy(update={"seconds": seconds})
-        if not isinstance(model, InterventionModel):
+        if isinstance(model, TaskConditionalModel) and not isinstance(model, InterventionModel):
             model = HostedModel(model, merged)
         return model, result
+
+    @contextmanager
+    def _going_on(self, name: str) -> Iterator[None]:
+        """What fails inside is written down, where the settings say so, and the run goes on."""
+        try:
+            yield
+        except Exception as error:  # another's method may fail in any way
+            if not self.settings.keep_going:
+                raise
+            line = " ".join(str(error).split()) or type(error).__name__
+            self._problems[name] = f"{type(error).__name__}: {line}"[:300]
+            log.warning("%s did not run: %s", name, line)
+
+    def _rival(self, name: str) -> Repair:
+        config = self.settings.rivals[name]
+        repair: Any
+        with named(f"rivals.{name}"):
+            found = get_class(config["_target_"]) if "_target_" in config else None
+            if isinstance(found, type) and issubclass(found, Repair):
+                repair = found(**{k: v for k, v in config.items() if k not in _NOT_SETTINGS})
+            else:
+                repair = FusionBenchMethod(method=config)
+        return adopted(repair, self._program, self.fabric)
 
     def _build(self, method: str, more: Mapping[str, Any] | None = None) -> Repair:
         """A method's repair, with the settings that hold for all."""

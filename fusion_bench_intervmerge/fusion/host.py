@@ -94,9 +94,9 @@ class HostedModel(_NamedAfterwards):
             takes and, with OpenCLIP, the images' preprocessing.
     """
 
-    def __init__(self, model: nn.Module, like: VisionTower):
+    def __init__(self, model: Any, like: VisionTower):
         super().__init__()
-        self.model: Any = model
+        self.model = model
         self.width = like.width
         for name in PREPROCESSING:
             setattr(self, name, getattr(like, name, None))

@@ -93,6 +93,25 @@ def _by_coefficients(
 def run_base(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -> nn.Module:
     """Run a nested method on a pool and return the merged model.
 
+    Args:
+        config, pool, fabric, program: as in ``run_method``.
+
+    Raises:
+        ConfigError: the config names no method, or the method gives no single model.
+    """
+    merged = run_method(config, pool, fabric, program)
+    if not isinstance(merged, nn.Module):
+        raise ConfigError(
+            "base",
+            f"it gives a {type(merged).__name__}",
+            "a method that gives one merged model",
+        )
+    return merged
+
+
+def run_method(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -> Any:
+    """Run a nested method on a pool and return what it returns.
+
     Configs of both kinds are taken: with ``_target_``, and the older ones that FusionBench finds
     by their ``name``.
 
@@ -103,36 +122,62 @@ def run_base(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -> 
         program: the running FusionBench program, or None.
 
     Raises:
-        ConfigError: the config names no method, or the method gives no single model.
+        ConfigError: the config names no method.
     """
     if isinstance(config, Mapping) and not isinstance(config, DictConfig):
         config = OmegaConf.create(dict(config))
-    if not isinstance(config, DictConfig):
-        method = config
-    elif "_target_" in config:
-        method = instantiate(config, _recursive_=config.get("_recursive_", False))
-    elif "name" in config:
-        from fusion_bench.compat.method import load_algorithm_from_config
-
-        method = load_algorithm_from_config(config)
-    else:
-        raise ConfigError("base", "names no method", "method@method.base=task_arithmetic, ...")
-    method = adopted(method, program, fabric)
     if pool.has_instance_models:
         # Methods merge into the models they are given, and these are the user's.
         pool = copy.copy(pool)
         pool._models = {str(n): copy.deepcopy(model) for n, model in pool._models.items()}
-    pool = watched(pool)
+    try:
+        return _run(adopted(_method(config), program, fabric), watched(pool))
+    except TypeError as error:
+        if "Tensor type mismatch" not in str(error):
+            raise
+        return _run(adopted(_method(config), program, fabric), _of_tensors(watched(pool)))
+
+
+def _method(config: Any) -> Any:
+    if not isinstance(config, DictConfig):
+        return config
+    if "_target_" in config:
+        return instantiate(config, _recursive_=config.get("_recursive_", False))
+    if "name" in config:
+        from fusion_bench.compat.method import load_algorithm_from_config
+
+        return load_algorithm_from_config(config)
+    raise ConfigError("base", "names no method", "method@method.base=task_arithmetic, ...")
+
+
+def _run(method: Any, pool: BaseModelPool) -> Any:
     getattr(method, "on_run_start", lambda: None)()  # older methods have neither
-    merged = method.run(pool)
+    found = method.run(pool)
     getattr(method, "on_run_end", lambda: None)()
-    if not isinstance(merged, nn.Module):
-        raise ConfigError(
-            "base",
-            f"{type(method).__name__} gives a {type(merged).__name__}",
-            "a method that gives one merged model",
-        )
-    return merged
+    return found
+
+
+def _of_tensors(pool: BaseModelPool) -> BaseModelPool:
+    """The pool with models whose state dicts hold tensors, never parameters.
+
+    Some methods of fusion-bench 0.2.33 (WEMoE, Rank-one MoE, TALL masks, Frank-Wolfe) add one of
+    each, which its arithmetic of state dicts refuses: they cannot run with any pool.
+    """
+
+    def load(name: Any, *args: Any, **kwargs: Any) -> Any:
+        model = pool.load_model(name, *args, **kwargs)
+        stock = type(model)
+
+        def state_dict(self: Any, *args: Any, keep_vars: bool = False, **kwargs: Any) -> Any:
+            return stock.state_dict(self, *args, keep_vars=False, **kwargs)
+
+        # a class of its own, so that copies of the model have it too
+        model.__class__ = type(stock.__name__, (stock,), {"state_dict": state_dict})
+        return model
+
+    tensors: Any = copy.copy(pool)
+    tensors.load_model = load
+    return tensors
 
 
 def run_adamerging(

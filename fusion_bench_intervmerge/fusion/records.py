@@ -126,6 +126,10 @@ def _sizes(model: InterventionModel) -> dict[str, Any]:
         "extra_parameters": extra["total"],
         "extra_parameters_folded": extra["folded"],
         "extra_parameters_by_task": extra["per_task"],
+        "bytes": extra["bytes"],
+        "labels": 0,
+        "passes": 1.0,
+        "needs_task": True,
     }
 
 

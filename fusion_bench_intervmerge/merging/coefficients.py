@@ -15,7 +15,7 @@ from ..settings import Flag, Settings, shown
 
 
 def initial_coefficients(
-    init: float | str | Path | list | Tensor, tasks: int, tensors: int, granularity: str
+    init: float | str | Path | list[Any] | Tensor, tasks: int, tensors: int, granularity: str
 ) -> Tensor:
     """Coefficients from a number, a tensor, or a file that FusionBench's AdaMerging saved.
 

@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 
 from ..errors import ConfigError, named
 from ..images import choose_images, read_images
-from .reading import Reading, rows_of
+from .passes import read
+from .reading import Reading
 from .routers import Router, router_class
 from .settings import RouterSettings, read_settings
 
@@ -67,7 +68,7 @@ def fit_router(
             batches = [keys[start : start + BATCH] for start in range(0, len(keys), BATCH)]
             rows[task] = torch.cat(
                 [
-                    rows_of(model.prefix(batch.to(model.device)), model.tower.num_tokens)
+                    read(model, batch.to(model.device))[2]
                     for batch in read_images({task: data}, batches, num_workers)
                 ]
             )

@@ -12,15 +12,15 @@ from torch import Tensor
 _CONSTANT = 1e-3
 
 
-def rows_of(prefix: Tensor, num_tokens: int) -> Tensor:
-    """One row an image, from ``InterventionModel.prefix``.
+def rows_of(prefix: Tensor, num_tokens: int, prefix_tokens: int = 1) -> Tensor:
+    """One row an image, from what a ``Prefix`` keeps.
 
     Mean, standard deviation, largest and smallest value over the patch tokens, behind the class
     token as it is (and its self-attention output, where that is common to all tasks).
 
     Args:
         prefix: image features (batch, projection_dim), or tokens (batch, any, width).
-        num_tokens: of the encoder, the class token included.
+        num_tokens, prefix_tokens: of the encoder, and how many of them stand before the patches.
 
     Returns:
         (batch, dims), float64, on the CPU.
@@ -29,7 +29,7 @@ def rows_of(prefix: Tensor, num_tokens: int) -> Tensor:
     if states.ndim == 2:
         return states.double().cpu()
     # the last block's prefix has no patch tokens, the others one or two vectors before them
-    before = 2 if states.shape[1] == 2 else states.shape[1] - (num_tokens - 1)
+    before = 2 if states.shape[1] == 2 else states.shape[1] - (num_tokens - prefix_tokens)
     first, patches = states[:, :before].flatten(1), states[:, before:]
     if patches.shape[1]:
         over = [patches.mean(1), patches.std(1, correction=0), patches.amax(1), patches.amin(1)]

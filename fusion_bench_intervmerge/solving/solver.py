@@ -6,21 +6,20 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..checkpoint import Progress, StateFolder, interruptible
 from ..encoders import VisionTower, check_expert
 from ..errors import ConfigError
-from ..images import choose_images
+from ..images import Datasets, choose_images
+from ..interventions import SITES
 from ..interventions.functions import function_class
 from ..model import InterventionModel
 from ..precision import computing_dtype
-from ..progress import progress_bar
+from ..progress import bar
 from .budget import allocate
 from .settings import SolveSettings
 from .sweep import Place, Sweep
@@ -28,8 +27,6 @@ from .sweep import Place, Sweep
 log = logging.getLogger(__name__)
 
 Experts = Mapping[str, Callable[[], VisionTower]]
-# An edit at a site takes in what the edits before it did.
-SITES_IN_ORDER = ("attention", "mlp", "block")
 
 
 @dataclass
@@ -56,14 +53,14 @@ class Solution:
 def solve(
     model: InterventionModel,
     experts: Experts,
-    images: Mapping[str, Dataset],
+    images: Datasets,
     settings: SolveSettings | None = None,
     *,
     ridge: float | None = None,
     class_weight: float | None = None,
     fabric: L.Fabric | None = None,
     states: StateFolder | None = None,
-    **keywords: Any,
+    **keywords: object,
 ) -> Solution:
     """Find the edits of sites whose ``init`` is ``regression``, in closed form, without labels.
 
@@ -121,7 +118,7 @@ def solve(
         with expert.in_dtype(dtype), model.tower.in_dtype(dtype):
             done = Sweep(model, task, expert, places, fabric, ridge, weight)
             room = data.cache_gb * 2**30
-            done.run(images, keys, data.num_workers, room, ranks, lambda: bar.advance(1))
+            done.run(images, keys, data.num_workers, room, ranks, shown.update)
         return done
 
     blocks = model.tower.num_blocks * len(chosen) * (1 if budget is None else 2)
@@ -129,7 +126,7 @@ def solve(
         model.to(fabric.device)
         with (
             interruptible("solving", states),
-            progress_bar("solving", blocks, fabric.is_global_zero) as bar,
+            bar(fabric, "solving", blocks) as shown,
         ):
             same = {place: model.interventions[place[0]].rank for place in places}
             ranks = {task: same for task in experts}
@@ -168,6 +165,10 @@ def solved_places(model: InterventionModel) -> list[Place]:
         raise ConfigError("interventions", "no site's init is regression", "init: regression")
     for site in sites:
         config = model.interventions[site]
+        if SITES[site].closed_form is None:
+            solvable = ", ".join(name for name, of in SITES.items() if of.closed_form)
+            problem = "edits at this site are not solved in closed form"
+            raise ConfigError(f"interventions.{site}.init", problem, f"regression at {solvable}")
         if config.activation is not None or not function_class(config.function).is_solvable():
             what = config.function + (f" with {config.activation}" if config.activation else "")
             raise ConfigError(
@@ -178,8 +179,9 @@ def solved_places(model: InterventionModel) -> list[Place]:
     inside = [
         (site, block)
         for block in range(model.tower.num_blocks)
-        for site in SITES_IN_ORDER
-        if site in sites and block in model.placements[site].blocks
+        # an edit at a site takes in what the edits before it did
+        for site in SITES
+        if site in sites and SITES[site].in_blocks and block in model.placements[site].blocks
     ]
     return inside + [("output", 0)] * ("output" in sites)
 
@@ -256,7 +258,7 @@ class _Finished:
         self._tensors[f"ranks.{task}"] = torch.tensor(of_places)
         self._tensors[f"features.{task}"] = features
         for index, (site, block) in enumerate(self._places):
-            function = model.edit_at(task, site, block)
+            function = model.edits_of(task).at(site, block)
             if function is not None:
                 for name, tensor in function.tensors().items():
                     self._tensors[f"edits.{task}.{index}.{name}"] = tensor.detach().cpu()

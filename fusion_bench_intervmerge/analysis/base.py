@@ -12,8 +12,8 @@ from torch import Tensor
 from ..encoders import VisionTower
 from ..errors import ConfigError
 from ..model import InterventionModel
+from . import EXPERT, MERGED
 
-EXPERT, MERGED = "expert", "merged"
 BATCH = 32
 
 
@@ -31,7 +31,7 @@ class Trace:
 
 
 @dataclass
-class Subject:
+class TaskEncoders:
     """One task, seen by its expert, by the merged encoder and by repaired models.
 
     Attributes:
@@ -128,8 +128,8 @@ def walk(tower: VisionTower, images: Tensor) -> Iterator[Tensor]:
 def finish(tower: VisionTower, states: Tensor, start: int) -> Tensor:
     """Image features of the states that enter block ``start``, on the CPU.
 
-    Every block works on all tokens, as in ``walk``: ``InterventionModel.features_from`` spares the
-    last block some, and its rounding would show as a difference that is none.
+    Every block works on all tokens, as in ``walk``: a shortcut's rounding would show as a
+    difference that is none.
     """
     for block in range(start, tower.num_blocks):
         states = tower.run_block(block, states)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import isnan, nan
 
 _KNOWN = {
     "intervmerge_closed_form": "Closed form",
@@ -28,30 +29,18 @@ _NAME = re.compile("|".join(_KNOWN))
 
 
 def readable(name: str) -> str:
-    """A run's name as a person would write it.
-
-    ``intervmerge_r4`` is ``IntervMerge r=4``, ``closed_form_b6192`` is ``Closed form 6.2k``.
-    """
-    name, _, folder = name.partition("@")
-    name, budget = family_and_budget(name)
-    name, rank = family_and_rank(name)
+    """A run's name as a person would write it: ``task_arithmetic`` is ``Task Arithmetic``."""
     shown = _NAME.sub(lambda found: _KNOWN[found[0]], name)
-    shown = re.sub(r"[_/\s]+", " ", shown).strip()
-    shown += "" if rank is None else f" r={rank}"
-    shown += "" if budget is None else f" {count(budget)}"
-    return shown + (f" ({folder})" if folder else "")
+    return re.sub(r"[_/\s]+", " ", shown).strip()
 
 
-def family_and_rank(name: str) -> tuple[str, int | None]:
-    """Split a method's name: (``intervmerge_mini``, 1) of ``intervmerge_mini_r1``."""
-    found = re.fullmatch(r"(.+?)_r(\d+)", name)
-    return (found[1], int(found[2])) if found else (name, None)
-
-
-def family_and_budget(name: str) -> tuple[str, int | None]:
-    """Split a method's name: (``closed_form``, 6192) of ``closed_form_b6192``."""
-    found = re.fullmatch(r"(.+?)_b(\d+)", name)
-    return (found[1], int(found[2])) if found else (name, None)
+def method(name: str, rank: int | None = None, budget: int | None = None) -> str:
+    """The same of a method: ``intervmerge_r4`` of rank 4 is ``IntervMerge r=4``."""
+    if rank is not None and name.endswith(f"_r{rank}"):
+        return f"{readable(name.removesuffix(f'_r{rank}'))} r={rank}"
+    if budget is not None and name.endswith(f"_b{budget}"):
+        return f"{readable(name.removesuffix(f'_b{budget}'))} {count(budget)}"
+    return readable(name)
 
 
 def count(number: float) -> str:
@@ -66,17 +55,13 @@ def count(number: float) -> str:
     return f"{number:.0f}G"
 
 
-def percent(share: float | None, std: float | None = None, digits: int = 1) -> str:
-    """A share in percent without the sign, ``72.3`` or ``72.3 ± 0.4``."""
-    if share is None:
-        return NONE
-    return f"{100 * share:.{digits}f}" + ("" if std is None else f" ± {100 * std:.{digits}f}")
+def percent(share: float, std: float = nan) -> str:
+    """A share in percent without the sign, ``72.3`` or, of several, ``72.3 ± 0.4``."""
+    return f"{100 * share:.1f}" + ("" if isnan(std) else f" ± {100 * std:.1f}")
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: float) -> str:
     """Seconds, with a decimal where they are few."""
-    if seconds is None:
-        return NONE
     return f"{seconds:.1f}" if seconds < 10 else f"{seconds:,.0f}"
 
 
