@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
 from ..errors import ConfigError
 from ..images import RepairSettings
 from ..interventions import read_interventions
 from ..merging import CoefficientSettings
+from ..routing import RouterSettings
+from ..routing.settings import read_settings
 from ..settings import Flag, Folder, Settings, nested, whole
 from ..solving.settings import SolveSettings
 from ..storage import Storage
@@ -67,6 +69,8 @@ class MethodSettings(DistillSettings, SolveSettings, MergeSettings):
     Args:
         storage: of the edits: ``float32``, ``float16``, or ``int8`` with a scale a row. They are
             rounded once they are found, so that what is evaluated is what is saved.
+        router: what tells an image's task where nobody does, fitted on the same images: a name, or
+            ``RouterSettings``.
         save_to: folder for the artifact; ``{log_dir}`` stands for the run's log folder.
         resume: ``auto`` continues a run of the same settings that was stopped, and takes from the
             cache folder the coefficients that an earlier run of AdaMerging found on the pool and
@@ -79,6 +83,10 @@ class MethodSettings(DistillSettings, SolveSettings, MergeSettings):
     """
 
     storage: Storage = "float32"
+    router: Annotated[
+        RouterSettings | None,
+        BeforeValidator(lambda value: None if value is None else read_settings(value)),
+    ] = None
     save_to: Annotated[Folder | None, OPTIONAL_FOLDER] = None
     resume: Literal["auto", "never"] = "auto"
     extend: Annotated[Folder | None, OPTIONAL_FOLDER] = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ from fusion_bench.mixins import LightningFabricMixin, SimpleProfilerMixin
 from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.data import Subset
 
 from ..artifact import check_place
 from ..cache import cache_root
@@ -35,6 +37,7 @@ from ..merging import Mixture
 from ..model import InterventionModel
 from ..protocols import Experts, Repair
 from ..results import Images, Result, Results
+from ..routing import RouterSettings, fit_router
 from ..solving import solve
 from ..storage import Storage
 from .diagnosis import diagnose, table
@@ -193,6 +196,8 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         if mixture is not None:
             model.metadata["coefficients"] = {"coefficients": mixture.coefficients.detach().cpu()}
         self._store(model, self.settings.storage)
+        if self.settings.router is not None:
+            self._fit_router(pool, model, done, self.settings.router)
         return model, done
 
     def _extend(self, pool: ExpertPool, folder: Path) -> tuple[InterventionModel, Distillation]:
@@ -201,10 +206,15 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         new = [task for task in pool.tasks if task not in model.tasks]
         if not new:
             raise ConfigError("extend", f"{folder} has every task of the pool already", "new tasks")
+        if self.settings.router is not None and model.router is None:
+            problem = f"{folder} has none, and its tasks' images are not at hand"
+            raise ConfigError("router", problem, "null; fit_router(model, images) in Python")
         for task in new:
             model.add_task(task)
         done = self._train(pool, model, new, None)
         self._store(model, model.storage)
+        if model.router is not None:  # the tasks that it knows stay as they are
+            self._fit_router(pool, model, done, None)
         return model, done
 
     @staticmethod
@@ -213,6 +223,28 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             model.store_as(storage)
         except ValueError as error:
             raise ConfigError("storage", str(error), "float32, int8") from None
+
+    def _fit_router(
+        self,
+        pool: ExpertPool,
+        model: InterventionModel,
+        done: Distillation,
+        settings: RouterSettings | None,
+    ) -> None:
+        """Learn to tell the tasks, from the images that their edits were found on."""
+        started, home = time.perf_counter(), model.device
+        seen = {
+            task: Subset(pool.images(task, self.data.split), images)
+            for task, images in done.images.items()
+        }
+        workers = self.data.num_workers
+        try:
+            model.to(self.fabric.device)
+            with interruptible("fitting the router", done.states):
+                fit_router(model, seen, settings, seed=self.settings.seed, num_workers=workers)
+        finally:
+            model.to(home)
+        done.seconds = {**done.seconds, "routing": time.perf_counter() - started}
 
     def _train(
         self,
@@ -272,8 +304,10 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
 
     def _identity(self, pool: ExpertPool, model: InterventionModel, tasks: Sequence[str]) -> str:
         """A digest of everything the trained numbers depend on."""
+        settings = self._settings(model)
+        del settings["router"]  # it is fitted when the edits are there
         facts = {
-            "settings": self._settings(model),
+            "settings": settings,
             "model_seed": model.seed,
             "steps": self._steps,
             "merged": model.tower.digest(),
@@ -294,6 +328,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             "budget": self.settings.budget,
             "coefficients": self.coefficients and self.coefficients.to_dict(),
             "loss": self.settings.loss,
+            "router": self.settings.router and self.settings.router.to_dict(),
             "data": self.data.to_dict(),
             "optimizer": self.settings.optimizer,
             "seed": self.settings.seed,

@@ -31,7 +31,7 @@ class RouterSettings(Settings):
     name: Annotated[
         str, BeforeValidator(_known), Field(description=f"one of {', '.join(ROUTERS)}")
     ] = "gaussian"
-    images: Annotated[int, whole(2, 10**9)] = 128
+    images: Annotated[int, whole(2, 10**9)] = 512
     dims: Annotated[int, whole(1, 2**16)] = 64
     threshold: Annotated[
         float | None, Field(ge=0, le=0.5, description="null, or a number in [0, 0.5]")
