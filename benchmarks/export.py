@@ -32,7 +32,7 @@ from fusion_bench_intervmerge.clip import image_processor
 from fusion_bench_intervmerge.export import export, plain_encoder
 from fusion_bench_intervmerge.export.command import known_heads
 from fusion_bench_intervmerge.export.files import SUFFIXES
-from fusion_bench_intervmerge.fusion.embedded.tasks import TASKS
+from fusion_bench_intervmerge.tinyclip.tasks import TASKS
 
 FORMATS = [("onnx", "fp32"), ("torch", "fp32"), ("onnx", "fp16"), ("onnx", "int8")]
 Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -43,7 +43,7 @@ from fusion_bench_intervmerge.clip import image_processor
 from fusion_bench_intervmerge.encoders import as_tower
 from fusion_bench_intervmerge.export.command import known_heads
 from fusion_bench_intervmerge.fusion.embedded import ensure_pool, load_processor
-from fusion_bench_intervmerge.fusion.embedded.tasks import TASKS
+from fusion_bench_intervmerge.tinyclip.tasks import TASKS
 
 SERVE = Path(__file__).parents[1] / "examples" / "serve.py"
 # OpenAI's ViT-B/32; its text tower is as small as the embedded one's tokenizer allows.

@@ -111,7 +111,7 @@ def make_repaired(num_blocks=None):
     """Edits at random on the embedded CLIP itself, or on its first blocks."""
     from fusion_bench_intervmerge.encoders import as_tower
     from fusion_bench_intervmerge.fusion.embedded import ensure_pool
-    from fusion_bench_intervmerge.fusion.embedded.tasks import TASKS as EMBEDDED
+    from fusion_bench_intervmerge.tinyclip.tasks import TASKS as EMBEDDED
 
     base, tasks = str(ensure_pool() / "pretrained"), ["digits", "shapes"]
     clip = CLIPModel.from_pretrained(base)
@@ -134,7 +134,7 @@ def repaired():
 
 def test_the_pipeline_takes_it(repaired):
     from fusion_bench_intervmerge.fusion.embedded import load_processor
-    from fusion_bench_intervmerge.fusion.embedded.tasks import TASKS as EMBEDDED
+    from fusion_bench_intervmerge.tinyclip.tasks import TASKS as EMBEDDED
 
     processor, shapes = load_processor(), EMBEDDED["shapes"]
     classify = pipeline(

@@ -22,13 +22,13 @@ from transformers import CLIPModel, CLIPProcessor, CLIPTokenizerFast, CLIPVision
 
 from fusion_bench_intervmerge.cache import CACHE_VARIABLE, cache_root
 from fusion_bench_intervmerge.errors import ConfigError
-from fusion_bench_intervmerge.fusion.embedded import build, pool, tasks, training
-from fusion_bench_intervmerge.fusion.embedded.build import ensure_pool
-from fusion_bench_intervmerge.fusion.embedded.recipe import Recipe, Stage
-from fusion_bench_intervmerge.fusion.embedded.tasks import SPLITS, TASKS
+from fusion_bench_intervmerge.fusion.embedded import pool
+from fusion_bench_intervmerge.tinyclip import TINY, build, ensure_pool, tasks, training
+from fusion_bench_intervmerge.tinyclip.recipe import Recipe, Stage
+from fusion_bench_intervmerge.tinyclip.tasks import SPLITS, TASKS
 
 CONFIG = Path(__file__).parents[1] / "config"
-TINY = Recipe(
+RECIPE = Recipe(
     train=24,
     validation=12,
     test=12,
@@ -39,6 +39,7 @@ TINY = Recipe(
     pretraining=Stage(steps=2, batch_size=16, lr=1e-3),
     finetuning=Stage(steps=2, batch_size=8, lr=1e-3),
 )
+SMALL = replace(TINY, recipe=RECIPE)
 
 
 # --- images and captions
@@ -67,7 +68,7 @@ def test_no_image_is_in_two_splits_and_classes_are_balanced(task):
 def test_no_handwritten_scan_serves_two_splits():
     scans = {
         split: {scan.tobytes() for of_digit in digits for scan in of_digit}
-        for split, digits in tasks._scans().items()
+        for split, digits in tasks.digit_scans().items()
     }
     assert not scans["train"] & scans["test"]
     assert not scans["validation"] & (scans["train"] | scans["test"])
@@ -85,16 +86,17 @@ def test_fusion_bench_knows_class_names_and_captions(task):
 
 
 def test_the_digest_tells_seeds_sizes_stages_and_captions_apart(monkeypatch):
-    longer = replace(TINY.finetuning, steps=3)
-    recipes = [
-        TINY,
-        replace(TINY, seed=1),
-        replace(TINY, width=64),
-        replace(TINY, finetuning=longer),
-    ]
-    digests = [recipe.digest() for recipe in recipes]
+    def of(**changes):
+        return replace(SMALL, recipe=replace(RECIPE, **changes)).digest()
+
+    longer = replace(RECIPE.finetuning, steps=3)
+    digests = [SMALL.digest(), of(seed=1), of(width=64), of(finetuning=longer)]
     monkeypatch.setitem(TASKS, "shapes", replace(TASKS["shapes"], prompts=("a {}",)))
-    assert len({*digests, TINY.digest()}) == 5
+    assert len({*digests, SMALL.digest()}) == 5
+
+
+def test_the_tiny_pool_is_the_one_of_before_there_were_others():
+    assert TINY.digest() == "cb72b4a51d87"
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch):
@@ -119,41 +121,40 @@ def fake_build(monkeypatch):
     """Stands in for the real build; counts how often it was asked for."""
     folders = []
 
-    def fake(recipe, folder):
+    def fake(pool, folder, train):
         folders.append(folder)
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         time.sleep(0.2)
-        (folder / "recipe.json").write_text(recipe.to_json())
+        (folder / "recipe.json").write_text(pool.to_json())
 
     monkeypatch.setattr(build, "_build", fake)
     return folders
 
 
-def test_a_half_built_pool_is_built_again(tmp_path, fake_build):
-    whole = tmp_path / f"{build.POOL}-{TINY.digest()}"
-    killed = tmp_path / f".{whole.name}.building"
-    for remains in (whole, killed):
-        (remains / "pretrained").mkdir(parents=True)
-    assert ensure_pool(root=tmp_path, recipe=TINY) == whole
+def test_a_folder_without_a_recipe_is_no_pool(tmp_path, fake_build):
+    whole = tmp_path / f"{TINY.name}-{SMALL.digest()}"
+    (whole / "pretrained").mkdir(parents=True)
+    assert ensure_pool(root=tmp_path, pool=SMALL) == whole
     assert len(fake_build) == 1
-    assert [path.name for path in whole.iterdir()] == ["recipe.json"] and not killed.exists()
+    assert [path.name for path in whole.iterdir()] == ["recipe.json"]
 
 
 def test_a_build_that_fails_leaves_no_pool(tmp_path, monkeypatch):
-    def fail(recipe, folder):
-        (folder / "pretrained").mkdir(parents=True)
+    def fail(pool, folder, train):
+        (folder / "pretrained.part").mkdir(parents=True)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(build, "_build", fail)
     with pytest.raises(KeyboardInterrupt):
-        ensure_pool(root=tmp_path, recipe=TINY)
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+        ensure_pool(root=tmp_path, pool=SMALL)
+    left = [path.name for path in tmp_path.iterdir() if path.is_dir()]
+    assert left == [f".{TINY.name}-{SMALL.digest()}.building"]  # what the next one takes up
 
 
 def test_of_two_who_ask_at_once_one_builds(tmp_path, fake_build):
     found = []
     askers = [
-        threading.Thread(target=lambda: found.append(ensure_pool(root=tmp_path, recipe=TINY)))
+        threading.Thread(target=lambda: found.append(ensure_pool(root=tmp_path, pool=SMALL)))
         for _ in range(2)
     ]
     for asker in askers:
@@ -171,7 +172,7 @@ def test_a_worker_that_dies_says_why(tmp_path, monkeypatch):
         pytest.raises(RuntimeError, match="MemoryError: no room"),
         build._Workers(2) as workers,
     ):
-        list(workers.finetune(TINY, tmp_path))
+        list(workers.finetune(SMALL, list(TASKS), tmp_path))
 
 
 # --- a whole pool, of the smallest size
@@ -179,12 +180,33 @@ def test_a_worker_that_dies_says_why(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return ensure_pool(root=tmp_path_factory.mktemp("cache"), recipe=TINY)
+    return ensure_pool(root=tmp_path_factory.mktemp("cache"), pool=SMALL)
+
+
+def test_a_killed_build_goes_on_where_it_was(folder, tmp_path, monkeypatch):
+    """The same to the bit, though neither images nor encoder nor most experts are made again."""
+    unfinished = tmp_path / f".{folder.name}.building"
+    shutil.copytree(folder, unfinished)
+    for name in ("recipe.json", "digests.json"):
+        (unfinished / name).unlink()
+    (unfinished / "experts" / "letters").rename(unfinished / "experts" / "letters.part")
+    monkeypatch.setattr(training, "pretrain", None)
+    monkeypatch.setattr(tasks.Task, "images", None)
+    made = []
+    finetune = build._Workers.finetune
+    monkeypatch.setattr(
+        build._Workers,
+        "finetune",
+        lambda self, pool, names, at: made.extend(names) or finetune(self, pool, names, at),
+    )
+    again = ensure_pool(root=tmp_path, pool=SMALL)
+    assert made == ["letters"]
+    assert (again / "digests.json").read_text() == (folder / "digests.json").read_text()
 
 
 def test_a_built_pool_is_found_again(folder, monkeypatch):
     monkeypatch.setattr(build, "_build", None)
-    assert ensure_pool(root=folder.parent, recipe=TINY) == folder
+    assert ensure_pool(root=folder.parent, pool=SMALL) == folder
     assert sorted(path.name for path in folder.parent.iterdir() if path.is_dir()) == [folder.name]
 
 
@@ -195,7 +217,7 @@ def test_a_built_pool_is_found_again(folder, monkeypatch):
 def test_a_damaged_pool_is_built_again(folder, name, damage, tmp_path, fake_build, caplog):
     copy = tmp_path / folder.name
     shutil.copytree(folder, copy)
-    assert ensure_pool(root=tmp_path, recipe=TINY) == copy and not fake_build
+    assert ensure_pool(root=tmp_path, pool=SMALL) == copy and not fake_build
     build._found_sound.discard(copy)  # as another process would look
     content = bytearray((copy / name).read_bytes())
     if damage == "gone":
@@ -204,7 +226,7 @@ def test_a_damaged_pool_is_built_again(folder, name, damage, tmp_path, fake_buil
         content[len(content) // 2] ^= 8
         cut = len(content) // 2 if damage == "torn" else None
         (copy / name).write_bytes(content[:cut])
-    assert ensure_pool(root=tmp_path, recipe=TINY) == copy
+    assert ensure_pool(root=tmp_path, pool=SMALL) == copy
     assert len(fake_build) == 1 and name in caplog.text
 
 
@@ -219,10 +241,10 @@ def test_experts_differ_from_the_pretrained_in_the_vision_tower(folder):
 def test_an_expert_is_the_same_from_any_worker(folder, tmp_path):
     for part in ("data", "pretrained"):
         shutil.copytree(folder / part, tmp_path / part)
-    captions, stage = build._captions("letters"), asdict(TINY.finetuning)
+    captions, stage = build._captions(TINY, "letters"), asdict(RECIPE.finetuning)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    training.make_expert(tmp_path, "letters", captions, TINY.seed, stage)
+    training.make_expert(tmp_path, "letters", captions, RECIPE.seed, stage)
     torch.set_num_threads(threads)
     made, built = (
         CLIPVisionModel.from_pretrained(root / "experts" / "letters").state_dict()
@@ -242,13 +264,13 @@ def test_the_processor_agrees_with_the_pixels_of_training(folder):
 def test_every_word_of_a_caption_is_one_token(folder):
     tokenizer = CLIPTokenizerFast.from_pretrained(folder / "pretrained")
     for name in TASKS:
-        for caption in itertools.chain(*build._captions(name)):
+        for caption in itertools.chain(*build._captions(TINY, name)):
             words = re.findall(r"[a-z]+|[0-9]", caption.lower())
             tokens = tokenizer(caption).input_ids
             assert tokenizer.convert_ids_to_tokens(tokens[1:-1]) == [
                 word + "</w>" for word in words
             ]
-            assert len(tokens) <= tokenizer.model_max_length == TINY.context
+            assert len(tokens) <= tokenizer.model_max_length == RECIPE.context
 
 
 def test_text_is_pooled_at_its_end_token_which_has_the_highest_id(folder):
@@ -271,9 +293,9 @@ def test_text_is_pooled_at_its_end_token_which_has_the_highest_id(folder):
 def configs(folder, monkeypatch):
     """The shipped configs of model pool and task pool, over the smallest pool."""
     seeds = []
-    monkeypatch.setattr(pool, "ensure_pool", lambda seed=0: seeds.append(seed) or folder)
+    monkeypatch.setattr(pool, "ensure_pool", lambda seed=0, pool="": seeds.append(seed) or folder)
     groups = ("modelpool", "taskpool")
-    read = {group: OmegaConf.load(CONFIG / group / f"{build.POOL}.yaml") for group in groups}
+    read = {group: OmegaConf.load(CONFIG / group / f"{TINY.name}.yaml") for group in groups}
     return OmegaConf.create(read), seeds
 
 
@@ -286,9 +308,9 @@ def test_the_model_pool_has_eight_experts_and_their_datasets(configs):
     assert isinstance(models.load_clip_model("_pretrained_"), CLIPModel)
     assert isinstance(models.load_processor(), CLIPProcessor)
     for load, size in (
-        (models.load_train_dataset, TINY.train),
-        (models.load_val_dataset, TINY.validation),
-        (models.load_test_dataset, TINY.test),
+        (models.load_train_dataset, RECIPE.train),
+        (models.load_val_dataset, RECIPE.validation),
+        (models.load_test_dataset, RECIPE.test),
     ):
         dataset = load("digits")
         assert len(dataset) == size

@@ -196,7 +196,7 @@ def test_train_push_and_classify_elsewhere(hub, tmp_path, capfd):
     from transformers import CLIPModel
 
     from fusion_bench_intervmerge.fusion.embedded import load_processor
-    from fusion_bench_intervmerge.fusion.embedded.tasks import TASKS as EMBEDDED
+    from fusion_bench_intervmerge.tinyclip.tasks import TASKS as EMBEDDED
 
     drawn, _ = EMBEDDED["shapes"].images(0, "test", 6)
     files = [str(tmp_path / f"{index}.png") for index in range(len(drawn))]

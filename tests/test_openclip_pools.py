@@ -583,6 +583,7 @@ def test_the_embedded_pool_is_the_hugging_face_one_in_openclips_form(embedded):
     from fusion_bench.models.hf_clip import HFCLIPClassifier
 
     from fusion_bench_intervmerge.fusion.embedded import EmbeddedCLIPVisionModelPool
+    from fusion_bench_intervmerge.tinyclip.tasks import TASKS
 
     theirs, ours = EmbeddedCLIPVisionModelPool(), embedded.EmbeddedOpenCLIPVisionModelPool()
     assert ours.all_model_names == theirs.all_model_names
@@ -596,7 +597,7 @@ def test_the_embedded_pool_is_the_hugging_face_one_in_openclips_form(embedded):
         torch.testing.assert_close(prepared, pixels, rtol=0, atol=1e-6)
 
         classifier = HFCLIPClassifier(embedded.load_clip(), embedded.load_processor())
-        info = embedded.TASKS[task]
+        info = TASKS[task]
         classifier.set_classification_task(list(info.classnames), info.templates)
         classifier.clip_model.vision_model = theirs.load_model(name)
         with torch.no_grad():
@@ -605,6 +606,8 @@ def test_the_embedded_pool_is_the_hugging_face_one_in_openclips_form(embedded):
 
 
 def test_both_forms_of_the_embedded_pool_give_one_report(embedded, tmp_path, monkeypatch):
+    from fusion_bench_intervmerge.tinyclip.tasks import TASKS
+
     monkeypatch.chdir(tmp_path)  # the stock task pool keeps heads in the current directory
     reports = []
     for form in ("clip", "openclip"):
@@ -613,7 +616,7 @@ def test_both_forms_of_the_embedded_pool_give_one_report(embedded, tmp_path, mon
         task = pool.model_names[0]
         reports.append(task_pool.evaluate(pool.load_model(task)))
     theirs, ours = reports
-    assert {*embedded.TASKS, "average", "model_info"} == ours.keys() == theirs.keys()
-    for task in embedded.TASKS:
+    assert {*TASKS, "average", "model_info"} == ours.keys() == theirs.keys()
+    for task in TASKS:
         assert ours[task]["accuracy"] == pytest.approx(theirs[task]["accuracy"], abs=1e-6)
         assert ours[task]["loss"] == pytest.approx(theirs[task]["loss"], rel=1e-4)

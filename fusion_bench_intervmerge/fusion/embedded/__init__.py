@@ -1,6 +1,7 @@
-"""The embedded pool ``clip-vit-tiny_TA8``: a small real CLIP and eight experts, no downloads."""
+"""The embedded pools as FusionBench sees them: small real CLIPs and experts, no downloads."""
 
-from .build import ensure_pool
+from fusion_bench_intervmerge.tinyclip import ensure_pool
+
 from .pool import (
     EmbeddedCLIPVisionModelPool,
     load_clip,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fusion_bench.models.hf_clip import HFCLIPClassifier
@@ -12,31 +12,40 @@ from transformers import CLIPVisionModel
 
 from fusion_bench_intervmerge.encoders.convert import to_openclip
 from fusion_bench_intervmerge.encoders.huggingface import HuggingFaceTower
+from fusion_bench_intervmerge.tinyclip import TINY, Pool, ensure_pool
+from fusion_bench_intervmerge.tinyclip.tasks import SPLITS
 
 from ..openclip import ImageEncoder, OpenCLIPVisionModelPool
 from ..screen import one_line
-from .build import ensure_pool
 from .pool import PoolSettings, check_keys, load_clip, load_dataset, load_processor
-from .tasks import SPLITS, TASKS
 
 
 class EmbeddedOpenCLIPVisionModelPool(OpenCLIPVisionModelPool):
-    """A tiny OpenCLIP encoder with eight experts, their heads and datasets; built offline.
+    """A small OpenCLIP encoder with eight experts, their heads and datasets; made ready offline.
 
     Args:
         seed: which pool; another seed draws, pre-trains and fine-tunes anew.
         models: further models by name, such as ``_merged_``.
+        pool: its name in :data:`fusion_bench_intervmerge.tinyclip.POOLS`.
     """
 
     @one_line
-    def __init__(self, seed: int = 0, models: Mapping[str, Any] | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        seed: int = 0,
+        models: Mapping[str, Any] | None = None,
+        pool: str = TINY.name,
+        **kwargs: Any,
+    ):
         check_keys(kwargs, type(self))
-        seed = PoolSettings.read({"seed": seed}, "modelpool").seed
-        own: Any = {name: _target(load_encoder, name=name, seed=seed) for name in _folders()}
-        heads = {name: _target(load_head, task=name, seed=seed) for name in TASKS}
+        settings = PoolSettings.read({"seed": seed, "pool": pool}, "modelpool")
+        of = {"seed": settings.seed, "pool": settings.pool}
+        tasks = Pool.named(settings.pool).tasks
+        own: Any = {name: _target(load_encoder, name=name, **of) for name in _folders(tasks)}
+        heads = {name: _target(load_head, task=name, **of) for name in tasks}
         datasets = {
             f"{key}_datasets": OmegaConf.create(
-                {name: _target(load_dataset, task=name, split=split, seed=seed) for name in TASKS}
+                {name: _target(load_dataset, task=name, split=split, **of) for name in tasks}
             )
             for key, split in zip(("train", "val", "test"), SPLITS, strict=True)
         }
@@ -48,25 +57,27 @@ class EmbeddedOpenCLIPVisionModelPool(OpenCLIPVisionModelPool):
         )
 
 
-def load_encoder(name: str, seed: int = 0) -> ImageEncoder:
-    """An encoder of the embedded pool: ``_pretrained_`` or a task's expert."""
-    vision = CLIPVisionModel.from_pretrained(ensure_pool(seed) / _folders()[name])
-    tower = HuggingFaceTower(vision, load_clip(seed).visual_projection)
-    processor: Any = load_processor(seed)
+def load_encoder(name: str, seed: int = 0, pool: str = TINY.name) -> ImageEncoder:
+    """An encoder of an embedded pool: ``_pretrained_`` or a task's expert."""
+    folder = _folders(Pool.named(pool).tasks)[name]
+    vision = CLIPVisionModel.from_pretrained(ensure_pool(seed, pool) / folder)
+    tower = HuggingFaceTower(vision, load_clip(seed, pool).visual_projection)
+    processor: Any = load_processor(seed, pool)
     images = processor.image_processor
     return ImageEncoder(to_openclip(tower, images.image_mean, images.image_std))
 
 
-def load_head(task: str, seed: int = 0) -> ClassificationHead:
+def load_head(task: str, seed: int = 0, pool: str = TINY.name) -> ClassificationHead:
     """A task's zero-shot head in the task-vectors paper's form: with the logit scale in it."""
-    classifier: Any = HFCLIPClassifier(load_clip(seed), load_processor(seed))
-    classifier.set_classification_task(list(TASKS[task].classnames), TASKS[task].templates)
+    classifier: Any = HFCLIPClassifier(load_clip(seed, pool), load_processor(seed, pool))
+    info = Pool.named(pool).tasks[task]
+    classifier.set_classification_task(list(info.classnames), info.templates)
     scale = classifier.clip_model.logit_scale.detach().exp()
     return ClassificationHead(normalize=True, weights=scale * classifier.zeroshot_weights)
 
 
-def _folders() -> dict[str, str]:
-    return {"_pretrained_": "pretrained", **{name: f"experts/{name}" for name in TASKS}}
+def _folders(tasks: Iterable[str]) -> dict[str, str]:
+    return {"_pretrained_": "pretrained", **{name: f"experts/{name}" for name in tasks}}
 
 
 def _target(function: Any, **arguments: Any) -> dict[str, Any]:

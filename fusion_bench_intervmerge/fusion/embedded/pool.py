@@ -18,32 +18,38 @@ from transformers import CLIPModel, CLIPProcessor
 
 from fusion_bench_intervmerge.errors import ConfigError, unknown_key
 from fusion_bench_intervmerge.settings import Seed, Settings
+from fusion_bench_intervmerge.tinyclip import POOLS, TINY, Pool, ensure_pool
+from fusion_bench_intervmerge.tinyclip.tasks import SPLITS
 
 from ..screen import one_line
-from .build import ensure_pool
-from .tasks import SPLITS, TASKS
 
 
 class PoolSettings(Settings):
-    """The embedded pool's own settings."""
+    """An embedded pool's own settings."""
 
     seed: Seed = 0
-    tasks: Annotated[
-        list[str] | None, Field(description=f"null, or a list of {', '.join(TASKS)}")
-    ] = None
+    tasks: Annotated[list[str] | None, Field(description="null, or a list of the pool's tasks")] = (
+        None
+    )
+    pool: Annotated[str, Field(description=f"one of {', '.join(POOLS)}")] = TINY.name
 
 
 class EmbeddedCLIPVisionModelPool(CLIPVisionModelPool):
-    """A tiny CLIP with eight experts and their datasets; built at first use, offline.
+    """A small CLIP with eight experts and their datasets; made ready at first use, offline.
 
     Args:
         seed: which pool; another seed draws, pre-trains and fine-tunes anew.
         tasks: which experts to take, by task; all where None.
+        pool: its name in :data:`fusion_bench_intervmerge.tinyclip.POOLS`.
         models: further models by name, such as ``_merged_``.
         kwargs: anything else of :class:`CLIPVisionModelPool`, in place of the pool's own.
     """
 
-    _config_mapping = CLIPVisionModelPool._config_mapping | {"seed": "seed", "tasks": "tasks"}
+    _config_mapping = CLIPVisionModelPool._config_mapping | {
+        "seed": "seed",
+        "tasks": "tasks",
+        "pool": "pool",
+    }
 
     @one_line
     def __init__(
@@ -51,25 +57,34 @@ class EmbeddedCLIPVisionModelPool(CLIPVisionModelPool):
         seed: int = 0,
         tasks: Sequence[str] | None = None,
         models: Mapping[str, Any] | None = None,
+        pool: str = TINY.name,
         **kwargs: Any,
     ):
         check_keys(kwargs, type(self))
-        settings = PoolSettings.read({"seed": seed, "tasks": tasks}, "modelpool")
-        self.seed, self.tasks = settings.seed, settings.tasks or list(TASKS)
+        settings = PoolSettings.read({"seed": seed, "tasks": tasks, "pool": pool}, "modelpool")
+        known = Pool.named(settings.pool).tasks
+        self.pool = settings.pool
+        self.seed, self.tasks = settings.seed, settings.tasks or list(known)
         for task in self.tasks:
-            if task not in TASKS:
-                raise unknown_key(task, TASKS, "task").under("modelpool.tasks")
-        folder = ensure_pool(seed)
+            if task not in known:
+                raise unknown_key(task, known, "task").under("modelpool.tasks")
+        folder = ensure_pool(self.seed, self.pool)
         own = {"_pretrained_": str(folder / "pretrained")}
         own |= {name: str(folder / "experts" / name) for name in self.tasks}
         datasets = {
             f"{key}_datasets": OmegaConf.create(
-                {name: _dataset_config(name, split, seed) for name in self.tasks}
+                {name: self._dataset(name, split) for name in self.tasks}
             )
             for key, split in zip(("train", "val", "test"), SPLITS, strict=True)
         }
-        given = {"processor": own["_pretrained_"], **datasets, **kwargs}
-        super().__init__({**own, **(models or {})}, **given)
+        arguments: dict[str, Any] = {"processor": own["_pretrained_"], **datasets, **kwargs}
+        super().__init__({**own, **(models or {})}, **arguments)
+
+    def _dataset(self, task: str, split: str) -> dict[str, Any]:
+        target = f"{load_dataset.__module__}.{load_dataset.__qualname__}"
+        return {"_target_": target, "task": task, "split": split, "seed": self.seed} | (
+            {} if self.pool == TINY.name else {"pool": self.pool}
+        )
 
 
 def check_keys(given: Iterable[str], cls: type) -> None:
@@ -84,11 +99,6 @@ def check_keys(given: Iterable[str], cls: type) -> None:
         if key not in known:
             shown = [name for name in known if name not in ("self", "args", "kwargs")]
             raise unknown_key(key, shown).under("modelpool")
-
-
-def _dataset_config(task: str, split: str, seed: int) -> dict[str, Any]:
-    target = f"{load_dataset.__module__}.{load_dataset.__qualname__}"
-    return {"_target_": target, "task": task, "split": split, "seed": seed}
 
 
 class EmbeddedDataset(Dataset):
@@ -109,37 +119,41 @@ class EmbeddedDataset(Dataset):
         return {"image": Image.fromarray(self.images[index]), "label": int(self.labels[index])}
 
 
-def load_dataset(task: str, split: str, seed: int = 0) -> EmbeddedDataset:
-    """A split of a task of the embedded pool.
+def load_dataset(task: str, split: str, seed: int = 0, pool: str = TINY.name) -> EmbeddedDataset:
+    """A split of a task of an embedded pool.
 
     Raises:
-        ConfigError: no such task or split.
+        ConfigError: no such task, split or pool.
     """
-    if task not in TASKS:
-        raise ConfigError("task", f"the embedded pool has no {task!r}", ", ".join(TASKS))
+    tasks = Pool.named(pool).tasks
+    if task not in tasks:
+        raise ConfigError("task", f"the embedded pool has no {task!r}", ", ".join(tasks))
     if split not in SPLITS:
         raise ConfigError("split", f"the embedded pool has no {split!r}", ", ".join(SPLITS))
-    with np.load(ensure_pool(seed) / "data" / f"{task}.npz") as data:
+    with np.load(ensure_pool(seed, pool) / "data" / f"{task}.npz") as data:
         return EmbeddedDataset(data[f"{split}_images"], data[f"{split}_labels"])
 
 
-def load_clip(seed: int = 0) -> CLIPModel:
-    """The embedded pool's pre-trained CLIP, both towers."""
-    return CLIPModel.from_pretrained(_pretrained(seed))
+def load_clip(seed: int = 0, pool: str = TINY.name) -> CLIPModel:
+    """An embedded pool's pre-trained CLIP, both towers."""
+    return CLIPModel.from_pretrained(_pretrained(seed, pool))
 
 
-def load_processor(seed: int = 0) -> CLIPProcessor:
-    """The image processor and tokenizer of the embedded pool."""
-    return CLIPProcessor.from_pretrained(_pretrained(seed))
+def load_processor(seed: int = 0, pool: str = TINY.name) -> CLIPProcessor:
+    """The image processor and tokenizer of an embedded pool."""
+    return CLIPProcessor.from_pretrained(_pretrained(seed, pool))
 
 
-def _pretrained(seed: int) -> Path:
-    return ensure_pool(seed) / "pretrained"
+def _pretrained(seed: int, pool: str) -> Path:
+    return ensure_pool(seed, pool) / "pretrained"
 
 
 def register_tasks() -> None:
-    """Tells FusionBench the class names and captions of the embedded tasks."""
-    for task in TASKS.values():
-        info = {"classnames": list(task.classnames), "templates": task.templates}
-        # ``dataset_info`` as well: without it FusionBench stores the templates under a wrong key.
-        CLIPTemplateFactory.register_dataset(task.name, dataset_info=info, **info)
+    """Tells FusionBench the class names and captions of the embedded tasks it does not know."""
+    for pool in POOLS.values():
+        for task in pool.tasks.values():
+            if task.name in CLIPTemplateFactory.get_available_datasets():
+                continue
+            info = {"classnames": list(task.classnames), "templates": task.templates}
+            # ``dataset_info`` as well: without it FusionBench stores them under a wrong key.
+            CLIPTemplateFactory.register_dataset(task.name, dataset_info=info, **info)

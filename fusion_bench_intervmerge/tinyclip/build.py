@@ -1,75 +1,76 @@
-"""Builds the embedded pool once, in the user's cache, and finds it there ever after."""
+"""Builds an embedded pool once, in the user's cache, and finds it there ever after."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from filelock import FileLock
 from tqdm.auto import tqdm
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from transformers import CLIPConfig, CLIPModel
 
 from fusion_bench_intervmerge.cache import CACHE_VARIABLE, cache_root
 from fusion_bench_intervmerge.errors import ConfigError
 
-from . import training
+from . import shipped, training
+from .material import sha256
+from .mini import Collection
+from .pools import TINY, Pool
+from .processor import write_processor
 from .recipe import Recipe
-from .tasks import SIZE, TASKS
+from .tasks import SIZE
 from .tokenizer import write_tokenizer
 
 log = logging.getLogger(__name__)
 
-POOL = "clip-vit-tiny_TA8"
 DIGESTS = "digests.json"
 
 
-def ensure_pool(seed: int = 0, root: Path | None = None, recipe: Recipe | None = None) -> Path:
-    """The folder of the embedded pool, built on first use.
+def ensure_pool(
+    seed: int = 0, pool: str | Pool = TINY.name, root: Path | None = None, *, train: bool = False
+) -> Path:
+    """The folder of an embedded pool, built on first use, or unpacked where its weights ship.
 
     The pool is built under another name and renamed once it is whole. Processes that ask for it
-    meanwhile wait for the one that builds. One whose files are not as they were written (a disk, or
-    a copy that was cut short) is built anew.
+    meanwhile wait for the one that builds. What a killed build had finished (the images, the
+    pretrained encoder, an expert) is taken up by the next. One whose files are not as they were
+    written (a disk, or a copy that was cut short) is built anew.
 
     Args:
         seed: decides images, initial weights and batches.
+        pool: a name of :data:`.pools.POOLS`, or one of another recipe.
         root: the cache folder; :func:`cache_root` by default.
-        recipe: for a pool of another size; ``seed`` takes the place of its own.
+        train: build it from its recipe even where its weights ship.
 
     Returns:
         a folder with ``pretrained/`` (a CLIPModel and its processor), ``experts/<task>/``
         (CLIPVisionModels), ``data/<task>.npz``, ``digests.json`` and ``recipe.json``.
 
     Raises:
-        ConfigError: the cache folder cannot be written.
+        ConfigError: no such pool, or the cache folder cannot be written.
         RuntimeError: a worker failed.
     """
-    recipe = replace(recipe or Recipe(), seed=seed)
+    pool = Pool.named(pool, seed) if isinstance(pool, str) else pool.seeded(seed)
     root = root or cache_root()
-    folder = root / f"{POOL}-{recipe.digest()}"
+    folder = root / f"{pool.name}-{pool.digest()}"
     if _is_whole(folder):
         return folder
     with _locked(root, folder.name):
         if not _is_whole(folder):
-            # Nobody else builds while we hold the lock: what lies here is left from a killed build.
             unfinished = root / f".{folder.name}.building"
-            shutil.rmtree(unfinished, ignore_errors=True)
-            try:
-                _build(recipe, unfinished)
-                shutil.rmtree(folder, ignore_errors=True)
-                unfinished.rename(folder)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
+            _build(pool, unfinished, train)
+            shutil.rmtree(folder, ignore_errors=True)
+            unfinished.rename(folder)
     return folder
 
 
@@ -81,7 +82,7 @@ def _is_whole(folder: Path) -> bool:
         return False
     if folder not in _found_sound:
         for name in _damaged(folder):
-            log.warning("%s is not as it was written; the embedded pool is built anew", name)
+            log.warning("%s is not as it was written; the pool is built anew", name)
             return False
         _found_sound.add(folder)
     return True
@@ -99,12 +100,8 @@ def _damaged(folder: Path) -> Iterator[Path]:
         return
     for name, digest in digests.items():
         path = folder / name
-        if not path.is_file() or _sha256(path) != digest:
+        if not path.is_file() or sha256(path) != digest:
             yield path
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextmanager
@@ -123,81 +120,107 @@ def _locked(root: Path, name: str) -> Iterator[None]:
         lock.release()
 
 
-def _build(recipe: Recipe, folder: Path) -> None:
-    """Draws the images, pre-trains, fine-tunes the experts, and writes ``recipe.json`` at last."""
-    work = len(TASKS) * (
-        sum(recipe.sizes().values()) + recipe.finetuning.steps * recipe.finetuning.batch_size
-    ) + (recipe.pretraining.steps * recipe.pretraining.batch_size)
-    title = f"building the embedded pool, once, in {folder.parent}"
+def _build(pool: Pool, folder: Path, train: bool) -> None:
+    """Does what is left to do in a folder, and writes ``recipe.json`` at last."""
+    for part in folder.rglob("*.part"):  # nobody else builds while we hold the lock
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
+    recipe, sizes = pool.recipe, sum(pool.recipe.sizes().values())
+    tuning, training_ = recipe.finetuning, recipe.pretraining
+    work = len(pool.tasks) * (sizes + tuning.steps * tuning.batch_size)
+    title = f"building {pool.name}, once, in {folder.parent}"
     log.info("%s; this takes a few minutes", title)
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    with (
-        tqdm(  # none in a log file
-            total=work, desc=title, bar_format=bar_format, mininterval=1, disable=None
-        ) as bar,
-        # Workers are started first: they import torch while the images are drawn.
-        _Workers(min(_cpus(), len(TASKS))) as workers,
-    ):
-        for name in TASKS:
-            _draw(recipe, name, folder)
-            bar.update(sum(recipe.sizes().values()))
-        for _ in _pretrain(recipe, folder):
-            bar.update(recipe.pretraining.batch_size)
-        for _ in workers.finetune(recipe, folder):
-            bar.update(recipe.finetuning.batch_size)
+    with tqdm(  # none in a log file
+        total=work + training_.steps * training_.batch_size,
+        desc=title,
+        bar_format=bar_format,
+        mininterval=1,
+        disable=None,
+    ) as bar:
+        for name in pool.tasks:
+            _draw(pool, name, folder)
+            bar.update(sizes)
+        if train or not shipped.has(pool):
+            _train(pool, folder, bar)
+        else:
+            shipped.unpack(pool, folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    digests = {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+    digests = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
     (folder / DIGESTS).write_text(json.dumps(digests, indent=2), encoding="utf-8")
-    (folder / "recipe.json").write_text(recipe.to_json(), encoding="utf-8")
+    (folder / "recipe.json").write_text(pool.to_json(), encoding="utf-8")
 
 
-def _draw(recipe: Recipe, name: str, folder: Path) -> None:
+def _train(pool: Pool, folder: Path, bar: tqdm) -> None:
+    missing = [name for name in pool.tasks if not (folder / "experts" / name).is_dir()]
+    # Workers are started first: they import torch while the encoder is trained.
+    with _Workers(min(_cpus(), len(missing))) as workers:
+        if not (folder / "pretrained").is_dir():
+            for _ in _pretrain(pool, folder):
+                bar.update(pool.recipe.pretraining.batch_size)
+        for _ in workers.finetune(pool, missing, folder):
+            bar.update(pool.recipe.finetuning.batch_size)
+
+
+def _draw(pool: Pool, name: str, folder: Path) -> None:
+    path = folder / "data" / f"{name}.npz"
+    if path.is_file():
+        return
     arrays: dict[str, np.ndarray] = {}
-    for split, count in recipe.sizes().items():
-        images, labels = TASKS[name].images(recipe.seed, split, count)
+    for split, count in pool.recipe.sizes().items():
+        images, labels = pool.tasks[name].images(pool.recipe.seed, split, count)
         arrays |= {f"{split}_images": images, f"{split}_labels": labels}
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    np.savez(folder / "data" / f"{name}.npz", **arrays)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as file:
+        np.savez(file, **arrays)
+    part.rename(path)
 
 
-def _captions(name: str) -> list[list[str]]:
-    return [TASKS[name].captions(label) for label in range(len(TASKS[name].classnames))]
+def _captions(pool: Pool, name: str) -> list[list[str]]:
+    task = pool.tasks[name]
+    return [task.captions(label) for label in range(len(task.classnames))]
 
 
-def _pretrain(recipe: Recipe, folder: Path) -> Iterator[int]:
-    """Writes ``pretrained/``; yields after each step."""
-    target = folder / "pretrained"
-    captions = [_captions(name) for name in TASKS]
-    texts = [text for task in captions for texts in task for text in texts]
-    tokenizer = write_tokenizer(target, texts, recipe.context)
-    CLIPProcessor(_image_processor(), tokenizer).save_pretrained(target)
-    images, labels = [], []
-    for name in TASKS:
+def _collections(pool: Pool, folder: Path) -> Iterator[Collection]:
+    if pool.collections:
+        yield from pool.collections(pool.recipe)
+        return
+    for name in pool.tasks:
         with np.load(folder / "data" / f"{name}.npz") as data:
-            images.append(torch.from_numpy(data["train_images"]))
-            labels.append(torch.from_numpy(data["train_labels"]))
+            yield Collection(data["train_images"], data["train_labels"], _captions(pool, name))
+
+
+def _pretrain(pool: Pool, folder: Path) -> Iterator[int]:
+    """Writes ``pretrained/``; yields after each step."""
+    recipe = pool.recipe
+    target = folder / "pretrained.part"
+    collections = list(_collections(pool, folder))
+    texts = [text for some in collections for names in some.captions for text in names]
+    tokenizer = write_tokenizer(target, texts, recipe.context)
+    write_processor(tokenizer, target)
     # One thread: matrices this small gain little from more, and another number rounds differently.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            model = CLIPModel(_config(recipe, len(tokenizer)))
+            model = CLIPModel(clip_config(recipe, len(tokenizer)))
         yield from training.pretrain(
             model,
             tokenizer,
-            images,
-            labels,
-            captions,
+            [torch.from_numpy(some.images) for some in collections],
+            [torch.from_numpy(some.labels) for some in collections],
+            [some.captions for some in collections],
             seed=recipe.seed,
             **asdict(recipe.pretraining),
         )
     finally:
         torch.set_num_threads(threads)
     model.save_pretrained(target)
+    target.rename(folder / "pretrained")
 
 
-def _config(recipe: Recipe, vocabulary: int) -> CLIPConfig:
+def clip_config(recipe: Recipe, vocabulary: int) -> CLIPConfig:
     """Both towers; all that OpenCLIP's ``CustomTextCLIP`` can hold as well."""
     common = {
         "hidden_size": recipe.width,
@@ -223,15 +246,6 @@ def _config(recipe: Recipe, vocabulary: int) -> CLIPConfig:
         text_config=common | text,
         vision_config=common | vision,
         projection_dim=recipe.features,
-    )
-
-
-def _image_processor() -> CLIPImageProcessor:
-    return CLIPImageProcessor(
-        size={"shortest_edge": SIZE},
-        crop_size={"height": SIZE, "width": SIZE},
-        image_mean=[training.MEAN] * 3,
-        image_std=[training.STD] * 3,
     )
 
 
@@ -276,15 +290,14 @@ class _Workers(ExitStack):
         os.close(end)
         return self
 
-    def finetune(self, recipe: Recipe, folder: Path) -> Iterator[None]:
-        """Writes ``experts/``; yields after each step of any expert."""
-        names = list(TASKS)
+    def finetune(self, pool: Pool, names: Sequence[str], folder: Path) -> Iterator[None]:
+        """Writes ``experts/<name>/``; yields after each step of any expert."""
         for i, process in enumerate(self.processes):
             job = {
                 "folder": str(folder.absolute()),
-                "seed": recipe.seed,
-                "stage": asdict(recipe.finetuning),
-                "tasks": {name: _captions(name) for name in names[i :: self.count]},
+                "seed": pool.recipe.seed,
+                "stage": asdict(pool.recipe.finetuning),
+                "tasks": {name: _captions(pool, name) for name in names[i :: self.count]},
             }
             assert process.stdin is not None
             with suppress(BrokenPipeError):  # it died; what it said comes below
@@ -292,9 +305,9 @@ class _Workers(ExitStack):
                 process.stdin.close()
         said = ""
         for line in self.lines:
-            if line.strip() in TASKS:
+            if line.strip() in pool.tasks:
                 yield
             elif line.strip():
                 said = line.strip()
         if any(process.wait() for process in self.processes):
-            raise RuntimeError(f"a worker of the embedded pool's build failed: {said}")
+            raise RuntimeError(f"a worker of the build failed: {said}")

@@ -1,4 +1,4 @@
-"""The eight classification tasks of the embedded pool: what is drawn, and how it is called.
+"""What a task is, and the eight of ``clip-vit-tiny_TA8``: what is drawn, and how it is called.
 
 One task is one function ``draw(rng, label, split) -> image`` under the :func:`task` decorator.
 Adding a task is adding such a function; nothing else knows how many there are.
@@ -103,13 +103,9 @@ def task(classnames: str, *prompts: str) -> Callable[[Draw], Draw]:
 )
 def digits(rng: Rng, label: int, split: str) -> Array:
     """Handwritten digits, scikit-learn's 8 x 8 scans: the one task with real images."""
-    scans = _scans()[split][label]
-    side = int(rng.integers(27, 32))
-    scan = Image.fromarray(scans[rng.integers(len(scans))]).resize((side, side), Image.BICUBIC)
-    page = Image.new("L", (SIZE, SIZE))
-    page.paste(scan, tuple(int(v) for v in rng.integers(0, SIZE - side + 1, 2)))
+    coverage = placed_scan(rng, digit_scans()[split][label])
     chalk = rng.uniform(0.8, 1, 3)
-    return _photograph(rng, _paint(_shaded(rng), np.asarray(page) / 255, chalk), noise=0.05)
+    return photograph(rng, paint(_shaded(rng), coverage, chalk), noise=0.05)
 
 
 LETTERS = "A, B, C, E, H, K, M, R, S, T"
@@ -118,14 +114,9 @@ LETTERS = "A, B, C, E, H, K, M, R, S, T"
 @task(LETTERS, "a photo of the letter {}", "a printed {}")
 def letters(rng: Rng, label: int, split: str) -> Array:
     """Capitals in matplotlib's DejaVu faces, turned, moved and scaled."""
-    face = FACES[rng.integers(len(FACES))]
-    page = Image.new("L", (SIZE, SIZE))
-    place = tuple(SIZE / 2 + rng.uniform(-2, 2, 2))
-    font = _font(face, int(rng.integers(23, 29)))
-    ImageDraw.Draw(page).text(place, LETTERS.split(", ")[label], 255, font, anchor="mm")
-    page = page.rotate(rng.uniform(-10, 10), Image.BILINEAR)
-    ground, ink = _ground_and_ink(rng)
-    return _photograph(rng, _paint(ground, np.asarray(page) / 255, ink))
+    coverage = letter(rng, LETTERS.split(", ")[label])
+    ground, ink = ground_and_ink(rng)
+    return photograph(rng, paint(ground, coverage, ink))
 
 
 @task(
@@ -135,22 +126,15 @@ def letters(rng: Rng, label: int, split: str) -> Array:
 )
 def shapes(rng: Rng, label: int, split: str) -> Array:
     """One filled outline."""
-    ground, ink = _ground_and_ink(rng)
-    distance = OUTLINES[label](*_placed(rng, (0.5, 0.75), turn=0.25))
-    return _photograph(rng, _paint(ground, _coverage(distance), ink))
+    ground, ink = ground_and_ink(rng)
+    return photograph(rng, paint(ground, outline(rng, label), ink))
 
 
 @task("one, two, three, four, five, six", "a photo of {} dots", "{} dots on a sheet")
 def counting(rng: Rng, label: int, split: str) -> Array:
     """Dots that do not touch, of different sizes."""
-    ground, ink = _ground_and_ink(rng)
-    dots: list[tuple[float, float, float]] = []
-    while len(dots) <= label:
-        radius, (x, y) = rng.uniform(0.14, 0.2), rng.uniform(-0.78, 0.78, 2)
-        if all(np.hypot(x - u, y - v) > radius + r + 0.12 for u, v, r in dots):
-            dots.append((x, y, radius))
-    distance = np.min([np.hypot(X - x, Y - y) - r for x, y, r in dots], axis=0)
-    return _photograph(rng, _paint(ground, _coverage(distance), ink))
+    ground, ink = ground_and_ink(rng)
+    return photograph(rng, paint(ground, dots(rng, label + 1), ink))
 
 
 @task(
@@ -179,8 +163,8 @@ def positions(rng: Rng, label: int, split: str) -> Array:
     ]
     scene = _shaded(rng)
     for radius, distance, colour in sorted(figures, key=lambda f: -f[0]):  # the smaller on top
-        scene = _paint(scene, _coverage(distance - radius), colour + rng.normal(0, 0.05, 3))
-    return _photograph(rng, scene)
+        scene = paint(scene, _coverage(distance - radius), colour + rng.normal(0, 0.05, 3))
+    return photograph(rng, scene)
 
 
 @task(
@@ -195,8 +179,8 @@ def colours(rng: Rng, label: int, split: str) -> Array:
     for hue, radius in ((label, (0.5, 0.65)), (other, (0.25, 0.32))):
         outline = OUTLINES[rng.integers(len(OUTLINES))]
         distance = outline(*_placed(rng, radius, turn=0.25))
-        scene = _paint(scene, _coverage(distance), _dye(rng, hue))
-    return _photograph(rng, scene)
+        scene = paint(scene, _coverage(distance), _dye(rng, hue))
+    return photograph(rng, scene)
 
 
 @task(
@@ -208,8 +192,8 @@ def gratings(rng: Rng, label: int, split: str) -> Array:
     """The angle of the stronger of two crossing gratings."""
     turn = label + rng.integers(2, 11)
     waves = _wave(rng, label) + rng.uniform(0.3, 0.6) * _wave(rng, turn)
-    ground, ink = _ground_and_ink(rng)
-    return _photograph(rng, _paint(ground, 0.5 + rng.uniform(0.1, 0.3) * waves, ink))
+    ground, ink = ground_and_ink(rng)
+    return photograph(rng, paint(ground, 0.5 + rng.uniform(0.1, 0.3) * waves, ink))
 
 
 @task(
@@ -219,11 +203,53 @@ def gratings(rng: Rng, label: int, split: str) -> Array:
 )
 def textures(rng: Rng, label: int, split: str) -> Array:
     """Noise with a given spectrum: four power laws, four bands."""
+    coverage = grain(rng, label)
+    ground, ink = ground_and_ink(rng)
+    return photograph(rng, paint(ground, coverage, ink), noise=0.05)
+
+
+# --- what the tasks lay on the ground: coverage, (SIZE, SIZE) from 0 to 1 -------------------------
+
+
+def placed_scan(rng: Rng, scans: Array) -> Array:
+    """One of some square scans, uint8 (n, side, side), of a random size at a random place."""
+    side = int(rng.integers(27, 32))
+    scan = Image.fromarray(scans[rng.integers(len(scans))]).resize((side, side), Image.BICUBIC)
+    page = Image.new("L", (SIZE, SIZE))
+    page.paste(scan, tuple(int(v) for v in rng.integers(0, SIZE - side + 1, 2)))
+    return np.asarray(page) / 255
+
+
+def letter(rng: Rng, character: str) -> Array:
+    """A character in one of matplotlib's DejaVu faces, turned, moved and scaled."""
+    face = FACES[rng.integers(len(FACES))]
+    page = Image.new("L", (SIZE, SIZE))
+    place = tuple(SIZE / 2 + rng.uniform(-2, 2, 2))
+    font = _font(face, int(rng.integers(23, 29)))
+    ImageDraw.Draw(page).text(place, character, 255, font, anchor="mm")
+    return np.asarray(page.rotate(rng.uniform(-10, 10), Image.BILINEAR)) / 255
+
+
+def outline(rng: Rng, label: int) -> Array:
+    """A filled shape of that label."""
+    return _coverage(OUTLINES[label](*_placed(rng, (0.5, 0.75), turn=0.25)))
+
+
+def dots(rng: Rng, count: int) -> Array:
+    """Discs of different sizes that do not touch."""
+    discs: list[tuple[float, float, float]] = []
+    while len(discs) < count:
+        radius, (x, y) = rng.uniform(0.14, 0.2), rng.uniform(-0.78, 0.78, 2)
+        if all(np.hypot(x - u, y - v) > radius + r + 0.12 for u, v, r in discs):
+            discs.append((x, y, radius))
+    return _coverage(np.min([np.hypot(X - x, Y - y) - r for x, y, r in discs], axis=0))
+
+
+def grain(rng: Rng, label: int) -> Array:
+    """Noise with the spectrum of that label."""
     spectrum = np.fft.rfft2(rng.normal(size=(SIZE, SIZE))) * SPECTRA[label](_frequency(), rng)
-    grain = np.fft.irfft2(spectrum, (SIZE, SIZE))
-    grain = 0.5 + rng.uniform(0.1, 0.25) * (grain - grain.mean()) / grain.std()
-    ground, ink = _ground_and_ink(rng)
-    return _photograph(rng, _paint(ground, np.clip(grain, 0, 1), ink), noise=0.05)
+    noise = np.fft.irfft2(spectrum, (SIZE, SIZE))
+    return np.clip(0.5 + rng.uniform(0.1, 0.25) * (noise - noise.mean()) / noise.std(), 0, 1)
 
 
 # --- ink, ground and light -----------------------------------------------------------------------
@@ -242,16 +268,16 @@ def _bright(rng: Rng) -> Array:
     return rng.uniform(0.55, 1.0, 3)
 
 
-def _ground_and_ink(rng: Rng) -> tuple[Array, Array]:
+def ground_and_ink(rng: Rng) -> tuple[Array, Array]:
     return _shaded(rng), _bright(rng)
 
 
-def _paint(ground: Array, coverage: Array, ink: Array) -> Array:
+def paint(ground: Array, coverage: Array, ink: Array) -> Array:
     """Lays ink over the ground where coverage, (SIZE, SIZE) from 0 to 1, says so."""
     return ground + coverage[..., None] * (ink - ground)
 
 
-def _photograph(rng: Rng, scene: Array, noise: float = 0.08) -> Array:
+def photograph(rng: Rng, scene: Array, noise: float = 0.08) -> Array:
     """The scene under a brighter or darker light, with up to ``noise`` of sensor noise."""
     light = rng.uniform(0.85, 1.1)
     return light * scene + rng.uniform(0.02, noise) * rng.normal(size=scene.shape)
@@ -375,7 +401,7 @@ def _font(face: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 @cache
-def _scans() -> dict[str, list[Array]]:
+def digit_scans() -> dict[str, list[Array]]:
     """Split -> label -> scans of that digit, uint8 of shape (n, 8, 8); no scan is in two splits."""
     from sklearn.datasets import load_digits
 

@@ -1,12 +1,8 @@
-"""Every number that decides what the embedded pool becomes."""
+"""Every number that decides what an embedded pool becomes."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass
-
-from .tasks import TASKS
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -17,6 +13,32 @@ class Stage:
     batch_size: int
     lr: float
     weight_decay: float = 0.05
+
+
+@dataclass(frozen=True)
+class Paced(Stage):
+    """A stage with a warm-up of its own.
+
+    Attributes:
+        warmup: its share of the steps; a :class:`Stage` warms up for three tenths.
+    """
+
+    warmup: float = 0.1
+
+
+@dataclass(frozen=True)
+class Gentle(Paced):
+    """Fine-tuning that leaves the other tasks' features where they are.
+
+    Attributes:
+        keep: weight of the cosine distance between an expert's features and the pretrained
+            encoder's, on images of the other tasks.
+        keep_batch_size: how many of those a step takes.
+    """
+
+    weight_decay: float = 0.0
+    keep: float = 0.0
+    keep_batch_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,12 +74,3 @@ class Recipe:
     def sizes(self) -> dict[str, int]:
         """Images per task in each split."""
         return {"train": self.train, "validation": self.validation, "test": self.test}
-
-    def to_json(self) -> str:
-        """The recipe with the class names and captions that its zero-shot heads are made of."""
-        words = {name: [task.classnames, task.prompts] for name, task in TASKS.items()}
-        return json.dumps({**asdict(self), "tasks": words}, indent=2)
-
-    def digest(self) -> str:
-        """Twelve hexadecimal digits that tell this recipe and its seed from every other."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]

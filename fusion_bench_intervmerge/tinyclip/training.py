@@ -22,10 +22,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizerFast, CLIPVisionModel
+from transformers import CLIPModel, CLIPTokenizerFast, CLIPVisionModel, PreTrainedModel
 
 # Pixel statistics of the drawn images, rounded; the image processor takes them from here.
 MEAN, STD = 0.5, 0.28
+
+OTHERS = 400  # images of each other task whose features a gentle fine-tuning keeps
 
 
 def pixel_values(images: Tensor) -> Tensor:
@@ -100,6 +102,9 @@ def finetune(
     *,
     seed: int,
     batch_size: int,
+    others: Tensor | None = None,
+    keep: float = 0.0,
+    keep_batch_size: int = 0,
     **stage: Any,
 ) -> Iterator[int]:
     """Trains the vision tower, and nothing else, to classify with a frozen zero-shot head.
@@ -107,6 +112,8 @@ def finetune(
     Args:
         head: (classes, features), rows of unit length; see :func:`zero_shot_head`.
         images, labels: uint8 (n, size, size, 3) and int64 (n,).
+        others: uint8 (m, size, size, 3), images whose features are to stay what they are now.
+        keep: weight of the cosine distance of ``keep_batch_size`` of those from what they were.
 
     Yields:
         the number of each step, once it is done.
@@ -115,13 +122,26 @@ def finetune(
     model.requires_grad_(False)
     model.vision_model.requires_grad_(True)
     scale = model.logit_scale.exp()
+    if keep and others is not None:
+        with torch.no_grad():
+            before = torch.cat([_unit_features(model, some) for some in others.split(256)])
 
     def loss() -> Tensor:
         batch = torch.randint(len(images), (batch_size,), generator=generator)
-        features = model.get_image_features(pixel_values(images[batch]))
-        return F.cross_entropy(scale * F.normalize(features, dim=-1) @ head.T, labels[batch])
+        if not keep or others is None:
+            features = _unit_features(model, images[batch])
+            return F.cross_entropy(scale * features @ head.T, labels[batch])
+        kept = torch.randint(len(others), (keep_batch_size,), generator=generator)
+        features = _unit_features(model, torch.cat([images[batch], others[kept]]))
+        wrong = F.cross_entropy(scale * features[:batch_size] @ head.T, labels[batch])
+        moved = 1 - (features[batch_size:] * before[kept]).sum(dim=-1)
+        return wrong + keep * moved.mean()
 
     yield from _optimize(list(model.vision_model.parameters()), loss, **stage)
+
+
+def _unit_features(model: CLIPModel, images: Tensor) -> Tensor:
+    return F.normalize(model.get_image_features(pixel_values(images)), dim=-1)
 
 
 @torch.no_grad()
@@ -150,15 +170,16 @@ def _optimize(
     steps: int,
     lr: float,
     weight_decay: float,
+    warmup: float = 0.3,
 ) -> Iterator[int]:
     """AdamW on ``loss()``; yields after each step.
 
-    Three tenths of warm-up, a cosine down to zero and clipped gradients: with less of either, the
-    first hundred steps of so small a transformer are lost.
+    A long warm-up, a cosine down to zero and clipped gradients: with less of either, the first
+    hundred steps of so small a transformer are lost.
     """
 
     def pace(step: int) -> float:
-        return min(1, (step + 1) / (0.3 * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
+        return min(1, (step + 1) / (warmup * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
 
     optimizer = torch.optim.AdamW(
         parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98), fused=True
@@ -183,14 +204,26 @@ def make_expert(
     expert = CLIPVisionModel.from_pretrained(folder / "pretrained")
     model.vision_model = expert.vision_model
     head = zero_shot_head(model, tokenizer, captions)
-    with np.load(folder / "data" / f"{task}.npz") as data:
-        images = torch.from_numpy(data["train_images"])
-        labels = torch.from_numpy(data["train_labels"])
+    images, labels = _train_split(folder, task)
+    rest = sorted(path.stem for path in (folder / "data").glob("*.npz") if path.stem != task)
+    others = torch.cat([_train_split(folder, name)[0][:OTHERS] for name in rest]) if rest else None
     own_seed = seed + zlib.crc32(task.encode())
-    for _ in finetune(model, head, images, labels, seed=own_seed, **stage):
+    for _ in finetune(model, head, images, labels, seed=own_seed, others=others, **stage):
         sys.stdout.write(f"{task}\n")  # in one write: the workers share a pipe
         sys.stdout.flush()
-    expert.save_pretrained(folder / "experts" / task)
+    save_whole(expert, folder / "experts" / task)
+
+
+def save_whole(model: PreTrainedModel, folder: Path) -> None:
+    """Saves it under another name first: a folder of this name is never half of one."""
+    part = folder.with_name(f"{folder.name}.part")
+    model.save_pretrained(part)
+    part.rename(folder)
+
+
+def _train_split(folder: Path, task: str) -> tuple[Tensor, Tensor]:
+    with np.load(folder / "data" / f"{task}.npz") as data:
+        return torch.from_numpy(data["train_images"]), torch.from_numpy(data["train_labels"])
 
 
 def main() -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizerFast
+
+from .processor import read_tokenizer
 
 END = "</w>"
 
@@ -36,19 +38,32 @@ def write_tokenizer(folder: Path, captions: Iterable[str], context: int) -> CLIP
     (folder / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
     lines = ["#version: 0.2", *map(" ".join, merges), ""]
     (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
-    return CLIPTokenizerFast(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=context
-    )
+    return read_tokenizer(folder, context)
 
 
 def _merges(words: list[str]) -> list[tuple[str, str]]:
     """Joins the most frequent pair of neighbours until every word is one token."""
     spelled = [[*word[:-1], word[-1] + END] for word in words]
+    pairs: Counter[tuple[str, str]] = Counter()
+    found_in: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for i, tokens in enumerate(spelled):
+        for pair in pairwise(tokens):
+            pairs[pair] += 1
+            found_in[pair].add(i)
     merges: list[tuple[str, str]] = []
-    while pairs := Counter(pair for tokens in spelled for pair in pairwise(tokens)):
+    while pairs:
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         merges.append(best)
-        spelled = [_join(tokens, best) for tokens in spelled]
+        for i in found_in[best]:  # a pair that has gone from a word may still lead there
+            for pair in pairwise(spelled[i]):
+                pairs[pair] -= 1
+                if not pairs[pair]:
+                    del pairs[pair]
+            spelled[i] = _join(spelled[i], best)
+            for pair in pairwise(spelled[i]):
+                pairs[pair] += 1
+                if pair != best:
+                    found_in[pair].add(i)
     return merges
 
 
