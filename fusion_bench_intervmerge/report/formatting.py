@@ -10,6 +10,7 @@ _KNOWN = {
     "closed_form": "Closed form",
     "layer_wise_adamerging": "layer-wise AdaMerging",
     "task_wise_adamerging": "task-wise AdaMerging",
+    "singular_value_calibration": "Singular Value Calibration",
     "weight_averaging": "Weight Averaging",
     "task_arithmetic": "Task Arithmetic",
     "simple_average": "Weight Averaging",
@@ -22,10 +23,33 @@ _KNOWN = {
     "pretrained": "Pretrained",
     "surgery": "Surgery",
     "experts": "Experts",
+    "regmean_plusplus": "RegMean++",
+    "adamerging_surgery": "AdaMerging + Surgery",
+    "sparse_wemoe": "sparse WEMoE",
+    "emr_merging": "EMR-Merging",
+    "rankone_moe": "Rank-one MoE",
+    "model_stock": "Model Stock",
+    "tall_masks": "TALL-masks",
+    "dare_ties": "DARE Ties",
+    "iso_cts": "Iso-CTS",
+    "pwe_moe": "PWE-MoE",
+    "magmax": "MagMax",
+    "doge_ta": "DOGE TA",
+    "concrete": "Concrete",
+    "ada_svd": "AdaSVD",
     "regmean": "RegMean",
+    "fisher": "Fisher Merging",
+    "iso_c": "Iso-C",
+    "tsv_m": "TSV-M",
+    "wemoe": "WEMoE",
+    "smile": "SMILE",
+    "opcm": "OPCM",
+    "dare": "DARE",
+    "wudi": "WUDI",
 }
 NONE = "—"
-_NAME = re.compile("|".join(_KNOWN))
+# the longest first: a name may begin another
+_NAME = re.compile("|".join(sorted(_KNOWN, key=len, reverse=True)))
 
 
 def readable(name: str) -> str:

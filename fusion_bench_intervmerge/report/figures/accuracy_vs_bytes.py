@@ -17,7 +17,8 @@ from ..style import HUES, INK, MUTED, SURFACE, Canvas, Panels, label_points
 from . import Picture
 
 PLACE = 5
-MERGE, REPAIR, TOLD, FREE = "merge", "repair of a merge", "rival, told the task", "other rival"
+MERGE, REPAIR = "merge", "repair of a merge"
+TOLD, FREE = "rival, told the task", "rival, not told the task"
 LOOKS = {MERGE: (MUTED, "o"), REPAIR: (HUES[0], "s"), TOLD: (HUES[1], "D"), FREE: (HUES[2], "^")}
 
 

@@ -14,11 +14,13 @@ from ..style import SURFACE, Canvas, Palette, Panels, label_points, parameter_ax
 from . import Picture
 
 PLACE = 10
+MOST = 9  # panels
 
 
 def pictures(of: Evaluation) -> Iterator[Picture]:
-    """None where there is nothing to compare."""
-    if of.repairs and len([row for row in of.rows if row.kind != "pretrained"]) > 1:
+    """None where there is nothing to compare, or more merges than panels can show."""
+    merges = {row.base for row in of.repairs if row.base}
+    if 0 < len(merges) <= MOST and len([row for row in of.rows if row.kind != "pretrained"]) > 1:
         yield Picture(
             "parameters",
             "Accuracy against extra parameters",
