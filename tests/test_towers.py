@@ -93,6 +93,11 @@ def test_a_dinov2_artifact_holds_what_transformers_reads(images, tmp_path):
         assert torch.equal(loaded.encode(images, TASKS * 4), model.encode(images, TASKS * 4))
 
 
+def test_no_graph_is_known_for_dinov2():
+    with pytest.raises(ConfigError, match="no graph is known for dinov2; allowed: huggingface"):
+        plain_encoder(InterventionModel(dinov2_tower(), TASKS, {"attention": {}}))
+
+
 def test_the_same_weights_give_the_same_features_in_both_families(images):
     with torch.no_grad():
         ours, theirs = hf_tower().features(images), openclip_tower().features(images)
