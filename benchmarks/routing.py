@@ -34,7 +34,8 @@ from fusion_bench_intervmerge.fusion.experts import ExpertPool
 from fusion_bench_intervmerge.images import choose_images
 from fusion_bench_intervmerge.merging import mix
 from fusion_bench_intervmerge.routing import ROUTERS, Router
-from fusion_bench_intervmerge.routing.reading import Reading, rows_of
+from fusion_bench_intervmerge.routing.passes import read
+from fusion_bench_intervmerge.routing.reading import Reading
 from fusion_bench_intervmerge.routing.routers import router_class
 
 SCALE = 100.0  # CLIP's logit scale: what the largest softmax is taken of
@@ -72,12 +73,12 @@ class Seen:
     """A split under one condition: rows that routers read, and features by every task's edits."""
 
     def __init__(self, model: InterventionModel, data: dict[str, tuple], heads: dict[str, Tensor]):
-        tokens, self.heads = model.tower.num_tokens, heads
+        self.heads = heads
         images = torch.cat([part for part, _ in data.values()])
         self.labels = torch.cat([labels for _, labels in data.values()])
         sizes = torch.tensor([len(labels) for _, labels in data.values()])
         self.of = torch.arange(len(data)).repeat_interleave(sizes)
-        self.rows = batched(lambda x: rows_of(model.prefix(x), tokens), images)
+        self.rows = batched(lambda x: read(model, x)[2], images)
         self.features = torch.stack([batched(partial(model.encode, task=t), images) for t in data])
         self.merged = batched(model.encode, images)
 
@@ -298,7 +299,7 @@ def main() -> None:
     images = torch.cat([images[:16] for images, _ in data["test"].values()])
     model.router = router
     works, times = {}, {}
-    for name, task in (("told", [t for t in tasks for _ in range(16)]), ("auto", "auto")):
+    for name, task in (("told", model.route(images)), ("auto", "auto")):
         with FlopCounterMode(display=False) as counter:
             model.encode(images, task)
         works[name] = counter.get_total_flops()

@@ -603,3 +603,27 @@ def test_a_report_needs_neither_toolkit_nor_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_router_has_its_confusion_drawn(tmp_path: Path) -> None:
+    run = synthetic.comparison(tmp_path / "run", tasks=synthetic.TASKS[:3])
+    file = run / "program_report.json"
+    report = json.loads(file.read_text())
+    told = {
+        "digits": {"digits": 9, "none": 1},
+        "letters": {"digits": 4, "letters": 6},
+        "shapes": {},
+    }
+    for name, own in report.items():
+        if name.endswith(("seed0", "seed1")):
+            own["average"] |= {"routed": 0.7}
+            own["confusion"] = told
+    file.write_text(json.dumps(report))
+    found = [p for p in pictures(gather([read_run(run)])) if p.name.startswith("confusion")]
+    seeds = sum(name.endswith("seed0") for name in report)
+    assert len(found) == min(seeds, 3) and "75.0%" in found[0].text
+    evaluation = gather([read_run(run)])
+    for width in (style.WIDE, style.NARROW):
+        figure = found[0].draw(style.Palette(evaluation.methods), width)
+        texts = [text.get_text() for text in figure.axes[0].texts]
+        assert texts == ["9", "1", "4", "6"]

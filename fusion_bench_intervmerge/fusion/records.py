@@ -126,10 +126,10 @@ def _sizes(model: InterventionModel) -> dict[str, Any]:
         "extra_parameters": extra["total"],
         "extra_parameters_folded": extra["folded"],
         "extra_parameters_by_task": extra["per_task"],
-        "bytes": extra["bytes"],
+        "bytes": extra["bytes"] + 4 * extra.get("router", 0),
         "labels": 0,
         "passes": 1.0,
-        "needs_task": True,
+        "needs_task": model.router is None,
     }
 
 
