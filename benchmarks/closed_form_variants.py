@@ -29,9 +29,9 @@ from fusion_bench.method import SimpleAverageAlgorithm, TaskArithmeticAlgorithm
 from torch.utils.data import DataLoader, TensorDataset
 
 from fusion_bench_intervmerge import InterventionModel, solve
-from fusion_bench_intervmerge.fusion.base_merge import run_base
 from fusion_bench_intervmerge.fusion.embedded import EmbeddedCLIPVisionModelPool
 from fusion_bench_intervmerge.fusion.experts import ExpertPool
+from fusion_bench_intervmerge.fusion.merge import run_base
 from fusion_bench_intervmerge.images import choose_images
 from fusion_bench_intervmerge.solving import solver, sweep
 from fusion_bench_intervmerge.solving.regression import Regression
@@ -85,7 +85,7 @@ class Bench:
     def solved(self, merge: str, split: str, images: int, seed: int, **options: object) -> float:
         own = {key: options.pop(key) for key in ("rank", "blocks") if key in options}
         model = self.model(merge, **own)
-        solve(model, self.experts, self.data[split], at_most=images, seed=seed, **options)
+        solve(model, self.experts, self.data[split], data={"images": images}, seed=seed, **options)
         return self.accuracy(model)
 
     def lines(self, name: str, held_out: tuple[int, ...] = HELD_OUT, **options: object) -> None:
@@ -251,7 +251,7 @@ def soft_labels(bench: Bench) -> None:
 def _refined(bench: Bench, merge: str, share: float, seed: int) -> float:
     model = bench.model(merge)
     data = bench.data["train"]
-    solution = solve(model, bench.experts, data, budget=BUDGET, at_most=128, seed=seed)
+    solution = solve(model, bench.experts, data, budget=BUDGET, data={"images": 128}, seed=seed)
     optimizer = torch.optim.Adam(model.edits.parameters(), lr=3e-3)
     draw = torch.Generator().manual_seed(seed)
     for _ in range(200):

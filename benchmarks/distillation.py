@@ -36,8 +36,8 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from fusion_bench_intervmerge import InterventionModel, distill
-from fusion_bench_intervmerge.coefficients import Mixture, task_vector
 from fusion_bench_intervmerge.encoders import VisionTower, as_tower
+from fusion_bench_intervmerge.merging import Mixture, TaskVector
 
 SIZES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 6}
@@ -69,7 +69,7 @@ class Setting:
         self.names = [f"task{i}" for i in range(tasks)]
         self.trained, self.dtype = trained, dtype
         self.pretrained = tower(size)
-        self.theta0 = [p.detach().clone() for p in self.pretrained.mergeable().values()]
+        self.theta0 = {n: p.detach().clone() for n, p in self.pretrained.mergeable().items()}
         self.seeds = {name: i for i, name in enumerate(self.names)}
         side = SIZES[size]["image_size"]
         generator = torch.Generator().manual_seed(1)
@@ -90,7 +90,7 @@ class Setting:
 
     def vectors(self):
         for name in self.names:
-            yield task_vector(self.expert(name), self.theta0)
+            yield TaskVector.between(self.expert(name).mergeable(), self.theta0)
 
     def model(self) -> InterventionModel:
         return InterventionModel(copy.deepcopy(self.pretrained), self.names, self.sites)
@@ -101,7 +101,8 @@ class Setting:
 
 def naive(setting: Setting) -> Callable[[], float]:
     """Seconds an image of the published loop; each call is a step of one task."""
-    copies = [[t.clone() for t in setting.theta0], *setting.vectors()]
+    vectors = [setting.theta0, *(vector.tensors for vector in setting.vectors())]
+    copies = [[tensor.clone() for tensor in vector.values()] for vector in vectors]
     for copy_ in copies:
         for tensor in copy_:
             tensor.requires_grad_()
@@ -267,7 +268,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--trained", action="store_true", help="train layer-wise coefficients")
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="ours with compiled MLPs")
+    parser.add_argument("--compile", action="store_true", help="ours with compiled blocks")
     parser.add_argument(
         "--seen-again", action="store_true", help="images repeat as in the paper's protocol"
     )

@@ -24,8 +24,9 @@ import torch
 from safetensors.torch import save_file
 
 from fusion_bench_intervmerge import InterventionModel, distill
-from fusion_bench_intervmerge.coefficients import Mixture, task_vector
+from fusion_bench_intervmerge.checkpoint import StateFolder
 from fusion_bench_intervmerge.encoders.openclip import MEAN, STD, OpenCLIPTower
+from fusion_bench_intervmerge.merging import mix
 
 TASKS = ["ants", "bees", "cats"]
 STEPS = 20
@@ -61,10 +62,8 @@ def run(folder: Path, pause: float = 0.0) -> None:
         for seed, task in enumerate(TASKS)
     }
     merged = tower()
-    theta0 = [parameter.detach().clone() for parameter in merged.mergeable().values()]
-    vectors = [task_vector(experts[task](), theta0) for task in TASKS]
-    mixture = Mixture(theta0, vectors, torch.full((3, len(theta0)), 0.3))
-    mixture.write(merged)
+    start = torch.full((3, len(merged.mergeable())), 0.3)
+    mixture = mix(merged, (experts[task]() for task in TASKS), start)
     model = InterventionModel(merged, TASKS, {"attention": {"function": "loreft", "rank": 2}})
 
     def optimizer(parameters):
@@ -79,9 +78,8 @@ def run(folder: Path, pause: float = 0.0) -> None:
         steps=STEPS,
         batch_size=4,
         mixture=mixture,
-        optimizer=optimizer if pause else None,
-        state_folder=folder / "states",
-        run="the same run",
+        **({"optimizer": optimizer} if pause else {}),
+        states=StateFolder(folder / "states", "the same run"),
         save_every=1,
     )
     time.sleep(pause)

@@ -278,7 +278,7 @@ class Door:
 
         for thing, name in (
             (algorithm, "distill"),
-            (comparison, "IndividualExperts"),
+            (comparison, "ExpertPerTask"),
             (analyse.Analyser, "run"),
         ):
             self._undo.enter_context(mock.patch.object(thing, name, stop))

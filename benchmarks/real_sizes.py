@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fusion_bench_intervmerge import InterventionModel, distill
-from fusion_bench_intervmerge.coefficients import Mixture, initial_coefficients, trim
 from fusion_bench_intervmerge.encoders.convert import to_openclip
+from fusion_bench_intervmerge.merging import CoefficientSettings, initial_coefficients, mix
 
 EDIT = "{attention: {function: noreft, rank: 1}}"
 SURGERY = "{output: {function: surgery, rank: 16}}"
@@ -54,20 +54,9 @@ def run(size: str, family: str, preset: str, steps: int, batch: int) -> dict[str
     merged, mixture = tower(None), None
     if coefficients:
         granularity, kind, _ = coefficients
-        theta0 = [p.detach() for p in merged.mergeable().values()]
-        vectors = (
-            [p.detach() - t for p, t in zip(tower(n).mergeable().values(), theta0, strict=True)]
-            for n in setting.names
-        )
-        ties = kind == "ties"
-        trimmed = (trim(vector, 0.2) if ties else vector for vector in vectors)
-        start = initial_coefficients(0.3, 8, len(theta0), granularity)
-        mixture = Mixture(theta0, trimmed, start)
-        if ties:
-            mixture.elect_signs()
-        mixture.write(merged)
-        if not coefficients[2]:
-            mixture.release()
+        start = initial_coefficients(0.3, 8, len(merged.mergeable()), granularity)
+        settings = CoefficientSettings.read({"task_vectors": kind, "train": coefficients[2]}, "")
+        mixture = mix(merged, map(tower, setting.names), start, settings)
     model = InterventionModel(
         merged, setting.names, OmegaConf.to_container(OmegaConf.create(sites))
     )

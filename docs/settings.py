@@ -17,13 +17,13 @@ import yaml
 from hydra.utils import get_class
 from pydantic_core import PydanticUndefined
 
-from fusion_bench_intervmerge.coefficients import CoefficientSettings
 from fusion_bench_intervmerge.interventions import (
     FUNCTION_NAMES,
     InterventionConfig,
     build_function,
 )
 from fusion_bench_intervmerge.interventions.functions import function_class
+from fusion_bench_intervmerge.merging import CoefficientSettings
 from fusion_bench_intervmerge.settings import Settings
 
 DOCS = Path(__file__).parent
@@ -201,7 +201,7 @@ def documented(file: Path, cls: type, leave: Iterable[str] = ()) -> Iterator[tup
 
 def fields(cls: type[Settings]) -> Iterator[tuple[str, Any, str]]:
     """(key, default, meaning) of every field; without a default it is pydantic's own mark."""
-    meaning = described(cls)
+    meaning = {k: v for base in reversed(cls.__mro__) for k, v in described(base).items()}
     for name, field in cls.model_fields.items():
         yield name, field.default, meaning[name]
 

@@ -6,7 +6,8 @@
     {"task": "digits", "class": "seven", "score": 0.93}
 
 http://localhost:8000 is a page to drop or draw an image on; /health says whether the model is up.
-Requests that come together are one forward pass, whatever their tasks. LitServe queues and batches
+Requests that come together are one forward pass, whatever their tasks. Where the model has a
+router, the task may be "auto", and the answer says which one it is. LitServe queues and batches
 them (pip install 'fusion-bench-intervmerge[serve]'). The classes are those that the saved model
 knows of its tasks; ``--classes`` and ``--clip`` tell others, as for ``intervmerge export``.
 """
@@ -95,16 +96,7 @@ class Classifier(litserve.LitAPI):
         given = None if classes is None else read_classes(Path(classes))
         heads, self.classes = known_heads(self.model, None, given, clip)
         self.heads = Heads([heads[task] for task in self.model.tasks]).to(device)
-        self.names = [*self.model.tasks, *(["auto"] if self.has_router() else [])]
-
-    def has_router(self) -> bool:
-        """Whether the model tells an image's task; it says so itself when it is asked."""
-        size = self.processor.crop_size
-        try:
-            self.model.route(torch.zeros(1, 3, size["height"], size["width"], device=self.device))
-        except (AttributeError, ValueError):
-            return False
-        return True
+        self.names = [*self.model.tasks, *(["auto"] if self.model.router is not None else [])]
 
     def decode_request(self, request: Asked):
         # A refusal is returned: raised, it would be the answer to the whole batch.
@@ -132,11 +124,18 @@ class Classifier(litserve.LitAPI):
         if unnamed:
             for index, task in zip(unnamed, self.model.route(images[unnamed]), strict=True):
                 tasks[index] = task
-        indices = torch.tensor([self.model.tasks.index(task) for task in tasks])
-        logits = self.heads(self.model.encode(images, tasks), indices.to(images.device))
+        answers = [Refusal("image: of no known task")] * len(tasks)
+        known = [index for index, task in enumerate(tasks) if task is not None]
+        if not known:
+            return answers
+        named = [tasks[index] for index in known]
+        indices = torch.tensor([self.model.tasks.index(task) for task in named])
+        logits = self.heads(self.model.encode(images[known], named), indices.to(images.device))
         scores, places = logits.softmax(dim=-1).max(dim=-1)
-        found = zip(tasks, places.tolist(), scores.tolist(), strict=True)
-        return [{"task": t, "class": self.classes[t][p], "score": score} for t, p, score in found]
+        found = zip(known, named, places.tolist(), scores.tolist(), strict=True)
+        for index, task, place, score in found:
+            answers[index] = {"task": task, "class": self.classes[task][place], "score": score}
+        return answers
 
     def unbatch(self, output):
         return output
@@ -165,7 +164,8 @@ def make_server(options: argparse.Namespace) -> litserve.LitServer:
     if not (options.classes or config["metadata"].get("classes")):
         sys.exit(f"{options.model} does not know its tasks' classes; name them by --classes FILE")
     tasks = config["tasks"]
-    page = PAGE.read_text(encoding="utf-8").replace('["TASKS"]', json.dumps(tasks))
+    shown = [*(["auto"] if config.get("router") else []), *tasks]
+    page = PAGE.read_text(encoding="utf-8").replace('["TASKS"]', json.dumps(shown))
     classifier = Classifier(
         str(folder),
         options.classes,

@@ -24,8 +24,8 @@ from fusion_bench.utils.instantiate_utils import set_print_function_call_permean
 from torch.utils.data import DataLoader, Subset
 
 from fusion_bench_intervmerge import InterventionModel, distill
-from fusion_bench_intervmerge.coefficients import Mixture, task_vector
 from fusion_bench_intervmerge.fusion.experts import ExpertPool
+from fusion_bench_intervmerge.merging import mix
 
 
 def main() -> None:
@@ -48,9 +48,7 @@ def main() -> None:
 
     # Merge: theta0 + 0.3 * the sum of the task vectors.
     merged = pool.tower("_pretrained_")
-    theta0 = [parameter.detach().clone() for parameter in merged.mergeable().values()]
-    vectors = (task_vector(experts[task](), theta0) for task in tasks)
-    Mixture(theta0, vectors, torch.full((len(tasks),), 0.3)).write(merged)
+    mix(merged, (experts[task]() for task in tasks), torch.full((len(tasks),), 0.3))
 
     # Repair: edits after the self-attention of every block, trained to match the experts' features.
     model = InterventionModel(merged, tasks, {"attention": {"rank": options.rank}})

@@ -5,18 +5,32 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .distillation import distill
+    from .distillation import DistillSettings, distill
     from .interventions import InterventionConfig
     from .model import InterventionModel
-    from .solving import solve
+    from .routing import RouterSettings, fit_router
+    from .solving import SolveSettings, solve
 
 __version__ = "0.1.0"
-__all__ = ["InterventionConfig", "InterventionModel", "distill", "solve"]
+__all__ = [
+    "DistillSettings",
+    "InterventionConfig",
+    "InterventionModel",
+    "RouterSettings",
+    "SolveSettings",
+    "distill",
+    "fit_router",
+    "solve",
+]
 
 _HOME = {
+    "DistillSettings": ".distillation",
     "InterventionConfig": ".interventions",
     "InterventionModel": ".model",
+    "RouterSettings": ".routing",
+    "SolveSettings": ".solving",
     "distill": ".distillation",
+    "fit_router": ".routing",
     "solve": ".solving",
 }
 

@@ -6,6 +6,7 @@
                                       its own content and of every other file but the model card
     interventions/<task>.safetensors  a task's edits: <site>.<block>.<tensor>
     coefficients.safetensors          merging coefficients, when they were trained
+    router.safetensors                what tells the task of an image, if anything does
     merged/model.safetensors          the merged encoder, under its family's usual names
     README.md                         a model card
 """
@@ -20,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -34,7 +35,9 @@ from .files import opened_folder, whole_folder
 from .hub.card import model_card
 from .interventions import InterventionConfig, read_interventions
 from .interventions.functions.base import Orthonormal
-from .schema import Strict, checked
+from .routing import Router, read_router
+from .schema import Json, Strict, checked
+from .storage import Storage, pack, unpack
 from .task_names import check_task_name
 
 FORMAT = 2
@@ -42,6 +45,7 @@ READABLE = (1, 2)  # 1 held, instead of R, what R is computed from, and no diges
 MERGED = "merged/model.safetensors"
 MERGED_CONFIG = "merged/config.json"
 COEFFICIENTS = "coefficients.safetensors"
+ROUTER = "router.safetensors"
 _MEANT = {MERGED: "the weights that the edits were trained on"}
 
 
@@ -62,6 +66,8 @@ class Artifact:
             settings say; no edit where nothing is named.
         extra_parameters: how many numbers the edits are, as trained and ``folded``.
         metadata: JSON values; tensors under ``coefficients``.
+        router: what tells the task of an image, if anything does.
+        storage: how the edits' tensors are stored.
     """
 
     tower: VisionTower
@@ -69,8 +75,10 @@ class Artifact:
     seed: int
     edits: Mapping[str, Mapping[str, Tensor]]
     ranks: Mapping[str, Mapping[str, Mapping[str, int]]] | None = None
-    extra_parameters: Mapping[str, Any] = field(default_factory=dict)
-    metadata: dict[str, Any] = field(default_factory=dict)
+    extra_parameters: Mapping[str, object] = field(default_factory=dict)
+    metadata: Json = field(default_factory=dict)
+    router: Router | None = None
+    storage: Storage = "float32"
 
     @property
     def tasks(self) -> list[str]:
@@ -93,13 +101,16 @@ def write(artifact: Artifact, folder: Path, card_name: str | None = None) -> Non
         (temporary / "merged").mkdir()
         (temporary / "interventions").mkdir()
         _save(artifact.tower.weights(), temporary / MERGED, {"format": "pt"})
-        _write_stock_config(artifact.tower, temporary / "merged")
+        if (stock := artifact.tower.stock_config()) is not None:
+            (temporary / MERGED_CONFIG).write_text(json.dumps(stock, indent=2) + "\n")
         for task, edits in artifact.edits.items():
-            _save(edits, temporary / _edits_file(task))
+            _save(pack(edits, artifact.storage), temporary / _edits_file(task))
         metadata = dict(artifact.metadata)
         coefficients = metadata.pop("coefficients", None)
         if coefficients is not None:
             _save(coefficients, temporary / COEFFICIENTS)
+        if artifact.router is not None:
+            _save(artifact.router.tensors(), temporary / ROUTER)
         config = {
             "format": FORMAT,
             "tower": artifact.tower.spec(),
@@ -108,6 +119,9 @@ def write(artifact: Artifact, folder: Path, card_name: str | None = None) -> Non
             "seed": artifact.seed,
             "ranks": artifact.ranks,
             "metadata": metadata,
+            # left out where there is none: earlier versions know no such key
+            **({} if artifact.router is None else {"router": artifact.router.config()}),
+            **({} if artifact.storage == "float32" else {"storage": artifact.storage}),
             "files": {
                 file.relative_to(temporary).as_posix(): _digest_of_file(file)
                 for file in sorted(temporary.rglob("*"))
@@ -198,12 +212,12 @@ class _Config(Strict):
     """config.json, its settings yet to be tried on the encoder."""
 
     format: int
-    tower: dict[str, Any]
+    tower: Json
     tasks: list[str]
-    interventions: dict[str, dict[str, Any]]
+    interventions: dict[str, Json]
     seed: int
     ranks: dict[str, dict[str, dict[str, Annotated[int, Field(ge=1)]]]] | None = None
-    metadata: dict[str, Any] = Field(default_factory=dict)
+    metadata: Json = Field(default_factory=dict)
 
 
 class _Config1(_Config):
@@ -212,6 +226,8 @@ class _Config1(_Config):
 
 class _Config2(_Config):
     files: dict[str, Digest]
+    router: Json | None = None
+    storage: Storage = "float32"
     digest: Digest
 
 
@@ -323,10 +339,33 @@ def _read(files: _Files) -> Artifact:
     metadata = dict(config.metadata)
     if files.has_coefficients():
         metadata["coefficients"] = files.tensors(COEFFICIENTS)
-    return Artifact(tower, interventions, config.seed, edits, config.ranks, metadata=metadata)
+    router = None
+    if isinstance(config, _Config2) and config.router is not None:
+        router = _read_router(files, config)
+    storage = config.storage if isinstance(config, _Config2) else "float32"
+    if storage != "float32":
+        edits = {task: unpack(tensors) for task, tensors in edits.items()}
+    return Artifact(
+        tower,
+        interventions,
+        config.seed,
+        edits,
+        config.ranks,
+        metadata=metadata,
+        router=router,
+        storage=storage,
+    )
 
 
-def _digest_of_config(config: Mapping[str, Any]) -> str:
+def _read_router(files: _Files, config: _Config2) -> Router:
+    tensors = files.tensors(ROUTER)
+    try:
+        return read_router(config.router or {}, tensors, config.tasks)
+    except MISFITS as error:
+        raise misfit(files.folder / ROUTER, error) from None
+
+
+def _digest_of_config(config: Mapping[str, object]) -> str:
     """SHA-256 of config.json's content but for this digest, however it is laid out."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
@@ -341,7 +380,7 @@ def _digest_of_file(path: Path) -> str:
 
 def _files_of(tasks: Sequence[str]) -> list[str]:
     """The files that an artifact may have beside config.json and the model card."""
-    return [MERGED, MERGED_CONFIG, COEFFICIENTS, *map(_edits_file, tasks)]
+    return [MERGED, MERGED_CONFIG, COEFFICIENTS, ROUTER, *map(_edits_file, tasks)]
 
 
 def _edits_file(task: str) -> str:
@@ -368,15 +407,3 @@ def _save(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str] | No
         save_file(separate, path, header)
     except SafetensorError as error:  # a full disk comes as one
         raise OSError(str(error)) from None
-
-
-def _write_stock_config(tower: VisionTower, folder: Path) -> None:
-    """Beside a Hugging Face tower: what ``CLIPVisionModelWithProjection.from_pretrained`` reads."""
-    if tower.family == "huggingface":
-        config = {
-            **tower.spec()["vision_config"],
-            "projection_dim": tower.projection_dim,
-            "architectures": ["CLIPVisionModelWithProjection"],
-            "model_type": "clip_vision_model",
-        }
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

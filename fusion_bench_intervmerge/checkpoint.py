@@ -12,6 +12,8 @@ import copy
 import hashlib
 import json
 import logging
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .files import whole_file
+from .schema import Json
 
 log = logging.getLogger(__name__)
 KEPT = 2
@@ -46,6 +49,27 @@ def interruptible(doing: str, states: StateFolder | None = None) -> Iterator[Non
         kept = None if states is None else states.newest()
         more = "" if kept is None else f"; the same command goes on from step {kept}"
         raise Interrupted(f"stopped while {doing}{more}") from None
+
+
+@contextmanager
+def stop_requested() -> Iterator[threading.Event]:
+    """Set by the first Ctrl-C, which then waits for the step's end; a second one stops at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def request(number: int, frame: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    signal.signal(signal.SIGINT, request)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 @dataclass
@@ -73,6 +97,10 @@ class StateFolder:
     def __init__(self, folder: Path, run: str, kind: str = "step"):
         self.folder, self.run, self.kind = folder, run, kind
 
+    def of(self, kind: str) -> StateFolder:
+        """The states of another of the run's parts."""
+        return StateFolder(self.folder, self.run, kind)
+
     def save(
         self,
         progress: Progress,
@@ -82,7 +110,7 @@ class StateFolder:
         """Write a state. A failure (a full disk, say) is reported and the older state stays."""
         tensors = {f"trained.{name}": tensor.detach() for name, tensor in trained.items()}
         tensors["losses"] = progress.losses
-        numbers: dict[str, Any] = {}
+        numbers: Json = {}
         for name, value in _entries(optimizer).items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{name}"] = value
@@ -169,7 +197,7 @@ class StateFolder:
         if header["run"] != self.run:
             raise ValueError("it belongs to another run")
         losses = tensors.pop("losses")
-        found: dict[str, dict[str, Any]] = {"trained": {}, "optimizer": {}}
+        found: dict[str, Json] = {"trained": {}, "optimizer": {}}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
             found[kind][rest] = tensor
@@ -188,7 +216,7 @@ class _State:
 
     progress: Progress
     trained: dict[str, Tensor]
-    optimizer: dict[str, Any]
+    optimizer: Json
 
     def check(
         self,
@@ -213,7 +241,7 @@ class _State:
         for name, tensor in trained.items():
             tensor.copy_(self.trained[name])
         if optimizer is not None:
-            state: dict[int, dict[str, Any]] = {}
+            state: dict[int, Json] = {}
             for name, value in self.optimizer.items():
                 index, _, key = name.partition(".")
                 state.setdefault(int(index), {})[key] = value
@@ -221,14 +249,14 @@ class _State:
             optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _entries(optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+def _entries(optimizer: torch.optim.Optimizer | None) -> Json:
     state = {} if optimizer is None else optimizer.state_dict()["state"]
     return {
         f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()
     }
 
 
-def _entries_after_a_step(optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+def _entries_after_a_step(optimizer: torch.optim.Optimizer | None) -> Json:
     """What an optimizer keeps once it has stepped; the one given does not step."""
     copied = copy.deepcopy(optimizer)
     if copied is not None:
@@ -239,7 +267,7 @@ def _entries_after_a_step(optimizer: torch.optim.Optimizer | None) -> dict[str, 
     return _entries(copied)
 
 
-def _compare(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def _compare(found: Mapping[str, object], expected: Mapping[str, object]) -> None:
     for name in expected.keys() | found.keys():
         if name not in found:
             raise ValueError(f"it lacks {name}")
@@ -249,7 +277,7 @@ def _compare(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
             raise ValueError(f"its {name} is {_kind(found[name])}, not {_kind(expected[name])}")
 
 
-def _kind(value: Any) -> Any:
+def _kind(value: object) -> Any:
     return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else type(value)
 
 

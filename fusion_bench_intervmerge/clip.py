@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from .encoders.base import through
 from .errors import ConfigError
 from .interventions import Function, Placement
 
@@ -43,11 +44,9 @@ def to_clip_model(
         tower.load_weights(model.tower.weights())
     except (KeyError, ValueError) as error:
         raise ConfigError("clip", f"another encoder than the model's ({error})") from None
-    for site, blocks in model.fold().edits[task].items():
-        placement = model.placements[site]
-        for block, function in blocks.items():
-            module = _features_of(whole) if site == "output" else tower.site(site, int(block))
-            _build_in(module, SiteEdit(placement, int(block), function, _turned(tower)))
+    for site, block, function in model.fold().edits_of(task).places():
+        module = _features_of(whole) if site == "output" else tower.module(site, int(block))
+        _build_in(module, SiteEdit(model.placements[site], int(block), function))
     if hasattr(whole, "save_pretrained"):
         whole.save_pretrained = _refuse_to_save
     return whole.requires_grad_(False).eval().to(model.device)
@@ -152,30 +151,22 @@ def _features_of(clip: Any) -> nn.Module:
     return clip.visual_projection if hasattr(clip, "visual_projection") else clip.visual
 
 
-def _turned(tower: Any) -> bool:
-    """Whether the blocks run on (tokens, batch, width)."""
-    return not getattr(tower, "batch_first", True)
-
-
 class SiteEdit(nn.Module):
-    """One task's edit at one site of one block, in place.
+    """One task's edit at one site of one block.
 
     Args:
         placement: the site's.
         block: which block's part to take.
         function: the edit; it is copied.
-        turned: whether states come as (tokens, batch, width).
     """
 
-    def __init__(self, placement: Placement, block: int, function: Function, turned: bool):
+    def __init__(self, placement: Placement, block: int, function: Function):
         super().__init__()
-        self.placement, self.block, self.turned = placement, block, turned
+        self.placement, self.block = placement, block
         self.function = copy.deepcopy(function)
 
     def forward(self, z: Tensor) -> Tensor:
-        view = z.transpose(0, 1) if self.turned and z.dim() == 3 else z
-        self.placement.apply(view, self.block, self.function)
-        return z
+        return self.placement.apply(z, self.block, self.function)
 
 
 def _build_in(module: nn.Module, edit: SiteEdit) -> None:
@@ -187,12 +178,12 @@ def _build_in(module: nn.Module, edit: SiteEdit) -> None:
     module.register_forward_hook(_pass_through_edit)
 
 
-def _pass_through_edit(module: Any, args: Any, output: Any) -> None:
+def _pass_through_edit(module: Any, args: object, output: Any) -> Any:
     # The edit of the module that is called: a copy of the CLIP has edits of its own.
-    module.edit(output[0] if isinstance(output, tuple) else output)
+    return through(module.edit, module, args, output)
 
 
-def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+def _refuse_to_save(*args: object, **kwargs: object) -> None:
     raise ConfigError(
         "save_pretrained",
         "a stock CLIP checkpoint has no place for the edits, which would be lost",

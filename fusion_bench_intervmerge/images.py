@@ -1,16 +1,69 @@
-"""Which images of a data set are seen, and reading them; for solving and for distillation alike."""
+"""Which images are learned from, and reading them; for solving and for distillation alike."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import Self
 
 from .errors import ConfigError
+from .settings import Seed, Settings, nested, whole
+
+
+class DataSettings(Settings):
+    """The unlabelled images to learn from.
+
+    Args:
+        split: ``test``, ``validation`` or ``train``: where they come from.
+        fraction: share of that split that may be seen; the same images for every method at a seed.
+        images: at most so many images a task; null: as many as ``fraction`` says.
+        batch_size: images a task and step, over all processes.
+        num_workers: processes that decode images.
+        cache_gb: GiB of memory for the states of images that are seen again.
+    """
+
+    split: Literal["test", "validation", "train"] = "test"
+    fraction: Annotated[float, Field(gt=0, le=1, description="a fraction in (0, 1]")] = 1.0
+    images: Annotated[int | None, whole(1, 10**9, before="null, or ")] = None
+    batch_size: Annotated[int, whole(1, 10**6)] = 16
+    num_workers: Annotated[int, whole(0, 1024)] = 0
+    cache_gb: Annotated[float, Field(ge=0, le=10**6, description="a number, 0 or more")] = 2.0
+
+
+class RepairSettings(Settings):
+    """What solving and training have in common.
+
+    Args:
+        data: the unlabelled images to learn from (``DataSettings``).
+        seed: decides initial edits, images and their order.
+    """
+
+    data: Annotated[DataSettings, nested(DataSettings)] = DataSettings()
+    seed: Seed = 0
+
+    @classmethod
+    def of(cls, settings: Self | None, keywords: Mapping[str, object]) -> Self:
+        """Settings as an object, or by keywords: those of ``data`` may stand among them.
+
+        Raises:
+            ConfigError: a setting that does not exist, or not with that value.
+            TypeError: both an object and keywords.
+        """
+        if settings is not None and keywords:
+            raise TypeError(f"settings as an object, and also by keyword: {', '.join(keywords)}")
+        if settings is not None:
+            return settings
+        of_data = {k: v for k, v in keywords.items() if k in DataSettings.model_fields}
+        rest = {k: v for k, v in keywords.items() if k not in of_data}
+        data = DataSettings.read(rest.get("data", {})).to_dict() | of_data
+        return cls.read(rest | {"data": data})
 
 
 def choose_images(
@@ -47,19 +100,23 @@ def generator_of(seed: int, purpose: str, task: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-class Pixels(Dataset):
+# task -> its images: pixel values, or (pixel values, anything)
+Datasets = Mapping[str, Dataset[Any]]
+
+
+class Pixels(Dataset[Tensor]):
     """Images of several tasks, addressed by (task, index); labels are left behind."""
 
-    def __init__(self, datasets: Mapping[str, Dataset]):
+    def __init__(self, datasets: Datasets):
         self.datasets = datasets
 
     def __getitem__(self, key: tuple[str, int]) -> Tensor:
-        item = self.datasets[key[0]][key[1]]  # type: ignore[index]
+        item = self.datasets[key[0]][key[1]]
         return item[0] if isinstance(item, (tuple, list)) else item
 
 
 def read_images(
-    datasets: Mapping[str, Dataset],
+    datasets: Datasets,
     batches: Sequence[Sequence[tuple[str, int]]],
     num_workers: int,
 ) -> Iterator[Tensor]:

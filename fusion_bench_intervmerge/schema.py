@@ -12,6 +12,9 @@ Size = Annotated[int, Field(ge=1, le=2**16)]  # no encoder comes near; memory is
 Count = Annotated[int, Field(ge=1, le=1000)]
 
 
+Json = dict[str, Any]  # values that JSON has, by key
+
+
 class Strict(BaseModel):
     """A schema that converts nothing: "1" is no number, and 1 is not true."""
 
@@ -21,7 +24,7 @@ class Strict(BaseModel):
 S = TypeVar("S", bound=BaseModel)
 
 
-def checked(schema: type[S], value: Any, where: str = "") -> S:
+def checked(schema: type[S], value: object, where: str = "") -> S:
     """Read a value.
 
     Raises:

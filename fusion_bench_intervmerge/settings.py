@@ -6,14 +6,20 @@ with the same line wherever it was written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 from typing_extensions import Self
 
 from .errors import ConfigError, named, unknown_key
+
+# Hydra's and FusionBench's own, which any config may carry.
+HOST_KEYS = ("_recursive_", "_usage_", "_version_")
 
 
 class Settings(BaseModel):
@@ -27,7 +33,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    def __init__(self, **given: Any):
+    def __init__(self, **given: object):
         given = {key: plain(value) for key, value in given.items()}
         try:
             super().__init__(**given)
@@ -35,7 +41,7 @@ class Settings(BaseModel):
             raise self._first(error, given) from None
 
     @classmethod
-    def read(cls, given: Any, where: str = "") -> Self:
+    def read(cls, given: object, where: str = "") -> Self:
         """The settings that a mapping writes.
 
         Args:
@@ -59,7 +65,7 @@ class Settings(BaseModel):
         return plain(self.model_dump())
 
     @classmethod
-    def _first(cls, error: ValidationError, given: Mapping[str, Any]) -> ConfigError:
+    def _first(cls, error: ValidationError, given: Mapping[str, object]) -> ConfigError:
         found = error.errors(include_url=False)
         first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
         key = str(first["loc"][0]) if first["loc"] else ""
@@ -86,7 +92,7 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Mappings and sequences of any kind as dicts and lists, all the way down."""
     if isinstance(value, Mapping):
         return {key: plain(entry) for key, entry in value.items()}
@@ -95,7 +101,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _plain_words(error: Any) -> str:
+def _plain_words(error: ErrorDetails) -> str:
     choices = error.get("ctx", {}).get("expected", "")
     words = error["msg"].removeprefix("Input should be ")
     return choices.replace("'", "").replace(" or ", ", ") if choices else words
@@ -107,7 +113,7 @@ def whole(low: int, high: int | None = None, before: str = "") -> Any:
     return Field(ge=low, le=high, description=f"{before}a whole number, {span}")
 
 
-def _folder(value: Any) -> Any:
+def _folder(value: object) -> Any:
     text = str(value) if isinstance(value, Path) else value
     if isinstance(text, str) and (not text.strip() or "\0" in text):
         raise ConfigError("", shown(text), "the path of a folder")
@@ -117,3 +123,41 @@ def _folder(value: Any) -> Any:
 Folder = Annotated[str, BeforeValidator(_folder), Field(description="the path of a folder")]
 Seed = Annotated[int, whole(0, 2**63 - 1)]
 Flag = Annotated[bool, Field(description="true, false")]
+
+
+def check_arguments(cls: Callable[..., Any], given: Mapping[str, object], where: str) -> None:
+    """Check a config's arguments of a class that checks few of them itself.
+
+    Raises:
+        ConfigError: a key that the class does not take, a value of another kind than its
+            default's, or a number that is not finite.
+    """
+    parameters = inspect.signature(cls).parameters
+    known = [name for name in parameters if name != "params"]
+    for key, value in given.items():
+        if key not in known:
+            raise unknown_key(key, known).under(where)
+        default, annotation = parameters[key].default, str(parameters[key].annotation)
+        fits, allowed = not _has_nan(value), "finite numbers"
+        if isinstance(default, bool):
+            fits, allowed = isinstance(value, bool), "true, false"
+        elif default is None and "bool" in annotation:
+            fits, allowed = value is None or isinstance(value, bool), "null, true, false"
+        elif isinstance(default, (int, float)):
+            fits, allowed = fits and _is_number(value), "a number"
+        elif isinstance(default, tuple):
+            fits = fits and isinstance(value, list) and len(value) == len(default)
+            allowed = f"a list of {len(default)}"
+        if not fits:
+            raise ConfigError(f"{where}.{key}", shown(value), allowed)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _has_nan(value: object) -> bool:
+    """Whether it is, or holds, a number that is not finite."""
+    if isinstance(value, list):
+        return any(map(_has_nan, value))
+    return isinstance(value, float) and not isfinite(value)

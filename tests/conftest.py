@@ -13,7 +13,12 @@ import torch
 from open_clip.transformer import VisionTransformer
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
+)
 
 from fusion_bench_intervmerge.encoders import VisionTower, as_tower
 from fusion_bench_intervmerge.encoders.convert import to_openclip
@@ -74,7 +79,32 @@ def openclip_tower(seed: int = 0, noise: float = 0.0) -> VisionTower:
     return to_openclip(hf_tower(seed, noise), (0.5,) * 3, (0.5,) * 3)
 
 
-@pytest.fixture(params=[hf_tower, openclip_tower], ids=["huggingface", "openclip"])
+def dinov2_tower(seed: int = 0, noise: float = 0.0, pooling: str = "class") -> VisionTower:
+    """A small DINOv2 tower with two registers and layer scale."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "mlp_ratio": 2}
+    places = {"image_size": 32, "patch_size": 8, "num_register_tokens": 2}
+    config = Dinov2WithRegistersConfig(**sizes, **places, layerscale_value=0.5)
+    model = Dinov2WithRegistersForImageClassification(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        embeddings = model.base_model.embeddings
+        for token in (embeddings.cls_token, embeddings.register_tokens):  # they start near zero
+            token += 0.5 * torch.randn(token.shape, generator=generator)
+        generator.manual_seed(seed)
+        for parameter in model.parameters() if noise else ():
+            parameter += noise * torch.randn(parameter.shape, generator=generator)
+    return as_tower(model if pooling != "class" else model.base_model)
+
+
+def dinov2_patches_tower(seed: int = 0, noise: float = 0.0) -> VisionTower:
+    """The same, as a model for image classification is read."""
+    return dinov2_tower(seed, noise, "class and patches")
+
+
+@pytest.fixture(
+    params=[hf_tower, openclip_tower, dinov2_tower], ids=["huggingface", "openclip", "dinov2"]
+)
 def make_tower(request: pytest.FixtureRequest) -> Callable[..., VisionTower]:
     return request.param
 

@@ -23,8 +23,9 @@ from conftest import TASKS, hf_tower
 from safetensors.torch import save_file
 
 from fusion_bench_intervmerge import InterventionModel, distill, solve
-from fusion_bench_intervmerge.coefficients import Mixture, task_vector
+from fusion_bench_intervmerge.checkpoint import StateFolder
 from fusion_bench_intervmerge.distillation import loop
+from fusion_bench_intervmerge.merging import mix
 from fusion_bench_intervmerge.solving.sweep import Sweep
 
 
@@ -40,10 +41,8 @@ def main(output: Path, states: Path, steps: int, pause: float = 0.0, processes: 
         for seed, task in enumerate(TASKS)
     }
     tower = hf_tower()
-    theta0 = [p.detach().clone() for p in tower.mergeable().values()]
-    vectors = [task_vector(experts[task](), theta0) for task in TASKS]
-    mixture = Mixture(theta0, vectors, torch.full((3, len(theta0)), 0.3))
-    mixture.write(tower)
+    start = torch.full((3, len(tower.mergeable())), 0.3)
+    mixture = mix(tower, (experts[task]() for task in TASKS), start)
     model = InterventionModel(tower, TASKS, {"attention": {"function": "loreft", "rank": 2}})
     if pause:
         step = loop._Trainer._step
@@ -61,8 +60,7 @@ def main(output: Path, states: Path, steps: int, pause: float = 0.0, processes: 
         batch_size=4,
         mixture=mixture,
         fabric=fabric,
-        state_folder=states,
-        run="the same run",
+        states=StateFolder(states, "the same run"),
         save_every=1,
     )
     solved = solved_features(fabric, experts, datasets)

@@ -61,17 +61,15 @@ def comparison(
         found["average"]["accuracy"] = sum(found[t]["accuracy"] for t in tasks) / len(tasks)
         report[name], about[name] = found, facts
 
-    kept: dict[str, Any] = {}
     if references:
         add("pretrained", 0.16, kind="pretrained")
         add("experts", experts, kind="experts")
     for base in bases:
         merged = MERGES[base]
-        add(base, merged, kind="merge", base=base, method="none", extra_parameters=0, seconds=0.41)
+        add(base, merged, kind="merge", base=base, extra_parameters=0, seconds=0.41)
         for method, (extra, share) in methods.items():
             for seed in seeds:
                 noise = random.Random(f"{base}{method}{seed}").gauss(0, 0.012)
-                kept[f"{base}/{method}/seed{seed}"] = curves(tasks, 200, seed, 1 - share)
                 add(
                     f"{base}/{method}/seed{seed}",
                     merged + share * (experts - merged) + noise,
@@ -81,40 +79,38 @@ def comparison(
                     seed=seed,
                     extra_parameters=extra,
                     seconds=61.3 + seed,
-                    images_used="100% of the test split, unlabelled, 200 steps of 16 images a "
-                    f"task, seed {seed}",
-                    transductive=True,
                     final_loss=0.5,
+                    losses=curves(tasks, 200, seed, 1 - share) if losses else {},
+                    images=[
+                        {"split": "test", "steps": 200, "batch_size": 16, "seed": seed}
+                        | {"transductive": True}
+                    ],
+                    **settings(method),
                 )
-    report["comparison"] = {"tasks": list(tasks), "models": about}
-    if losses:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "losses.json").write_text(json.dumps(kept))
-    return write(folder, report, ["method=intervmerge/compare", "modelpool=clip-vit-tiny_TA8",
-                                  "taskpool=clip-vit-tiny_TA8"])  # fmt: skip
+    return write(folder, report, about, tasks, [
+        "method=intervmerge/compare", "modelpool=clip-vit-tiny_TA8", "taskpool=clip-vit-tiny_TA8",
+    ])  # fmt: skip
 
 
-def single(folder: Path, rank: int = 4, seed: int = 0, mean: float = 0.72) -> Path:
-    """A folder of ``method=intervmerge``."""
+def single(
+    folder: Path, rank: int = 4, seed: int = 0, mean: float = 0.72, name: str = "intervmerge"
+) -> Path:
+    """A folder of ``method=intervmerge``, or of another."""
     report = evaluated(TASKS, mean, 0.1, f"single{seed}")
     draw = random.Random(seed)
-    details = {
-        "method": {
-            # a site that a preset leaves out stays in the config, as null
-            "interventions": {"attention": {"function": "noreft", "rank": rank}, "output": None},
-            "base": {"_target_": "fusion_bench.method.TaskArithmeticAlgorithm"},
-            "coefficients": None,
-            "loss": "output",
-            "data": {"split": "validation", "fraction": 0.1, "batch_size": 16},
-            "seed": seed,
-        },
-        "images_used": "10% of the validation split, unlabelled, 200 steps of 16 images a task, "
-        f"seed {seed}",
-        "transductive": False,
+    facts = {
+        "kind": "repair",
+        "base": "task_arithmetic",
+        "method": f"{name}_r{rank}",
+        "seed": seed,
+        **settings(f"{name}_r{rank}"),
+        "images": [
+            {"split": "validation", "fraction": 0.1, "steps": 200, "batch_size": 16, "seed": seed}
+        ],
         "images_seen": {task: 480 for task in TASKS},
-        "extra_parameters": {"total": 6192 * rank, "per_task": {}, "folded": 6192 * rank},
-        "seconds": {"features": 30.1, "steps": 120.5},
-        "resumed_at": 0,
+        "extra_parameters": 6192 * rank,
+        "seconds": 150.6,
+        "seconds_by_part": {"features": 30.1, "steps": 120.5},
         "features": {
             task: {
                 "bias_before": 0.75 + 0.1 * draw.random(),
@@ -132,9 +128,19 @@ def single(folder: Path, rank: int = 4, seed: int = 0, mean: float = 0.72) -> Pa
         "method.data={split: validation, fraction: 0.1}",
         "modelpool=clip-vit-tiny_TA8",
     ]
-    write(folder, report, overrides)
-    (folder / "intervmerge.json").write_text(json.dumps(details))
-    return folder
+    model = f"task_arithmetic/{name}_r{rank}/seed{seed}"
+    return write(folder, report, {model: facts}, TASKS, overrides)
+
+
+def settings(method: str) -> dict[str, Any]:
+    """A method's rank, or its budget, and its settings, of the name that it has here."""
+    name, _, size = method.rpartition("_")
+    kind, number = ("rank", "budget")[size[:1] == "b"], size[1:]
+    if not number.isdigit():
+        return {"settings": {"name": method}}
+    # a site that a preset leaves out stays in the config, as null
+    edits = {"attention": {"function": name, "rank": int(number)}, "output": None}
+    return {kind: int(number), "settings": {"interventions": edits, "loss": "output"}}
 
 
 def curves(tasks: Sequence[str], steps: int, seed: int, floor: float) -> dict[str, list[float]]:
@@ -203,10 +209,18 @@ def analysis(
     return folder
 
 
-def write(folder: Path, report: dict[str, Any], overrides: Sequence[str] = ()) -> Path:
-    """A run folder with this report, and the files that Hydra leaves beside it."""
+def write(
+    folder: Path,
+    report: dict[str, Any],
+    models: dict[str, Any],
+    tasks: Sequence[str],
+    overrides: Sequence[str] = (),
+) -> Path:
+    """A run folder with these accuracies and models, and the files that Hydra leaves beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "program_report.json").write_text(json.dumps(report))
+    results = {"version": 1, "tasks": list(tasks), "models": models}
+    (folder / "intervmerge.json").write_text(json.dumps(results))
     lines = "".join(f"- '{override}'\n" for override in overrides)
     (folder / "overrides.yaml").write_text(lines)
     (folder / "config.yaml").write_text("method:\n  steps: 200 # <of each task>\nseed: null\n")

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fusion_bench_intervmerge import InterventionModel
-from fusion_bench_intervmerge.analysis import ANALYSES, Subject, analyse, read_analyses
+from fusion_bench_intervmerge.analysis import ANALYSES, analyse, read_analyses
+from fusion_bench_intervmerge.analysis.base import TaskEncoders
 from fusion_bench_intervmerge.analysis.bias import bias
 from fusion_bench_intervmerge.analysis.contributions import without_each
 from fusion_bench_intervmerge.analysis.embeddings import pca
@@ -36,19 +37,19 @@ def repaired(interventions, make=hf_tower):
     return perturbed(InterventionModel(double(make), TASKS, interventions).double())
 
 
-def subject(models, make=hf_tower, images=40, labels=True) -> Subject:
+def encoders(models, make=hf_tower, images=40, labels=True) -> TaskEncoders:
     generator = torch.Generator().manual_seed(1)
     head = torch.randn(5, 16, generator=generator, dtype=torch.float64)
     pixels = torch.randn(images, 3, 32, 32, generator=generator, dtype=torch.float64)
     given_labels = torch.randint(5, (images,), generator=generator) if labels else None
     expert, merged = double(make, seed=1, noise=0.05), double(make)
-    return Subject(TASK, pixels, expert, merged, models, lambda f: f @ head.T, given_labels)
+    return TaskEncoders(TASK, pixels, expert, merged, models, lambda f: f @ head.T, given_labels)
 
 
 @pytest.fixture(scope="module", params=[hf_tower, openclip_tower], ids=["huggingface", "openclip"])
-def seen(request) -> Subject:
+def seen(request) -> TaskEncoders:
     """A task with a repaired model beside it."""
-    return subject({"model": repaired(EVERYWHERE, request.param)}, request.param)
+    return encoders({"model": repaired(EVERYWHERE, request.param)}, request.param)
 
 
 # -- bias ------------------------------------------------------------------------------------------
@@ -67,7 +68,7 @@ def test_bias_is_a_mean_absolute_difference(images: int, width: int, seed: int) 
 
 def test_identity_edits_have_the_merged_encoders_bias_at_every_block() -> None:
     identity = InterventionModel(double(hf_tower), TASKS, IDENTITY).double()
-    found = analyse(subject({"identity": identity}), ["bias"])["bias"]
+    found = analyse(encoders({"identity": identity}), ["bias"])["bias"]
     assert len(found["merged"]["blocks"]) == 3
     assert found["identity"] == found["merged"]
     assert min(found["merged"]["blocks"]) > 0
@@ -75,12 +76,12 @@ def test_identity_edits_have_the_merged_encoders_bias_at_every_block() -> None:
 
 def test_a_surgery_leaves_every_block_as_it_was() -> None:
     surgery = repaired({"output": {"function": "surgery", "rank": 3}})
-    found = analyse(subject({"surgery": surgery}), ["bias"])["bias"]
+    found = analyse(encoders({"surgery": surgery}), ["bias"])["bias"]
     assert found["surgery"]["blocks"] == found["merged"]["blocks"]
     assert found["surgery"]["features"] != found["merged"]["features"]
 
 
-def test_bias_is_of_what_the_model_encodes(seen: Subject) -> None:
+def test_bias_is_of_what_the_model_encodes(seen: TaskEncoders) -> None:
     model = seen.models["model"]
     with torch.no_grad():
         own, expert = model.encode(seen.images, TASK), seen.expert.features(seen.images)
@@ -92,11 +93,11 @@ def test_bias_is_of_what_the_model_encodes(seen: Subject) -> None:
 # -- agreement -------------------------------------------------------------------------------------
 
 
-def test_the_expert_agrees_with_itself(seen: Subject) -> None:
+def test_the_expert_agrees_with_itself(seen: TaskEncoders) -> None:
     assert seen.scores(seen.trace("expert").features)["agreement"] == 1
 
 
-def test_agreement_is_what_one_counts(seen: Subject) -> None:
+def test_agreement_is_what_one_counts(seen: TaskEncoders) -> None:
     assert seen.logits is not None
     own, expert = (seen.logits(seen.trace(n).features).argmax(1) for n in ("model", "expert"))
     counted = sum(int(a == b) for a, b in zip(own, expert, strict=True)) / len(own)
@@ -106,18 +107,18 @@ def test_agreement_is_what_one_counts(seen: Subject) -> None:
 # -- stitching -------------------------------------------------------------------------------------
 
 
-def test_stitching_goes_from_the_expert_to_the_model(seen: Subject) -> None:
+def test_stitching_goes_from_the_expert_to_the_model(seen: TaskEncoders) -> None:
     cuts = stitch(seen, "model")
     assert len(cuts) == 4
     assert torch.equal(cuts[0], seen.trace("expert").features)
     assert torch.equal(cuts[-1], seen.trace("model").features)
 
 
-def test_the_expert_stitched_to_itself_is_the_expert(seen: Subject) -> None:
+def test_the_expert_stitched_to_itself_is_the_expert(seen: TaskEncoders) -> None:
     assert all(torch.equal(cut, seen.trace("expert").features) for cut in stitch(seen, "expert"))
 
 
-def test_a_cut_is_the_first_blocks_of_one_and_the_last_of_the_other(seen: Subject) -> None:
+def test_a_cut_is_the_first_blocks_of_one_and_the_last_of_the_other(seen: TaskEncoders) -> None:
     model, expert = seen.models["model"], seen.expert
     with torch.no_grad(), model.for_task(TASK):
         states = model.tower.run_block(0, model.tower.embed(seen.images))
@@ -128,7 +129,7 @@ def test_a_cut_is_the_first_blocks_of_one_and_the_last_of_the_other(seen: Subjec
 
 
 def test_without_labels_there_is_agreement_and_no_accuracy() -> None:
-    blind = subject({"model": repaired(EVERYWHERE)}, labels=False)
+    blind = encoders({"model": repaired(EVERYWHERE)}, labels=False)
     found = analyse(blind, ["stitching", "contributions"])
     assert set(found["stitching"]["model"]) == {"agreement"}
     assert set(found["contributions"]["model"][0]) == {"site", "block", "bias", "agreement"}
@@ -141,7 +142,9 @@ def test_without_labels_there_is_agreement_and_no_accuracy() -> None:
 
 def test_switching_an_identity_off_changes_nothing() -> None:
     identity = InterventionModel(double(hf_tower), TASKS, IDENTITY).double()
-    found = analyse(subject({"identity": identity}), ["contributions"])["contributions"]["identity"]
+    found = analyse(encoders({"identity": identity}), ["contributions"])["contributions"][
+        "identity"
+    ]
     assert [(edit["site"], edit["block"]) for edit in found] == [
         ("attention", 0), ("block", 0), ("attention", 1), ("mlp", 1), ("attention", 2),
         ("block", 2), ("output", None),
@@ -149,7 +152,7 @@ def test_switching_an_identity_off_changes_nothing() -> None:
     assert all(edit[k] == 0 for edit in found for k in ("bias", "agreement", "accuracy"))
 
 
-def test_an_edit_switched_off_is_a_model_without_it(seen: Subject) -> None:
+def test_an_edit_switched_off_is_a_model_without_it(seen: TaskEncoders) -> None:
     model = seen.models["model"]
     for (site, block), features in without_each(seen, model).items():
         with torch.no_grad():
@@ -162,7 +165,7 @@ def test_an_edit_switched_off_is_a_model_without_it(seen: Subject) -> None:
 
 def test_without_its_only_edit_a_model_is_the_merged_encoder() -> None:
     one = repaired({"attention": {"rank": 1, "blocks": [1]}})
-    seen = subject({"one": one})
+    seen = encoders({"one": one})
     (features,) = without_each(seen, one).values()
     assert torch.equal(features, seen.trace("merged").features)
     values = analyse(seen, ["bias", "contributions"])
@@ -174,7 +177,7 @@ def test_without_its_only_edit_a_model_is_the_merged_encoder() -> None:
 # -- embeddings ------------------------------------------------------------------------------------
 
 
-def test_the_plane_holds_every_encoders_images_and_is_the_same_twice(seen: Subject) -> None:
+def test_the_plane_holds_every_encoders_images_and_is_the_same_twice(seen: TaskEncoders) -> None:
     found, again = (analyse(seen, ["embeddings"])["embeddings"] for _ in range(2))
     assert list(found) == ["expert", "merged", "model"]
     assert all(len(cloud) == 40 for kinds in found.values() for cloud in kinds.values())
@@ -191,17 +194,17 @@ def test_the_principal_plane_keeps_most_variance(points: int, width: int, seed: 
 
 def test_equal_encoders_fall_on_one_another() -> None:
     identity = InterventionModel(double(hf_tower), TASKS, IDENTITY).double()
-    found = analyse(subject({"identity": identity}), ["embeddings"])["embeddings"]
+    found = analyse(encoders({"identity": identity}), ["embeddings"])["embeddings"]
     assert found["identity"]["pca"] == found["merged"]["pca"]
 
 
 # -- what is asked for -----------------------------------------------------------------------------
 
 
-def test_each_image_is_encoded_once(seen: Subject) -> None:
+def test_each_image_is_encoded_once(seen: TaskEncoders) -> None:
     calls = []
     hook = seen.expert.output.register_forward_hook(lambda *_: calls.append(1))
-    fresh = Subject(TASK, seen.images, seen.expert, seen.merged, seen.models, seen.logits)
+    fresh = TaskEncoders(TASK, seen.images, seen.expert, seen.merged, seen.models, seen.logits)
     analyse(fresh, ["bias", "agreement", "embeddings"])
     hook.remove()
     assert len(calls) == 2  # 40 images, two batches
@@ -217,18 +220,18 @@ def test_analyses_are_named() -> None:
 def test_encoders_that_cannot_be_compared_are_one_line() -> None:
     model = repaired({"attention": {}})
     with pytest.raises(ConfigError, match="no repair can be called 'expert'"):
-        subject({"expert": model})
+        encoders({"expert": model})
     expert = double(hf_tower)
     expert.projection_dim = 8
     with pytest.raises(ConfigError, match=r"modelpool\.models\.ants: it has 3 blocks"):
-        Subject(TASK, torch.zeros(1, 3, 32, 32), expert, model.tower, {})
+        TaskEncoders(TASK, torch.zeros(1, 3, 32, 32), expert, model.tower, {})
 
 
 def test_half_precision_encoders_are_analysed() -> None:
     tower = hf_tower(dtype=torch.bfloat16)
     images = torch.randn(6, 3, 32, 32)
     head: Tensor = torch.randn(4, 16)
-    seen = Subject(TASK, images, tower, tower, {}, lambda f: f @ head.T)
+    seen = TaskEncoders(TASK, images, tower, tower, {}, lambda f: f @ head.T)
     found = analyse(seen, ["bias", "stitching", "embeddings"])
     assert found["bias"]["merged"]["features"] == 0
     assert found["stitching"]["merged"]["agreement"] == [1.0] * 4

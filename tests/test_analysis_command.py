@@ -107,7 +107,7 @@ def test_a_saved_model_is_analysed_and_evaluated(saved, tmp_path):
         *TASK_POOL,
         folder=tmp_path,
     )["report"]
-    assert set(result) == {"merged", "intervmerge", "comparison"}
+    assert set(result) == {"merged", "intervmerge"}
     assert report(["report", str(tmp_path / "log")]) == 0
     table = json.loads((tmp_path / "log" / "report" / "table.json").read_text())
     assert [row["kind"] for row in table["rows"]] == ["merge", "repair"]

@@ -23,7 +23,7 @@ from hostile_artifacts import (
     small_model,
 )
 from safetensors.torch import load_file, save_file
-from test_model import SETTINGS
+from test_model import EVERYWHERE, SETTINGS
 from transformers import CLIPVisionModelWithProjection
 
 from fusion_bench_intervmerge import InterventionModel, artifact
@@ -426,3 +426,27 @@ def test_two_savers_and_a_reader(tmp_path):
         each.result()
     models[1].save_pretrained(tmp_path / "m")
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("storage", ["float16", "int8"])
+def test_edits_in_fewer_bits_are_saved_as_they_are_evaluated(make_tower, images, storage, tmp_path):
+    model = perturbed(InterventionModel(make_tower(), TASKS, EVERYWHERE))
+    whole = model.extra_parameters()["bytes"]
+    with torch.no_grad():
+        before = model.encode(images, "ants")
+        model.store_as(storage)
+        features = model.encode(images, "ants")
+        model.save_pretrained(tmp_path / "model")
+        again = InterventionModel.from_pretrained(tmp_path / "model")
+        assert torch.equal(again.encode(images, "ants"), features)
+        assert not torch.equal(features, before)
+        torch.testing.assert_close(again.fold().encode(images, "ants"), features)
+    bytes_ = again.extra_parameters()["bytes"]
+    assert again.storage == storage and bytes_ < 0.65 * whole
+    again.save_pretrained(tmp_path / "twice")
+    for task in TASKS:
+        files = [
+            tmp_path / name / "interventions" / f"{task}.safetensors" for name in ("model", "twice")
+        ]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        assert files[0].stat().st_size < 0.65 * whole / 3 + 12000  # the header has the names

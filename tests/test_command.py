@@ -113,7 +113,7 @@ def test_the_aliases_are_fusionbenchs_own_pools(size, tasks):
     stock = compose(f"modelpool=CLIPVisionModelPool/clip-vit-{long}_{tasks}")
     assert ours.modelpool.models == stock.modelpool.models
     assert ours.modelpool.test_datasets == stock.modelpool.test_datasets
-    assert ours.taskpool._target_ == "fusion_bench.taskpool.CLIPVisionModelTaskPool"
+    assert ours.taskpool._target_.endswith("fusion.taskpools.CLIPVisionModelTaskPool")
     assert ours.taskpool.test_datasets == ours.modelpool.test_datasets
     assert ours.taskpool.base_model == f"openai/clip-vit-{long}"
 
@@ -187,12 +187,19 @@ def test_other_hydra_applications_are_left_alone(tmp_path):
 def test_the_main_job_reports_what_it_did(run):
     done, log_dir = run
     report = json.loads((log_dir / "program_report.json").read_text())
-    story = json.loads((log_dir / "intervmerge.json").read_text())
+    results = json.loads((log_dir / "intervmerge.json").read_text())
+    ((name, story),) = results["models"].items()
     tasks = list(story["images_seen"])
-    assert len(tasks) == 8 and set(tasks) < set(report)
-    assert report["model_info"]["trainable_params"] == story["extra_parameters"]["total"]
-    assert story["extra_parameters"]["total"] == 8 * 6 * (2 * 64 * 4 + 4)
-    assert story["transductive"] and "100% of the test split" in story["images_used"]
+    assert len(tasks) == 8 and set(tasks) < set(report) and tasks == results["tasks"]
+    assert name == "task_arithmetic/intervmerge_r4/seed0" and story["kind"] == "repair"
+    assert (story["base"], story["method"]) == ("task_arithmetic", "intervmerge_r4")
+    assert (story["seed"], story["rank"]) == (0, 4)
+    assert report["model_info"]["trainable_params"] == story["extra_parameters"]
+    assert story["extra_parameters"] == 8 * 6 * (2 * 64 * 4 + 4)
+    assert sum(story["extra_parameters_by_task"].values()) == story["extra_parameters"]
+    assert story["images"] == [
+        {"split": "test", "steps": 60, "batch_size": 16, "seed": 0, "transductive": True}
+    ]
     for task in tasks:
         assert story["features"][task]["bias_after"] < story["features"][task]["bias_before"]
         assert len(story["losses"][task]) == 60
@@ -202,17 +209,27 @@ def test_the_main_job_reports_what_it_did(run):
     assert "Loading model" in log.read_text() and "Loading model" not in done.stdout
 
 
-def test_a_saved_model_is_evaluated_later_with_the_same_report(run, tmp_path):
+STOCK = ["taskpool._target_=fusion_bench.taskpool.CLIPVisionModelTaskPool"]
+
+
+@pytest.mark.parametrize("more", [[], STOCK], ids=["our task pool", "FusionBench's"])
+def test_a_saved_model_is_evaluated_later_with_the_same_report(run, tmp_path, more):
     _, log_dir = run
     path = log_dir / "intervmerge"
-    in_process("method=intervmerge/load", f"method.path={path}", *TINY, folder=tmp_path)
+    in_process("method=intervmerge/load", f"method.path={path}", *TINY, *more, folder=tmp_path)
     before = json.loads((log_dir / "program_report.json").read_text())
     after = json.loads((tmp_path / "log" / "program_report.json").read_text())
     assert after == before
+    (then,), (now,) = (
+        json.loads((folder / "intervmerge.json").read_text())["models"].values()
+        for folder in (log_dir, tmp_path / "log")
+    )
+    assert {key: value for key, value in then.items() if key in now} == now
+    assert {"base", "method", "seed", "rank", "images", "settings", "extra_parameters"} <= set(now)
 
 
 def test_the_report_is_what_encode_gives(run):
-    """The stock task pool's accuracies, recomputed from the saved model by hand."""
+    """The task pool's accuracies, recomputed from the saved model by hand."""
     from fusion_bench.models.hf_clip import HFCLIPClassifier
     from fusion_bench.tasks.clip_classification import get_classnames_and_templates
 
@@ -272,6 +289,8 @@ def test_a_saved_merge_in_the_pool_wins_over_the_base(run, tmp_path):
         for folder in (log_dir / "intervmerge", tmp_path / "again")
     ]
     assert digests[0] == digests[1]
+    (story,) = json.loads((tmp_path / "log" / "intervmerge.json").read_text())["models"].values()
+    assert (story["base"], story["method"]) == ("merged", "surgery_r16"), "no base was run"
 
 
 def test_a_new_task_joins_a_saved_model(run, tmp_path):
@@ -292,7 +311,10 @@ def test_a_new_task_joins_a_saved_model(run, tmp_path):
     assert again.tasks == [*model.tasks, left]
     about = again.metadata
     assert about["method"] == model.metadata["method"] and about["transductive"]
-    assert about["images"].startswith(f"{model.metadata['images']}; {left}: 100% of the test split")
+    assert about["images"][:-1] == model.metadata["images"]
+    assert about["images"][-1]["tasks"] == [left] and about["images"][-1]["split"] == "test"
+    card = " ".join((tmp_path / "eight" / "README.md").read_text().split())
+    assert f"seed 0; {left}: 100% of the test split, unlabelled, 2 steps of 16" in card
     (added,) = about["extended"]
     assert added["tasks"] == [left] and added["method"]["interventions"]["attention"]["rank"] == 4
     after = again.edits[model.tasks[0]].state_dict()
@@ -331,6 +353,7 @@ def comparisons(tmp_path_factory):
         folder = tmp_path_factory.mktemp("comparison")
         overrides = ["method=intervmerge/compare", f"method.seeds={seeds}", "method.steps=25"]
         pools = [f"modelpool={family}", f"taskpool={family}"]
+        pools += ["+method/rivals@method.rivals.emr=emr_merging"]
         in_process(*overrides, *pools, folder=folder)
         folders[family] = folder / "log"
     return folders
@@ -348,10 +371,12 @@ def seeds(request):
 
 def test_both_families_reach_the_same_accuracies(comparisons):
     reports = [json.loads((f / "program_report.json").read_text()) for f in comparisons.values()]
-    tasks = reports[0]["comparison"]["tasks"]
-    both = [set(report["comparison"]["models"]) for report in reports]
+    results = [json.loads((f / "intervmerge.json").read_text()) for f in comparisons.values()]
+    tasks = results[0]["tasks"]
+    both = [set(found["models"]) for found in results]
     assert both[1] == {name for name in both[0] if not name.endswith("/seed1")}
-    for name in both[1]:
+    # EMR's scales are sums of means, a tensor each, and OpenCLIP has queries, keys, values in one
+    for name in both[1] - {"emr"}:
         for task in tasks:
             # 480 images: rounding may turn one or two of them
             theirs = pytest.approx(reports[1][name][task]["accuracy"], abs=2.5 / 480)
@@ -360,10 +385,12 @@ def test_both_families_reach_the_same_accuracies(comparisons):
 
 def test_a_comparison_evaluates_every_model_alike(comparison, seeds):
     report = json.loads((comparison / "program_report.json").read_text())
-    about = report["comparison"]["models"]
-    assert set(about) == set(report) - {"comparison"}
+    about = json.loads((comparison / "intervmerge.json").read_text())["models"]
+    assert set(about) == set(report)
     average = {name: report[name]["average"]["accuracy"] for name in about}
     assert average["experts"] > average["task_arithmetic"] + 0.2
+    # a rival that edits weights; its paper has it far above Task Arithmetic, below the experts
+    assert average["task_arithmetic"] + 0.2 < average["emr"] < average["experts"]
     prefix = "task_arithmetic/intervmerge_r4/seed"
     repairs = [name for name in about if name.startswith(prefix)]
     assert repairs == [f"{prefix}{seed}" for seed in seeds]
@@ -529,7 +556,8 @@ def test_a_training_outlives_a_save_that_failed(failure, said, tmp_path, monkeyp
     saved = run("saved")
     for file in (undisturbed / "interventions").iterdir():
         assert file.read_bytes() == (saved / "interventions" / file.name).read_bytes()
-    assert json.loads((tmp_path / "log" / "intervmerge.json").read_text())["resumed_at"] == 3
+    (story,) = json.loads((tmp_path / "log" / "intervmerge.json").read_text())["models"].values()
+    assert story["resumed_at"] == 3
     assert not list((tmp_path / "cache" / "states").iterdir()), "the artifact stands"
 
 
@@ -622,16 +650,21 @@ def test_the_closed_form_spends_a_budget_and_is_refined(tmp_path):
         command += ["modelpool=clip-vit-tiny_TA8", "modelpool.tasks=[colours,counting]"]
         in_process(*command, f"method.save_to={tmp_path / name}", *more, folder=tmp_path)
         model = InterventionModel.from_pretrained(tmp_path / name)
-        return model, json.loads((tmp_path / "log" / "intervmerge.json").read_text())
+        results = json.loads((tmp_path / "log" / "intervmerge.json").read_text())
+        (story,) = results["models"].values()
+        return model, story
 
     model, report = run("solved", "method.data.images=40")
-    assert report["extra_parameters"]["total"] == model.extra_parameters()["total"] == 7 * 129
-    assert report["images_seen"] == {"colours": 40, "counting": 40} and report["losses"] == {}
-    assert "at most 40 images a task, unlabelled, solved in closed form" in report["images_used"]
+    assert report["extra_parameters"] == model.extra_parameters()["total"] == 7 * 129
+    assert report["images_seen"] == {"colours": 40, "counting": 40} and "losses" not in report
+    assert (report["method"], report["budget"]) == ("intervmerge_closed_form_b1000", 1000)
+    (images,) = report["images"]
+    assert images["at_most"] == 40 and images["solved"] and "steps" not in images
     assert all(row["bias_after"] < row["bias_before"] for row in report["features"].values())
     refined, report = run("refined", "method.data.images=40", "method.steps=3")
     assert refined.ranks() == model.ranks()
-    assert "solved in closed form, then 3 steps of 16 images" in report["images_used"]
+    (images,) = report["images"]
+    assert images["solved"] and (images["steps"], images["batch_size"]) == (3, 16)
     assert len(report["losses"]["colours"]) == 3
     solved, trained = model.edits.state_dict(), refined.edits.state_dict()
     assert any(not torch.equal(solved[name], trained[name]) for name in solved)

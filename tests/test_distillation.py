@@ -21,14 +21,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_model import intervmerge, surgery_v2
+from torch._dynamo.utils import counters
 
 from fusion_bench_intervmerge import InterventionModel, distill
-from fusion_bench_intervmerge.checkpoint import Interrupted
-from fusion_bench_intervmerge.coefficients import Mixture, task_vector
+from fusion_bench_intervmerge.checkpoint import Interrupted, StateFolder
 from fusion_bench_intervmerge.distillation import DistillationError, Schedule, ThriceAdam, loop
 from fusion_bench_intervmerge.distillation.memory import keep_freed_memory
 from fusion_bench_intervmerge.errors import ConfigError
 from fusion_bench_intervmerge.expert_cache import ExpertCache
+from fusion_bench_intervmerge.merging import Mixture, TaskVector, mix
 
 WORKER = Path(__file__).parent / "distill_worker.py"
 
@@ -283,9 +284,10 @@ def test_a_task_is_added_without_touching_the_others(experts, datasets, images):
 def test_trained_coefficients_follow_autograd(experts, datasets, granularity):
     """Against the mixture written as one differentiable expression, in float64."""
     tower = hf_tower(dtype=torch.float64)
-    theta0 = [p.detach().clone() for p in tower.mergeable().values()]
+    theta0 = {name: p.detach().clone() for name, p in tower.mergeable().items()}
     vectors = [
-        task_vector(hf_tower(s, 0.05, torch.float64), theta0) for s in range(1, len(TASKS) + 1)
+        TaskVector.between(hf_tower(s, 0.05, torch.float64).mergeable(), theta0)
+        for s in range(1, len(TASKS) + 1)
     ]
     shape = (3,) if granularity == "task" else (3, len(theta0))
     generator = torch.Generator().manual_seed(0)
@@ -303,7 +305,7 @@ def test_trained_coefficients_follow_autograd(experts, datasets, granularity):
     used = coefficients.clamp(0, 1)
     used = used if used.dim() == 2 else used[:, None].expand(-1, len(theta0))
     weights = {
-        f"model.{name}": theta0[i] + sum(used[t, i] * vectors[t][i] for t in range(3))
+        f"model.{name}": theta0[name] + sum(used[t, i] * vectors[t].tensors[name] for t in range(3))
         for i, name in enumerate(tower.mergeable())
     }
 
@@ -325,10 +327,8 @@ def test_trained_coefficients_follow_autograd(experts, datasets, granularity):
 
 def test_coefficients_train_along_with_the_edits(experts, datasets, images):
     tower = hf_tower()
-    theta0 = [p.detach().clone() for p in tower.mergeable().values()]
-    vectors = [task_vector(experts[task](), theta0) for task in TASKS]
-    mixture = Mixture(theta0, vectors, torch.full((3, len(theta0)), 0.3))
-    mixture.write(tower)
+    start = torch.full((3, len(tower.mergeable())), 0.3)
+    mixture = mix(tower, (experts[task]() for task in TASKS), start)
     model = InterventionModel(tower, TASKS, {"attention": {}})
     done = distill(model, experts, datasets, steps=12, batch_size=4, mixture=mixture)
     assert done.losses[-4:].mean() < done.losses[:4].mean()
@@ -392,10 +392,7 @@ def test_64_true_trains_in_double_precision(experts, datasets, with_mixture):
     sites, run = {"attention": {"function": "loreft", "rank": 2}}, {"steps": 6, "batch_size": 4}
     tower, mixture = hf_tower(), None
     if with_mixture:
-        theta0 = [p.detach().clone() for p in tower.mergeable().values()]
-        vectors = [task_vector(experts[task](), theta0) for task in TASKS]
-        mixture = Mixture(theta0, vectors, torch.full((3,), 0.3))
-        mixture.write(tower)
+        mixture = mix(tower, (experts[task]() for task in TASKS), torch.full((3,), 0.3))
     single = InterventionModel(tower, TASKS, sites)
     expected = plain_double_training(single, experts, datasets, 6, mixture)
     errors = []
@@ -433,8 +430,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(experts, 
             datasets | {"bees": poisoned},
             steps=6,
             batch_size=4,
-            state_folder=tmp_path,
-            run="r",
+            states=StateFolder(tmp_path, "r"),
             save_every=100,
         )
     assert str(tmp_path) in str(error.value)
@@ -452,7 +448,7 @@ def test_experts_of_another_shape(experts, datasets):
 
 def test_unknown_loss_and_missing_images(experts, datasets):
     model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
-    with pytest.raises(ConfigError, match="there is no loss 'l2'; allowed: output, blocks"):
+    with pytest.raises(ConfigError, match="loss: 'l2'; allowed: output, blocks"):
         distill(model, experts, datasets, steps=1, loss="l2")
     with pytest.raises(ConfigError, match="no images for task 'cats'"):
         distill(model, experts, {t: datasets[t] for t in TASKS[:2]}, steps=1)
@@ -530,8 +526,7 @@ def interrupted(tmp_path, experts, datasets, run="r", steps=10):
             datasets,
             steps=steps,
             batch_size=4,
-            state_folder=tmp_path,
-            run=run,
+            states=StateFolder(tmp_path, run),
             save_every=2,
         )
 
@@ -553,7 +548,9 @@ def test_ctrl_c_is_one_line_wherever_it_comes(experts, datasets, tmp_path, monke
 
 def finish(tmp_path, experts, datasets, run="r"):
     model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
-    return distill(model, experts, datasets, steps=10, batch_size=4, state_folder=tmp_path, run=run)
+    return distill(
+        model, experts, datasets, steps=10, batch_size=4, states=StateFolder(tmp_path, run)
+    )
 
 
 def test_a_finished_training_is_found_until_it_is_cleared(experts, datasets, tmp_path, monkeypatch):
@@ -602,7 +599,7 @@ def test_a_full_disk_is_reported_and_training_goes_on(
             datasets,
             steps=4,
             batch_size=4,
-            state_folder=tmp_path / "s",
+            states=StateFolder(tmp_path / "s", ""),
             save_every=2,
         )
     assert len(done.losses) == 4 and "No space left on device" in caplog.text
@@ -623,14 +620,18 @@ def test_two_processes_give_what_one_gives(tmp_path, undisturbed):
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
-def test_compiled_mlps_train_the_same_edits(datasets):
+def test_compiled_blocks_train_the_same_edits(datasets):
     """Another kernel's rounding and no more; and the model is left as it was."""
     found = []
+    torch._dynamo.reset()
+    counters.clear()
     for compile in (False, True):
         model = InterventionModel(hf_tower(), TASKS, {"attention": {"rank": 2}})
         distill(model, fine_tuned(hf_tower), datasets, steps=5, batch_size=4, compile=compile)
         found.append(model.state_dict())
         assert all(m._compiled_call_impl is None for m in model.modules())
+    assert not counters["graph_break"]  # a block is one graph, its edits in it
+    assert counters["stats"]["unique_graphs"] == 1  # and no step compiles it anew
     for name, tensor in found[0].items():
         assert torch.allclose(tensor, found[1][name], atol=1e-4), name
 

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from test_command import in_process
 
 from fusion_bench_intervmerge import InterventionConfig, InterventionModel
-from fusion_bench_intervmerge.coefficients import CoefficientSettings
 from fusion_bench_intervmerge.distillation import DataSettings
 from fusion_bench_intervmerge.interventions import FUNCTION_NAMES
+from fusion_bench_intervmerge.merging import CoefficientSettings
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "settings.md").read_text()
@@ -163,7 +163,7 @@ def test_a_folded_edit_is_two_products_in_anyones_code(model, images, tmp_path):
         return hook
 
     for block in range(tower.num_blocks):
-        tower.site("attention", block).register_forward_hook(edit(block))
+        tower.module("attention", block).register_forward_hook(edit(block))
     with torch.no_grad():
         assert torch.allclose(tower.features(images), model.encode(images, "ants"), atol=1e-6)
 

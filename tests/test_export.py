@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import TASKS, blocks, hf_tower, perturbed, relative
+from conftest import TASKS, blocks, hf_tower, openclip_tower, perturbed, relative
 from test_clip import make_repaired
 from test_model import EVERYWHERE, SETTINGS
 from torch.nn import functional as F
@@ -29,6 +29,11 @@ INDICES = torch.tensor([0, 2, 1, 1, 0, 2, 2, 2, 0, 1, 0, 1])
 MIXED = [TASKS[index] for index in INDICES]
 BLOCKS = {"attention": {}, "mlp": {"tokens": [0, 3, 5], "part": [[0, 3], [9, 12]]}}
 SETTINGS = [*SETTINGS, {"mlp": {**BLOCKS["mlp"], "function": "consreft", "rank": 2}}]
+
+
+@pytest.fixture(params=[hf_tower, openclip_tower], ids=["huggingface", "openclip"])
+def make_tower(request):
+    return request.param  # the families that a graph is known for
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from PIL import Image
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
-    Dinov2Config,
-    Dinov2Model,
     SiglipVisionConfig,
     SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
 )
 
 from fusion_bench_intervmerge.encoders import as_tower
@@ -112,7 +112,7 @@ def test_a_base_that_gives_no_model_is_named_as_the_comparison_names_it():
     bases = {"none": {"_target_": f"{__name__}.GivesNone"}}
     comparison = ComparisonAlgorithm(bases=bases, methods={})
     line = told(comparison._merge, pool_of([]), "none", comparison.settings.bases["none"])
-    assert line.startswith("bases.none: GivesNone gives a dict; allowed: a method that gives one")
+    assert line.startswith("bases.none: it gives a dict; allowed: a method that gives one")
 
 
 def test_an_expert_of_another_shape_under_coefficients():
@@ -126,11 +126,11 @@ def test_an_expert_of_another_shape_under_coefficients():
     "model",
     [
         lambda: SiglipVisionModel(SiglipVisionConfig(**SMALL)),
-        lambda: Dinov2Model(Dinov2Config(**SMALL)),
+        lambda: ViTModel(ViTConfig(**SMALL)),
     ],
-    ids=["siglip", "dinov2"],
+    ids=["siglip", "vit"],
 )
-def test_vision_models_that_are_no_clip_are_refused_by_name(model):
+def test_vision_models_of_no_known_family_are_refused_by_name(model):
     model = model()
     with pytest.raises(TypeError, match=f"no vision tower is known for .*{type(model).__name__}"):
         as_tower(model, torch.nn.Linear(32, 16, bias=False))
@@ -143,7 +143,7 @@ def test_a_task_pool_of_the_other_family(family):
     from fusion_bench.taskpool import CLIPVisionModelTaskPool
 
     from fusion_bench_intervmerge.fusion.openclip import OpenCLIPVisionModelTaskPool
-    from fusion_bench_intervmerge.fusion.program import check_family
+    from fusion_bench_intervmerge.fusion.program import check_task_pool
 
     class Program:
         taskpool = object.__new__(OpenCLIPVisionModelTaskPool)
@@ -153,12 +153,12 @@ def test_a_task_pool_of_the_other_family(family):
     else:
         Program.taskpool._classifier_heads = {}
     line = told(
-        check_family,
+        check_task_pool,
         Program(),
         {"huggingface": hf_tower, "openclip": openclip_tower}[family]().family,
     )
     assert line.startswith("taskpool: it evaluates ") and "the same name" in line
-    check_family(Program(), {"openclip": "huggingface", "huggingface": "openclip"}[family])
+    check_task_pool(Program(), {"openclip": "huggingface", "huggingface": "openclip"}[family])
 
 
 def test_a_hub_that_does_not_answer_is_said_at_once(monkeypatch, caplog):

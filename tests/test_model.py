@@ -11,7 +11,7 @@ import fusion_bench_config
 import pytest
 import torch
 import yaml
-from conftest import TASKS, acts, hf_tower, openclip_tower, perturbed, relative
+from conftest import TASKS, acts, hf_tower, perturbed, relative
 from hostile_artifacts import BAD_NAMES, GOOD_NAMES
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,9 +19,9 @@ from open_clip.transformer import VisionTransformer
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from fusion_bench_intervmerge import InterventionConfig, InterventionModel
-from fusion_bench_intervmerge.deferred import DeferredTensor
 from fusion_bench_intervmerge.encoders import as_tower
 from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.prefix import PastAttention, prefix_of
 
 EVERYWHERE = {
     "attention": {"rank": 2},
@@ -80,7 +80,7 @@ def test_surgery_v2_gives_the_published_features_and_block_means(golden, golden_
     means = []
     with torch.no_grad(), model.for_task("a"):
         states = model.tower.embed(golden["encoder.images"][0])
-        features = model.features_from(states, 0, lambda _, s: means.append(s.mean(dim=1)))
+        features = model.tower.features_from(states, 0, lambda _, s: means.append(s.mean(dim=1)))
     assert relative(features, golden["surgery_v2.features"]) < 1e-5
     assert relative(torch.stack(means), golden["surgery_v2.block_means"]) < 1e-5
 
@@ -124,18 +124,22 @@ def test_the_shortcuts_of_training_change_nothing(make_tower, images, sites, nam
         return features.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
     plain, plain_gradients = features_and_gradients(model.encode(images, names))
+    prefix = prefix_of(model)
     with model.tower.fused_activations(), model.for_task(names):
-        quick, gradients = features_and_gradients(model.features_after(model.prefix(images)))
+        quick, gradients = features_and_gradients(prefix.features(prefix.of(images)))
     assert relative(quick, plain) < 1e-5
     assert relative(gradients, plain_gradients) < 1e-4
 
 
 def test_what_no_edit_reaches_is_the_same_for_every_task(make_tower, images):
     model = perturbed(InterventionModel(make_tower(), TASKS, {"attention": {"blocks": [1, 2]}}))
+    prefix = prefix_of(model)
     with model.for_task("bees"):
-        among = model.prefix(images)
-    assert torch.equal(among, model.prefix(images))
-    assert among.shape == (12, 1 + model.tower.num_tokens, model.tower.width)
+        among = prefix.of(images)
+    assert torch.equal(among, prefix.of(images))
+    beside = isinstance(prefix, PastAttention)
+    assert beside == bool(model.tower.shortcuts)
+    assert among.shape == (12, beside + model.tower.num_tokens, model.tower.width)
 
 
 def test_one_tasks_edits_never_change_another_tasks_features(images):
@@ -233,85 +237,6 @@ def test_parameter_counts_are_the_papers(real_sizes, size, sites, trained, folde
     assert sum(extra["per_task"].values()) == trained
 
 
-# -- among FusionBench's vision models ------------------------------------------------------------
-
-
-class CountPasses:
-    """Counts forward passes through the tower's embedding, an image each."""
-
-    def __init__(self, tower):
-        self.images = 0
-        tower._root.embeddings.register_forward_hook(self._count)
-
-    def _count(self, module, args, output):
-        self.images += len(output)
-
-
-def test_an_unnamed_output_is_put_off_and_costs_one_pass(images):
-    model = perturbed(InterventionModel(hf_tower(), TASKS, EVERYWHERE))
-    projection = model.tower.projection
-    count = CountPasses(model.tower)
-    with torch.no_grad():
-        embeds = projection(model(images)[1])
-        embeds = embeds / embeds.norm(p=2, dim=-1, keepdim=True)
-        assert isinstance(embeds, DeferredTensor) and count.images == 0
-        edited, _, _ = model.compute_surgery_features(embeds, dataset_name="bees")
-        assert count.images == len(images)
-        expected = torch.nn.functional.normalize(model.encode(images, "bees"), dim=-1)
-    torch.testing.assert_close(edited, expected)
-
-
-def test_an_output_whose_task_never_comes_is_the_merged_encoders(images):
-    model = perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}}))
-    plain = hf_tower()
-    count = CountPasses(model.tower)
-    with torch.no_grad():
-        output = model(pixel_values=images)
-        expected = plain.model(images)
-        assert torch.equal(output.pooler_output + 0, expected.pooler_output)
-        assert torch.equal(output[0].clone(), expected.last_hidden_state)
-        assert output[1].shape == expected[1].shape and output[1].dtype == torch.float32
-        logits = plain.projection(output[1]) @ torch.eye(16)
-        assert type(logits) is torch.Tensor
-        torch.testing.assert_close(logits, plain.features(images))
-    assert count.images == len(images)
-
-
-def test_an_output_that_is_put_off_is_of_the_images_that_were_given(images):
-    model = perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}}))
-    buffer = images.clone()
-    with torch.no_grad():
-        output = model(buffer)
-        embeds = model.tower.projection(output[1])
-        buffer.zero_()  # the next batch
-        torch.testing.assert_close(embeds + 0, model.encode(images))
-        edited, _, _ = model.compute_surgery_features(embeds, "ants")
-        expected = torch.nn.functional.normalize(model.encode(images, "ants"), dim=-1)
-        torch.testing.assert_close(edited, expected)
-
-
-def test_the_difference_and_the_merged_features_are_there_for_who_asks(images):
-    model = perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}}))
-    with torch.no_grad():
-        embeds = model.tower.projection(model(images)[1])
-        edited, merged, difference = model.compute_surgery_features(embeds, "ants")
-        torch.testing.assert_close(merged + 0, model.encode(images))
-        torch.testing.assert_close(difference + 0, model.encode(images) - edited)
-        by_function = model.compute_surgery_features(lambda m: m(images)[1], "ants")
-    with torch.no_grad(), model.for_task("ants"):
-        torch.testing.assert_close(by_function[0], model(images)[1])
-
-
-def test_with_gradients_the_output_is_computed_at_once(images):
-    model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
-    output = model(images.requires_grad_(True))
-    assert type(output[1]) is torch.Tensor
-    with pytest.raises(ValueError, match="before the task was known"):
-        model.compute_surgery_features(output[1], "ants")
-    with pytest.raises(ValueError, match="no edits for task 'dogs'"):
-        model.compute_surgery_features(output[1], "dogs")
-
-
 def test_a_named_task_is_applied_in_the_towers_own_forward_pass(images):
     model = perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}}))
     with torch.no_grad():
@@ -320,14 +245,6 @@ def test_a_named_task_is_applied_in_the_towers_own_forward_pass(images):
     behind = InterventionModel(hf_tower(), TASKS, EVERYWHERE)
     with pytest.raises(ValueError, match="after the visual projection"):
         behind(images, task="cats")
-
-
-def test_where_no_task_is_ever_named_the_model_refuses(images):
-    model = InterventionModel(openclip_tower(), TASKS, {"attention": {}})
-    with torch.no_grad():
-        with pytest.raises(ValueError, match="this task pool never names one"):
-            model(images)
-        assert torch.equal(model(images, task="ants"), model.encode(images, "ants"))
 
 
 def test_a_copy_has_hooks_of_its_own(images):
@@ -367,7 +284,7 @@ def test_a_model_run_inside_another_ones_forward_pass_keeps_its_own_task(images)
                 seen.append(None)
                 seen.append(copy.deepcopy(inner).encode(images, "bees"))
 
-        outer.tower.site("block", 1).register_forward_hook(encode_inside)
+        outer.tower.block(1).register_forward_hook(encode_inside)
         assert torch.equal(outer.encode(images, "ants"), expected[0])
         assert torch.equal(seen[1], expected[1])
         with outer.for_task("ants"), inner.for_task(None), outer.for_task("cats"):

@@ -18,11 +18,9 @@ from fusion_bench_intervmerge.interventions import (
 from fusion_bench_intervmerge.interventions.placement import resolve_blocks, resolve_tokens
 
 
-def fit(width=768, num_blocks=12, num_tokens=50, output=False, **settings_):
+def fit(width=768, num_blocks=12, num_tokens=50, **settings_):
     config = InterventionConfig(**settings_)
-    return Placement.fit(
-        config, width=width, num_blocks=num_blocks, num_tokens=num_tokens, output=output
-    )
+    return Placement.fit(config, width=width, num_blocks=num_blocks, num_tokens=num_tokens)
 
 
 def test_mini_noreft_gives_the_published_numbers(golden):

@@ -15,13 +15,21 @@ from typing import Any
 import numpy as np
 import pytest
 import synthetic_runs as synthetic
+from matplotlib.figure import Figure
 from rich.console import Console
 
-from fusion_bench_intervmerge import cli
-from fusion_bench_intervmerge.report import drawing, figures, gather, read_run, rows, words
-from fusion_bench_intervmerge.report.analysis_figures import drawings
-from fusion_bench_intervmerge.report.page import analysed, write_report
+from fusion_bench_intervmerge import analysis, cli
+from fusion_bench_intervmerge.report import (
+    Evaluation,
+    formatting,
+    gather,
+    read_run,
+    style,
+    write_report,
+)
+from fusion_bench_intervmerge.report.figures import Picture, analyses, pictures
 from fusion_bench_intervmerge.report.tables import to_terminal
+from fusion_bench_intervmerge.results import Images, Result, Results, in_words, parse_results
 
 ANALYSED = [
     "closeness", "bias_by_block", "stitching", "contributions", "embeddings_pca",
@@ -41,35 +49,30 @@ def small(folder: Path, **changed: Any) -> Path:
         "base/edit_r2/seed0": accuracy(0.5, 0.7),
         "base/edit_r2/seed1": accuracy(0.6, 0.8),
         "base/edit_r2/seed2": accuracy(0.7, 0.9),
-        "comparison": {
-            "tasks": ["x", "y"],
-            "models": {
-                "experts": {"kind": "experts"},
-                "base": {
-                    "kind": "merge",
-                    "base": "base",
-                    "method": "none",
-                    "extra_parameters": 0,
-                    "seconds": 0.5,
-                },
-                **{
-                    f"base/edit_r2/seed{seed}": {
-                        "kind": "repair",
-                        "base": "base",
-                        "method": "edit_r2",
-                        "seed": seed,
-                        "extra_parameters": 24768,
-                        "seconds": 10.0 + seed,
-                        "images_used": f"100% of the test split, seed {seed}",
-                        "transductive": True,
-                        "final_loss": 0.1,
-                    }
-                    for seed in (0, 1, 2)
-                },
-            },
-        },
     }
-    return synthetic.write(folder, report | changed)
+    models: dict[str, Any] = {
+        "experts": {"kind": "experts"},
+        "base": {"kind": "merge", "base": "base", "extra_parameters": 0, "seconds": 0.5},
+    }
+    for seed in (0, 1, 2):
+        models[f"base/edit_r2/seed{seed}"] = {
+            "kind": "repair",
+            "base": "base",
+            "method": "edit_r2",
+            "rank": 2,
+            "seed": seed,
+            "extra_parameters": 24768,
+            "seconds": 10.0 + seed,
+            "images": [{"split": "test", "seed": seed, "transductive": True}],
+            "final_loss": 0.1,
+        }
+    return synthetic.write(folder, report | changed, models, ["x", "y"])
+
+
+def drawn(evaluation: Evaluation, name: str, width: float = style.WIDE) -> Figure:
+    """A figure by its name."""
+    (picture,) = (picture for picture in pictures(evaluation) if picture.name == name)
+    return picture.draw(style.Palette(evaluation.methods), width)
 
 
 @pytest.fixture(scope="module")
@@ -92,36 +95,34 @@ def small_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_table_holds_what_one_computes_by_hand(tmp_path: Path) -> None:
-    table = rows(gather([read_run(small(tmp_path))]))
-    assert [row.label for row in table] == ["base", "+ edit r=2", "Experts"]
-    repair = table[1]
-    assert repair.seeds == (0, 1, 2)
-    assert repair.average.mean == pytest.approx(0.7)
+    merge, repair, experts = gather([read_run(small(tmp_path))]).rows
+    assert [row.label for row in (merge, repair, experts)] == ["base", "edit r=2", "Experts"]
+    assert repair.seeds == [0, 1, 2]
+    assert repair.mean["average"] == pytest.approx(0.7)
     # sample deviation of 0.6, 0.7, 0.8: sqrt((0.01 + 0 + 0.01) / 2)
-    assert repair.average.std == pytest.approx(0.1)
-    assert repair.accuracy["x"].mean == pytest.approx(0.6)
+    assert repair.std["average"] == pytest.approx(0.1)
+    assert repair.mean["x"] == pytest.approx(0.6)
     # merge 0.5, experts 0.9: 0.1 / 0.4, 0.2 / 0.4, 0.3 / 0.4
-    assert repair.gap_closed is not None
-    assert repair.gap_closed.values == pytest.approx((0.25, 0.5, 0.75))
-    assert repair.seconds is not None and repair.seconds.mean == pytest.approx(11)
-    assert table[0].gap_closed is None and table[0].average.std is None
+    assert repair.values["gap_closed"].tolist() == pytest.approx([0.25, 0.5, 0.75])
+    assert repair.mean["seconds"] == pytest.approx(11)
+    assert np.isnan(merge.mean["gap_closed"]) and np.isnan(merge.std["average"])
 
 
 def test_without_experts_no_gap_is_claimed(tmp_path: Path) -> None:
     run = synthetic.comparison(tmp_path, references=False)
-    assert all(row.gap_closed is None for row in rows(gather([read_run(run)])))
+    assert all(np.isnan(row.mean["gap_closed"]) for row in gather([read_run(run)]).rows)
 
 
 def test_a_single_run_is_one_row_with_its_curves(tmp_path: Path) -> None:
     run = read_run(synthetic.single(tmp_path / "run"))
-    study = gather([run])
-    (row,) = rows(study)
-    assert (row.base, row.method, row.seeds) == ("task_arithmetic", "intervmerge_r4", (0,))
+    evaluation = gather([run])
+    (row,) = evaluation.rows
+    assert (row.base, row.method, row.seeds) == ("task_arithmetic", "intervmerge_r4", [0])
     assert row.extra_parameters == 24768
-    assert row.seconds is not None and row.seconds.mean == pytest.approx(150.6)
+    assert row.mean["seconds"] == pytest.approx(150.6)
     assert row.transductive is False
-    assert row.images_used is not None and row.images_used.endswith("16 images a task")
-    assert len(study.results[0].losses["digits"]) == 200
+    assert row.images.endswith("16 images a task")
+    assert len(evaluation.models["losses"][0]["digits"]) == 200
     assert run.command == (
         "fusion_bench method=intervmerge method.interventions.attention.rank=4 "
         "'method.data={split: validation, fraction: 0.1}' modelpool=clip-vit-tiny_TA8"
@@ -132,16 +133,52 @@ def test_a_single_run_is_one_row_with_its_curves(tmp_path: Path) -> None:
 
 def test_seeds_of_several_runs_meet_and_a_run_given_twice_counts_once(tmp_path: Path) -> None:
     runs = [synthetic.single(tmp_path / f"{seed}", seed=seed) for seed in (0, 1)]
-    (row,) = rows(gather([read_run(run) for run in [*runs, runs[0]]]))
-    assert row.seeds == (0, 1)
+    (row,) = gather([read_run(run) for run in [*runs, runs[0]]]).rows
+    assert row.seeds == [0, 1]
 
 
 def test_one_name_for_different_things_is_told_apart(tmp_path: Path) -> None:
     first = synthetic.single(tmp_path / "first", mean=0.7)
     second = synthetic.single(tmp_path / "second", mean=0.8)
-    found = rows(gather([read_run(first), read_run(second)]))
+    third = synthetic.single(tmp_path / "elsewhere" / "second", mean=0.75)
+    found = gather([read_run(run) for run in (first, second, third)]).rows
+    assert [row.label for row in found] == [
+        "IntervMerge r=4", "IntervMerge r=4 (second-2)", "IntervMerge r=4 (second-3)",
+    ]  # fmt: skip
+    found = gather([read_run(first), read_run(second)]).rows
     assert [row.method for row in found] == ["intervmerge_r4", "intervmerge_r4@second"]
-    assert found[1].label == "+ IntervMerge r=4 (second)"
+    assert found[1].label == "IntervMerge r=4 (second)"
+
+
+def test_a_rival_stands_below_its_merge_and_its_costs_are_shown(tmp_path: Path) -> None:
+    models = {
+        "base": {"kind": "merge", "base": "base", "extra_parameters": 0},
+        "base/edit": {"kind": "repair", "base": "base", "method": "edit", "seed": 0},
+        "base/masks": {"kind": "rival", "base": "base", "method": "masks", "bytes": 12000,
+                       "labels": 0, "passes": 1.0, "needs_task": True},
+        "routed": {"kind": "rival", "method": "routed", "needs_task": False},
+        "experts": {"kind": "experts"},
+    }  # fmt: skip
+    report = {name: {"x": {"accuracy": 0.1 * i}} for i, name in enumerate(models, start=1)}
+    run = synthetic.write(tmp_path / "run", report, dict(reversed(models.items())), ["x"])
+    folder = write_report([run])
+    table = (folder / "table.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:7]] == [
+        "| base", "| + edit", "| + masks", "| + routed", "| Experts",
+    ]  # fmt: skip
+    heads = ["seconds", "bytes", "labels a task", "passes an image", "needs the task |"]
+    assert table[0].split(" | ")[-5:] == heads
+    assert table[4].split(" | ")[-4:] == ["12.0k", "0", "1", "yes |"]
+    rows = json.loads((folder / "table.json").read_text())["rows"]
+    assert rows[2]["bytes"] == 12000 and rows[2]["needs_task"] is True
+
+
+def test_methods_that_differ_by_rank_alone_are_one_family(tmp_path: Path) -> None:
+    evaluation = gather([read_run(synthetic.comparison(tmp_path))])
+    palette = style.Palette(evaluation.methods)
+    assert palette.families(palette)[-2:] == [["intervmerge_r1", "intervmerge_r4"], ["surgery_r16"]]
+    assert palette["intervmerge_r4"].colour == style.ACCENT != palette["intervmerge_r1"].colour
+    assert palette["of another run"].marker not in {palette[m].marker for m in synthetic.METHODS}
 
 
 def test_bases_can_be_chosen(tmp_path: Path) -> None:
@@ -151,13 +188,47 @@ def test_bases_can_be_chosen(tmp_path: Path) -> None:
 
 
 def test_names_and_numbers_are_written_for_people() -> None:
-    assert words.readable("intervmerge_r4") == "IntervMerge r=4"
-    assert words.readable("surgery_v2") == "SurgeryV2"
-    assert words.readable("layer_wise_adamerging") == "layer-wise AdaMerging"
-    assert words.readable("stanford-cars") == "stanford-cars"
+    assert formatting.method("intervmerge_r4", rank=4) == "IntervMerge r=4"
+    assert formatting.method("closed_form_b6192", budget=6192) == "Closed form 6.2k"
+    # a size is told, not read out of a name
+    assert formatting.method("mine_r4", rank=2) == formatting.method("mine_r4") == "mine r4"
+    assert formatting.readable("surgery_v2") == "SurgeryV2"
+    assert formatting.readable("layer_wise_adamerging") == "layer-wise AdaMerging"
+    assert formatting.readable("stanford-cars") == "stanford-cars"
     numbers = (768, 6144, 24_768, 147_552, 999_950, 1_234_567)
-    assert [words.count(n) for n in numbers] == ["768", "6.1k", "24.8k", "148k", "1.0M", "1.2M"]
-    assert words.percent(0.7234, 0.0041) == "72.3 ± 0.4"
+    assert [formatting.count(n) for n in numbers] == [
+        "768",
+        "6.1k",
+        "24.8k",
+        "148k",
+        "1.0M",
+        "1.2M",
+    ]
+    assert formatting.percent(0.7234, 0.0041) == "72.3 ± 0.4"
+
+
+def test_words_are_made_of_data() -> None:
+    images = Images(split="validation", fraction=0.1, at_most=40, solved=True, seed=3)
+    said = (
+        "10% of the validation split, at most 40 images a task, unlabelled, solved in closed form"
+    )
+    assert images.in_words() == f"{said}, seed 3" and images.in_words(seed=False) == said
+    new = Images(split="test", steps=2, batch_size=16, tasks=["bees"], transductive=True)
+    how = "bees: 100% of the test split, unlabelled, 2 steps of 16 images a task"
+    assert new.in_words() == how
+    # of a saved model's metadata, where models of earlier versions have a sentence
+    assert in_words("few") == "few" and in_words(["few", new.model_dump()]) == f"few; {how}"
+    assert Result(kind="repair", images=[images, new]).transductive is True
+    assert Result(kind="repair", images=[images]).transductive is False
+    assert Result(kind="repair").transductive is None
+
+
+def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+    images = [Images(split="test", seed=0, transductive=True)]
+    repair = Result(kind="repair", base="a", method="b", seed=0, images=images, losses={"x": [0.5]})
+    results = Results(tasks=["x"], models={"a": Result(kind="merge", base="a"), "a/b": repair})
+    results.write(tmp_path)
+    assert parse_results(json.loads((tmp_path / "intervmerge.json").read_text()), "") == results
 
 
 # -- the files -------------------------------------------------------------------------------------
@@ -203,12 +274,12 @@ def test_markdown_is_one_table_of_methods_and_tasks(small_report: Path) -> None:
 
 
 def test_the_terminal_shows_as_much_as_fits(tmp_path: Path) -> None:
-    study = gather([read_run(synthetic.comparison(tmp_path))])
+    evaluation = gather([read_run(synthetic.comparison(tmp_path))])
     shown = {}
     for width in (80, 150, 200):
         console = Console(width=width)
         with console.capture() as captured:
-            console.print(to_terminal(study, rows(study), width))
+            console.print(to_terminal(evaluation, console))
         shown[width] = captured.get()
         assert "…" not in shown[width]
     assert "digits" not in shown[80] and "the written table" in shown[80]
@@ -231,10 +302,9 @@ def test_labels_of_a_figure_do_not_touch(tmp_path: Path) -> None:
         "surgery_v2_r16": (212992, 0.55),
         "intervmerge_mini_r1": (2048, 0.22),
     }
-    study = gather([read_run(synthetic.comparison(tmp_path, methods=methods))])
-    for width in (drawing.WIDE, drawing.NARROW):
-        figure = figures.accuracy_vs_parameters(study, rows(study), width)
-        assert figure is not None
+    evaluation = gather([read_run(synthetic.comparison(tmp_path, methods=methods))])
+    for width in (style.WIDE, style.NARROW):
+        figure = drawn(evaluation, "parameters", width)
         texts = [t for t in figure.axes[0].texts if t.get_text()]
         boxes = [t.get_window_extent() for t in texts]
         labels = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
@@ -243,12 +313,6 @@ def test_labels_of_a_figure_do_not_touch(tmp_path: Path) -> None:
         assert max(shared, default=0) < 2
         frame = figure.bbox
         assert all(frame.x0 <= b.x0 and b.x1 <= frame.x1 for b in boxes)
-
-
-def test_labels_at_line_ends_keep_their_order_and_distance() -> None:
-    places = drawing._spread([1, 2, 2.5, 30, 30.1, 60], step=5, low=0, high=62)
-    assert np.diff(places).min() >= 5 - 1e-9
-    assert places[-1] <= 62 and places[0] >= 0
 
 
 @pytest.mark.parametrize("tasks", [["only"], [f"task {i}" for i in range(20)]])
@@ -266,10 +330,10 @@ def test_other_files_of_the_folder_stay(small_report: Path) -> None:
 
 def test_many_points_are_told_apart_by_a_legend(tmp_path: Path) -> None:
     """Five panels beside each other have no room for a label at every point."""
-    study = gather([read_run(synthetic.comparison(tmp_path, bases=list(synthetic.MERGES)))])
-    for width in (drawing.WIDE, drawing.NARROW):
-        figure = figures.accuracy_vs_parameters(study, rows(study), width)
-        assert figure is not None and len(figure.axes) == 5
+    evaluation = gather([read_run(synthetic.comparison(tmp_path, bases=list(synthetic.MERGES)))])
+    for width in (style.WIDE, style.NARROW):
+        figure = drawn(evaluation, "parameters", width)
+        assert len(figure.axes) == 5
         (legend,) = figure.legends
         shown = [text.get_text() for text in legend.get_texts()]
         assert shown == ["IntervMerge r=1", "IntervMerge r=4", "Surgery r=16"]
@@ -288,7 +352,7 @@ def test_every_analysed_merge_has_its_figures(tmp_path: Path) -> None:
     synthetic.analysis(run, merges=[*merges, "elsewhere"])
 
     def names(*bases: str) -> list[str]:
-        return [drawing.name + suffix for suffix, _, drawing in analysed(gather([read], bases))]
+        return [picture.name for picture in analyses.pictures(gather([read], bases))]
 
     read = read_run(run)
     assert names() == [f"{name}-{merge}" for merge in merges for name in ANALYSED]
@@ -316,9 +380,10 @@ def test_tasks_without_labels_or_class_names_may_stand_beside_others(tmp_path: P
         for edit in edits:
             del edit["accuracy"], edit["agreement"]
     (run / "analysis.json").write_text(json.dumps(found))
-    shown = {d.name: d for d in drawings(read_run(run).analysis["task_arithmetic"])}
+    evaluation = gather([read_run(run)])
+    shown: dict[str, Picture] = {p.name: p for p in analyses.pictures(evaluation)}
     assert list(shown) == ANALYSED
-    counted = {name: len(shown[name].draw(drawing.WIDE).axes) for name in ANALYSED[:4]}
+    counted = {name: len(drawn(evaluation, name).axes) for name in ANALYSED[:4]}
     # bias alone; a mean and three tasks; a mean and two tasks; bias alone
     assert counted == {"closeness": 1, "bias_by_block": 4, "stitching": 3, "contributions": 1}
     assert shown["stitching"].text.startswith("Agreement")
@@ -422,8 +487,14 @@ def broken(tmp_path: Path, name: str) -> list[str]:
         report.unlink()
     elif name == "broken JSON":
         report.write_text('{"a": ')
-    elif name == "holds no comparison":
-        report.write_text('{"x": {"accuracy": 0.5}}')
+    elif name == "has no intervmerge.json":
+        (run / "intervmerge.json").unlink()
+    elif name == "holds no version of the results; allowed: version 1":
+        (run / "intervmerge.json").write_text('{"losses": {}}')
+    elif name == "intervmerge.json.models.base.kind":
+        found = json.loads((run / "intervmerge.json").read_text())
+        found["models"]["base"]["kind"] = "something"
+        (run / "intervmerge.json").write_text(json.dumps(found))
     elif name == "no 'base/edit_r2/seed1'":
         found = json.loads(report.read_text())
         del found["base/edit_r2/seed1"]
@@ -452,7 +523,7 @@ def broken(tmp_path: Path, name: str) -> list[str]:
 ANALYSES_THAT_ARE_NONE = {
     "no 'features'": lambda found: found["bias"]["digits"]["merged"].pop("features"),
     "bias: the tasks' encoders differ": lambda found: found["bias"]["digits"].pop("merged"),
-    "inhomogeneous": lambda found: found["stitching"]["digits"]["merged"]["agreement"].pop(),
+    "of the same length": lambda found: found["stitching"]["digits"]["merged"]["agreement"].pop(),
     "not finite": lambda found: found["agreement"]["digits"].update(merged=float("nan")),
     "the expert is missing": lambda found: [e.pop("expert") for e in found["embeddings"].values()],
     "the tasks' edits differ": lambda found: found["contributions"]["digits"]["surgery_r16"][
@@ -467,7 +538,9 @@ ANALYSES_THAT_ARE_NONE = {
         "no such folder",
         "has no program_report.json",
         "broken JSON",
-        "holds no comparison",
+        "has no intervmerge.json",
+        "holds no version of the results; allowed: version 1",
+        "intervmerge.json.models.base.kind",
         "no 'base/edit_r2/seed1'",
         "which is no share",
         "its tasks are not those",
@@ -501,11 +574,32 @@ def test_the_command_writes_beside_the_run(
     ]  # fmt: skip
 
 
-def test_a_report_needs_neither_toolkit_nor_torch() -> None:
+def test_an_analysis_with_its_figure_is_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guide's own example, put beside the others."""
+    guide = Path(__file__).parents[1] / "docs" / "analyses.md"
+    example = re.search(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    assert example is not None
+    (tmp_path / "spread.py").write_text(example[1])
+    monkeypatch.setattr(analysis, "__path__", [*analysis.__path__, str(tmp_path)])
+    monkeypatch.setattr(analysis, "ANALYSES", (*analysis.ANALYSES, "spread"))
+    run = synthetic.analysis(tmp_path / "run")
+    found = json.loads((run / "analysis.json").read_text())
+    spread = {task: {"expert": 1.0, "merged": 0.5} for task in ("digits", "letters")}
+    found["merges"]["task_arithmetic"]["spread"] = spread
+    (run / "analysis.json").write_text(json.dumps(found))
+    page = (write_report([run]) / "report.html").read_text()
+    assert Page(page).sections == [*ANALYSED, "spread", "reproduce"]
+    assert "The mean standard deviation of a feature" in page
+
+
+def test_a_report_needs_neither_toolkit_nor_torch(tmp_path: Path) -> None:
+    run = synthetic.analysis(synthetic.comparison(tmp_path / "run", losses=True))
     code = (
-        "import sys, fusion_bench_intervmerge.cli\n"
+        f"import sys; from fusion_bench_intervmerge.cli import main; main(['report', '{run}'])\n"
         "print([m for m in ('torch', 'fusion_bench', 'transformers', 'matplotlib.pyplot')"
         " if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.splitlines()[-1] == "[]"

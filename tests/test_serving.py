@@ -23,6 +23,8 @@ litserve = pytest.importorskip("litserve")
 from browser import CHROMIUM, Browser  # noqa: E402
 from conftest import blocks  # noqa: E402
 
+from fusion_bench_intervmerge import fit_router  # noqa: E402
+
 ROOT = Path(__file__).parents[1]
 TASKS = ["digits", "shapes"]
 
@@ -36,6 +38,8 @@ def served(tmp_path_factory):
     """A saved model, and the port it is served at: one service, which must outlive all tests."""
     folder = tmp_path_factory.mktemp("service")
     model = service.make_model("tiny", TASKS, folder, rank=4)
+    fit_router(model, {t: prepared(model, service.pictures([t], 40)[t]) for t in TASKS})
+    model.save_pretrained(folder / "model")
     # A batch waits long enough to be made of several requests.
     options = ("--accelerator=cpu", "--wait=0.02", "--batch=8")
     with service.serving(folder / "model", *options) as port:
@@ -47,6 +51,13 @@ def connection(served):
     connection = HTTPConnection("127.0.0.1", served[1], timeout=60)
     yield connection
     connection.close()
+
+
+def prepared(model, pictures):
+    """Pictures in base64 -> pixel values."""
+    decoded = [service.Image.open(io.BytesIO(base64.b64decode(p))).convert("RGB") for p in pictures]
+    processor = service.image_processor(model)
+    return processor(decoded, return_tensors="pt")["pixel_values"]
 
 
 def a_picture():
@@ -75,6 +86,52 @@ def test_many_clients_get_what_encode_gives(served):
     assert found["largest deviation of a score"] < 1e-5
 
 
+def test_the_task_may_be_left_to_the_router(served, connection):
+    model, _ = served
+    pictures = [service.pictures([task], 12)[task] for task in TASKS]
+    told = [model.route(prepared(model, some)) for some in pictures]
+    for of, task in enumerate(TASKS):
+        assert told[of].count(task) > 9
+    for some, tasks in zip(pictures, told, strict=True):
+        for image, task in list(zip(some, tasks, strict=True))[:4]:
+            status, said = service.ask(connection, "auto", image)
+            name, score = service.right_answers(model, {task: [image]})[task, 0]
+            assert (status, said["task"], said["class"]) == (200, task, name)
+            assert abs(said["score"] - score) < 1e-5
+
+
+def serve_script():
+    return runpy.run_path(str(ROOT / "examples" / "serve.py"))
+
+
+def test_without_a_router_every_task_is_told(tmp_path):
+    service.make_model("tiny", TASKS, tmp_path)
+    script = serve_script()
+    api = script["Classifier"](str(tmp_path / "model"), None, None, max_batch_size=2)
+    api.setup("cpu")
+    said = api.decode_request(script["Asked"](task="auto", image=a_picture()))
+    assert str(said) == "task: there is no 'auto', but digits, shapes"
+
+
+def test_an_image_of_no_known_task_costs_the_others_nothing(served):
+    class Refuses:
+        tasks, encode = served[0].tasks, served[0].encode
+
+        def route(self, images):
+            return [None] * len(images)
+
+    script = serve_script()
+    api = script["Classifier"]("somewhere", None, None, max_batch_size=2)
+    api.model, api.device = Refuses(), "cpu"
+    api.heads = lambda features, indices: features[:, :8]
+    api.classes = {task: list("abcdefgh") for task in TASKS}
+    images = list(prepared(served[0], 3 * [a_picture()]))
+    refused, answer, again = api.predict(list(zip(images, ["auto", "shapes", "auto"], strict=True)))
+    assert str(refused) == str(again) == "image: of no known task" and answer["task"] == "shapes"
+    (alone,) = api.predict([(images[0], "auto")])
+    assert str(alone) == "image: of no known task"
+
+
 BAD = {
     "no image": ({"task": "digits"}, "image: Field required"),
     "no task": ({"image": a_picture()}, "task: Field required"),
@@ -88,11 +145,7 @@ BAD = {
     ),
     "an unknown task": (
         {"task": "wasps", "image": a_picture()},
-        "task: there is no 'wasps', but digits, shapes",
-    ),
-    "a router that is not there": (
-        {"task": "auto", "image": a_picture()},
-        "task: there is no 'auto', but digits, shapes",
+        "task: there is no 'wasps', but digits, shapes, auto",
     ),
     "no base64": ({"task": "digits", "image": "%%"}, "image: not in base64"),
     "no picture": (
@@ -205,7 +258,10 @@ def test_the_page_takes_what_is_drawn_and_dropped(served, tmp_path):
     answer, send = "document.querySelector('#answer b')", "form.requestSubmit()"
     with Browser(tmp_path / "profile") as browser:
         browser.open(f"http://127.0.0.1:{port}/")
-        assert browser.evaluate("[...task.options].map(o => o.value).join()") == "digits,shapes"
+        assert (
+            browser.evaluate("[...task.options].map(o => o.value).join()") == "auto,digits,shapes"
+        )
+        browser.evaluate("task.value = 'digits'")
         drawn = "board.toDataURL()"
         before = browser.evaluate(drawn)
         browser.drag("#board", [(0.3, 0.2), (0.7, 0.2), (0.45, 0.85)])

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import hf_tower
 
-from fusion_bench_intervmerge import InterventionModel
-from fusion_bench_intervmerge.distillation import MethodSettings
+from fusion_bench_intervmerge import InterventionModel, SolveSettings
+from fusion_bench_intervmerge.distillation import DistillSettings, MethodSettings
 from fusion_bench_intervmerge.errors import ConfigError
 from fusion_bench_intervmerge.fusion import (
     AnalyseInterventionModel,
@@ -176,3 +176,14 @@ def test_a_sample_of_the_campaign(tmp_path):
     assert len(sample) >= 20
     assert {o: told for o, told in outcomes.items() if not told[0].startswith("refused")} == {}
     assert well[0] == "accepted", well
+
+
+def test_distill_and_solve_take_an_object_or_keywords():
+    by_keyword = DistillSettings.of(None, {"steps": 5, "batch_size": 4, "data": {"images": 9}})
+    assert by_keyword == DistillSettings(steps=5, data={"batch_size": 4, "images": 9})
+    whole = MethodSettings(interventions={"block": {"init": "regression"}}, budget=9, steps=5)
+    assert DistillSettings.of(whole, {}) is whole and SolveSettings.of(whole, {}).budget == 9
+    with pytest.raises(TypeError, match="as an object, and also by keyword: steps"):
+        DistillSettings.of(whole, {"steps": 5})
+    with pytest.raises(ConfigError, match=r"stepss: no such setting, did you mean steps\?"):
+        DistillSettings.of(None, {"stepss": 5})

@@ -1,8 +1,12 @@
 """How far a repaired encoder is from the experts, and which edit brings it there.
 
-One file an analysis: its name is the file's name, and its ``measure`` takes a ``Subject`` (one task
-seen by several encoders) and gives, for each encoder, a value made of JSON values. To add an
-analysis, put a module with a ``measure`` beside these; nothing else changes.
+One file an analysis: its name is the file's name, and its ``measure`` takes ``TaskEncoders`` (one
+task seen by several encoders) and gives, for each encoder, a value made of JSON values. Its figures
+are in the same file: ``figures`` takes what all analyses of a merge found, analysis -> task ->
+encoder -> value, and gives the name, title, text and drawing function of each. To add an analysis,
+put a module beside these; nothing else changes.
+
+Reports draw these figures where no torch is installed: it is imported where something is measured.
 """
 
 from __future__ import annotations
@@ -11,17 +15,27 @@ import importlib
 import logging
 import pkgutil
 from collections.abc import Sequence
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ..settings import shown
-from .subject import EXPERT, MERGED, Subject
+
+if TYPE_CHECKING:
+    from .base import TaskEncoders
 
 log = logging.getLogger(__name__)
 
+EXPERT, MERGED = "expert", "merged"
 ANALYSES: tuple[str, ...] = tuple(
-    sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "subject")
+    sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
 )
+
+
+def modules() -> dict[str, ModuleType]:
+    """The analyses by name, in the order of their ``PLACE``, which that of their figures is."""
+    found = {name: importlib.import_module(f"{__name__}.{name}") for name in ANALYSES}
+    return dict(sorted(found.items(), key=lambda item: getattr(item[1], "PLACE", 99)))
 
 
 def read_analyses(names: str | Sequence[str] | None, where: str = "analyses") -> list[str]:
@@ -42,24 +56,20 @@ def read_analyses(names: str | Sequence[str] | None, where: str = "analyses") ->
     return list(chosen)
 
 
-def analyse(subject: Subject, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def analyse(encoders: TaskEncoders, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Measure one task.
 
     Args:
-        subject: the task and its encoders.
+        encoders: the task and its encoders.
         names: of ``ANALYSES``.
 
     Returns:
-        Analysis -> encoder -> value. An analysis that needs what the subject lacks (labels, a
-        zero-shot head) is left out.
+        Analysis -> encoder -> value. An analysis that needs what is not there (labels, a zero-shot
+        head) is left out.
     """
-    log.info("analysing %s: %s", subject.task, ", ".join(names))
-    found = {}
-    for name in names:
-        value = importlib.import_module(f"{__name__}.{name}").measure(subject)
-        if value:
-            found[name] = value
-    return found
+    log.info("analysing %s: %s", encoders.task, ", ".join(names))
+    found = {name: modules()[name].measure(encoders) for name in names}
+    return {name: value for name, value in found.items() if value}
 
 
-__all__ = ["ANALYSES", "EXPERT", "MERGED", "Subject", "analyse", "read_analyses"]
+__all__ = ["ANALYSES", "EXPERT", "MERGED", "analyse", "modules", "read_analyses"]

@@ -1,18 +1,22 @@
-"""Agreement with the expert's predictions, which needs no labels."""
+"""Agreement with the expert's predictions, which needs no labels. ``bias`` draws it."""
 
 from __future__ import annotations
 
-from .subject import Subject
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .base import TaskEncoders
 
 
-def measure(subject: Subject) -> dict[str, float]:
+def measure(encoders: TaskEncoders) -> dict[str, float]:
     """Share of images on which argmax logits(f) = argmax logits(f*), with the expert's f*.
 
     Returns:
         Encoder -> share in [0, 1]; empty without logits.
     """
-    if subject.logits is None:
+    if encoders.logits is None:
         return {}
     return {
-        name: subject.scores(subject.trace(name).features)["agreement"] for name in subject.compared
+        name: encoders.scores(encoders.trace(name).features)["agreement"]
+        for name in encoders.compared
     }

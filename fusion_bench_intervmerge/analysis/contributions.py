@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import pandas as pd
 
-from ..model import InterventionModel
+from . import EXPERT
 from .bias import bias
-from .subject import EXPERT, Subject, finish, walk
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from ..model import InterventionModel
+    from ..report.style import Canvas
+    from .base import TaskEncoders
+
+PLACE = 30
+_MARKERS = {"attention": "o", "mlp": "s", "block": "D", "output": "*"}
+_KINDS = {  # quantity -> its title, and what it is multiplied by
+    "bias": ("distance to the expert", 1),
+    "agreement": ("agreement, points", 100),
+    "accuracy": ("accuracy, points", 100),
+}
 
 
-def without_each(subject: Subject, model: InterventionModel) -> dict[tuple[str, int], Tensor]:
+def without_each(encoders: TaskEncoders, model: InterventionModel) -> dict[tuple[str, int], Tensor]:
     """Image features with one edit switched off.
 
     What comes before that edit does not change, so each network goes on from the whole model's
@@ -22,6 +38,10 @@ def without_each(subject: Subject, model: InterventionModel) -> dict[tuple[str, 
         (site, block) -> (images, projection_dim), in the encoder's order; block is 0 at the site
         ``output``.
     """
+    import torch
+
+    from .base import finish, walk
+
     # where the states that an edit is the first to change are: the blocks behind them
     edits = {
         (site, block): model.tower.num_blocks if site == "output" else block
@@ -30,8 +50,8 @@ def without_each(subject: Subject, model: InterventionModel) -> dict[tuple[str, 
     }
     edits = dict(sorted(edits.items(), key=lambda edit: edit[1]))
     found: dict[tuple[str, int], list[Tensor]] = {edit: [] for edit in edits}
-    with model.for_task(subject.task):
-        for images in subject.batches(model.tower):
+    with model.for_task(encoders.task):
+        for images in encoders.batches(model.tower):
             for done, states in enumerate(walk(model.tower, images)):
                 for (site, block), start in edits.items():
                     if start == done:
@@ -40,7 +60,7 @@ def without_each(subject: Subject, model: InterventionModel) -> dict[tuple[str, 
     return {edit: torch.cat(parts) for edit, parts in found.items()}
 
 
-def measure(subject: Subject) -> dict[str, list[dict[str, Any]]]:
+def measure(encoders: TaskEncoders) -> dict[str, list[dict[str, Any]]]:
     """The change that switching an edit off makes: value without it - value with it.
 
     Returns:
@@ -49,17 +69,71 @@ def measure(subject: Subject) -> dict[str, list[dict[str, Any]]]:
         where logits and labels allow. An edit that helps has a positive change of bias and
         negative ones of the others.
     """
-    expert = subject.trace(EXPERT).features
+    expert = encoders.trace(EXPERT).features
     found = {}
-    for name, model in subject.models.items():
-        whole = _values(subject, subject.trace(name).features, expert)
+    for name, model in encoders.models.items():
+        whole = _values(encoders, encoders.trace(name).features, expert)
         found[name] = [
             {"site": site, "block": None if site == "output" else block}
-            | {k: v - whole[k] for k, v in _values(subject, features, expert).items()}
-            for (site, block), features in without_each(subject, model).items()
+            | {k: v - whole[k] for k, v in _values(encoders, features, expert).items()}
+            for (site, block), features in without_each(encoders, model).items()
         ]
     return found
 
 
-def _values(subject: Subject, features: Tensor, expert: Tensor) -> dict[str, float]:
-    return {"bias": bias(features, expert), **subject.scores(features)}
+def _values(encoders: TaskEncoders, features: Tensor, expert: Tensor) -> dict[str, float]:
+    return {"bias": bias(features, expert), **encoders.scores(features)}
+
+
+def figures(found: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    """The change that each edit's absence makes, a panel a quantity."""
+    edits = pd.DataFrame(
+        {"task": task, "model": model, **edit}
+        for task, models in found["contributions"].items()
+        for model, own in models.items()
+        for edit in own
+    ).set_index(["model", "site", "block"])
+    if edits.groupby(level=[0, 1, 2], dropna=False).size().nunique() != 1:
+        raise ValueError("contributions: the tasks' edits differ")
+    kinds = [kind for kind in _KINDS if kind in edits and edits[kind].notna().all()]
+    yield (
+        "contributions",
+        "What each edit contributes",
+        "The change when the edit of one block is switched off and all others stay: mean over "
+        "tasks, thin bars from the lowest task to the highest. An edit helps where the "
+        "distance grows, and where agreement and accuracy fall.",
+        partial(_draw, edits[kinds]),
+    )
+
+
+def _draw(edits: pd.DataFrame, canvas: Canvas) -> Figure:
+    from matplotlib.lines import Line2D
+
+    changes = edits.groupby(level=[0, 1, 2], dropna=False, sort=False).agg(["mean", "min", "max"])
+    groups = list(changes.groupby(level=[0, 1], sort=False))
+    last = 2 + max(edits.index.get_level_values("block").max(), -1)  # where those of the output are
+    last = 1 if pd.isna(last) else int(last)
+    panels = canvas.panels(edits.shape[1], 2.5, 0.5)
+    handles = []
+    for panel in panels.axes:
+        panel.axhline(0, color=canvas.MUTED, lw=0.8, zorder=1)
+    for i, ((model, site), of_site) in enumerate(groups):
+        look, several = canvas.palette[model], sum(name == model for (name, _), _ in groups) > 1
+        line: dict[str, Any] = {"color": look.colour, "marker": _MARKERS[site], "lw": 1.3}
+        line |= {"mec": canvas.SURFACE, "mew": 0.5, "ms": 10 if site == "output" else 5}
+        x = of_site.index.get_level_values("block").to_numpy(float) + 1
+        x = pd.Series(x).fillna(last) + 0.12 * (i - (len(groups) - 1) / 2)
+        for kind, panel in zip(edits, panels.axes, strict=True):
+            change = _KINDS[kind][1] * of_site[kind]
+            panel.vlines(x, change["min"], change["max"], color=look.colour, lw=1, alpha=0.45)
+            panel.plot(x, change["mean"], **line, zorder=3)
+        label = f"{look.label}, {site}" if several else look.label
+        handles.append(Line2D([], [], **line, label=label))
+    ticks = {block: str(block) for block in range(1, last, max(1, round((last - 1) / 8)))}
+    if any(site == "output" for (_, site), _ in groups):
+        ticks[last] = "output"
+    for kind, panel in zip(edits, panels.axes, strict=True):
+        panel.set_xticks(list(ticks), list(ticks.values()))
+        panels.title(panel, _KINDS[kind][0])
+    panels.named("edit switched off, by block", "change")
+    return panels.finish(handles, gap=0.6)

@@ -1,14 +1,16 @@
 """Training of edits and coefficients: which images, experts' features, losses, the loop."""
 
+from ..images import DataSettings
 from .loop import Distillation, DistillationError, distill
 from .losses import LOSSES
 from .optimizer import ThriceAdam
 from .schedule import Schedule
-from .settings import DataSettings, MethodSettings
+from .settings import DistillSettings, MethodSettings
 
 __all__ = [
     "LOSSES",
     "DataSettings",
+    "DistillSettings",
     "Distillation",
     "DistillationError",
     "MethodSettings",

@@ -5,40 +5,42 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from ..checkpoint import Interrupted, Progress, StateFolder, interruptible
-from ..coefficients import Mixture
+from ..checkpoint import Interrupted, Progress, StateFolder, interruptible, stop_requested
 from ..encoders import VisionTower, check_expert
+from ..encoders.base import AfterBlock
 from ..errors import ConfigError
 from ..expert_cache import ExpertCache
+from ..images import Datasets
+from ..merging import Mixture
 from ..model import InterventionModel
 from ..precision import computing_dtype
-from ..progress import progress_bar
-from .losses import Representations, loss_function
+from ..prefix import prefix_of
+from ..progress import bar
+from .losses import LOSSES, Representations
 from .memory import keep_freed_memory
+from .optimizer import make_optimizer
 from .schedule import Schedule
+from .settings import DistillSettings
 from .store import ImageStore
 
 log = logging.getLogger(__name__)
 
 Experts = Mapping[str, Callable[[], VisionTower]]
-MakeOptimizer = Callable[[Sequence[torch.nn.Parameter]], torch.optim.Optimizer]
 
 # fp16 gradients of a mean over thousands of features would round to zero
 FP16_SCALE = 2.0**12
+LOG_EVERY = 10  # steps between two entries in the logs
 
 
 class DistillationError(RuntimeError):
@@ -86,25 +88,14 @@ class Distillation:
 def distill(
     model: InterventionModel,
     experts: Experts,
-    images: Mapping[str, Dataset],
+    images: Datasets,
+    settings: DistillSettings | None = None,
     *,
-    steps: int = 1000,
-    batch_size: int = 16,
-    fraction: float = 1.0,
-    at_most: int | None = None,
-    loss: str = "output",
-    optimizer: MakeOptimizer | None = None,
     mixture: Mixture | None = None,
-    seed: int = 0,
-    num_workers: int = 0,
-    cache_gb: float = 2.0,
-    compile: bool = False,
     fabric: L.Fabric | None = None,
+    states: StateFolder | None = None,
     cache: ExpertCache | None = None,
-    state_folder: Path | None = None,
-    run: str = "",
-    save_every: int = 100,
-    log_every: int = 10,
+    **keywords: object,
 ) -> Distillation:
     """Train a model's edits by distillation, without labels (eq 3.2 of the paper).
 
@@ -118,37 +109,27 @@ def distill(
         experts: task -> function that loads the expert; one expert is in memory at a time. The
             tasks trained are these; others of the model stay as they are.
         images: task -> dataset of pixel values, or of (pixel values, anything).
-        steps: steps a task.
-        batch_size: images a task and step, over all processes.
-        fraction: share of each dataset that may be seen, in (0, 1].
-        at_most: most images of a task that may be seen; None for no limit.
-        loss: ``output`` or ``blocks`` (SurgeryV2).
-        optimizer: makes the optimizer of a list of parameters; Adam at 3e-3 by default.
+        settings: how, as the method's config file says it.
         mixture: merging coefficients to train along with the edits.
-        seed: decides which images are seen, and when.
-        num_workers: worker processes that decode images.
-        cache_gb: GiB of memory for the states of images that are seen again.
-        compile: compile the MLPs, whose elementwise parts are then one kernel; it pays in long runs
-            of wide encoders.
         fabric: device, precision, processes and loggers; one device by default.
+        states: where to keep the state of a run that may be stopped; None: nowhere. It is kept
+            after the last step as well, until ``Distillation.clear``.
         cache: where experts' representations are kept for the next method; None: nowhere.
-        state_folder: where to keep the state of a run that may be stopped; ``None``: nowhere. It
-            is kept after the last step as well, until ``Distillation.clear``.
-        run: identifies the run; only a state of the same run is continued.
-        save_every: steps between two states.
-        log_every: steps between two entries in the logs.
+        keywords: in place of ``settings`` its fields, and those of its ``data``: ``steps=200,
+            batch_size=8``.
 
     Returns:
         Losses, images seen, seconds, and the experts' features.
 
     Raises:
         ConfigError: settings that do not fit.
-        DistillationError: the loss is not finite; with a state folder the last good state is kept.
+        DistillationError: the loss is not finite; with ``states`` the last good one is kept.
         Interrupted: on Ctrl-C; while it trains, after the step's end and with its state kept. A
             second Ctrl-C does not wait for that.
     """
+    settings = DistillSettings.of(settings, keywords)
     fabric = fabric or L.Fabric(devices=1, accelerator="auto")
-    tasks = list(experts)
+    data, tasks = settings.data, list(experts)
     for task in tasks:
         model.check_task(task)
         if task not in images:
@@ -157,22 +138,21 @@ def distill(
         task: Schedule(
             task,
             len(images[task]),  # type: ignore[arg-type]
-            steps=steps,
-            batch_size=batch_size,
-            fraction=fraction,
-            at_most=at_most,
-            seed=seed,
+            steps=settings.steps,
+            batch_size=data.batch_size,
+            fraction=data.fraction,
+            at_most=data.images,
+            seed=settings.seed,
         )
         for task in tasks
     }
-    trainer = _Trainer(model, tasks, schedules, loss, mixture, fabric, compile)
-    store = ImageStore(images, schedules, cache_gb * 2**30, num_workers)
+    trainer = _Trainer(model, tasks, schedules, settings, mixture, fabric)
+    store = ImageStore(images, schedules, data.cache_gb * 2**30, data.num_workers)
     with ExitStack() as stack:
         stack.enter_context(trainer.on_device())
         if fabric.device.type == "cpu":
             stack.enter_context(keep_freed_memory())
         started = time.perf_counter()
-        states = StateFolder(state_folder, run) if state_folder is not None else None
         with interruptible("reading the experts' features", states):
             targets = trainer.read_experts(experts, store, cache)
         ready = time.perf_counter()
@@ -183,16 +163,15 @@ def distill(
                 "there are no edits to train",
                 "other inits, or solve(...) before it where init is regression",
             )
-        make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=3e-3))
-        optim = make(list(trained.values()))
+        optim = make_optimizer(settings.optimizer, list(trained.values()))
         progress = Progress(0, torch.empty(0, len(tasks)))
         if states is not None:
-            progress = states.load(progress, steps, trained, optim)
+            progress = states.load(progress, settings.steps, trained, optim)
         if progress.step:
-            log.info("going on from step %d of %d", progress.step, steps)
+            log.info("going on from step %d of %d", progress.step, settings.steps)
         resumed_at = progress.step
         with interruptible("training", states):
-            trainer.run(optim, trained, store, targets, progress, states, save_every, log_every)
+            trainer.run(optim, trained, store, targets, progress, states)
         finished = time.perf_counter()
     if mixture is not None:
         mixture.write(model.tower)
@@ -214,18 +193,16 @@ class _Trainer:
         model: InterventionModel,
         tasks: list[str],
         schedules: Mapping[str, Schedule],
-        loss: str,
+        settings: DistillSettings,
         mixture: Mixture | None,
         fabric: L.Fabric,
-        compile: bool,
     ):
         self.model, self.tasks, self.schedules = model, tasks, schedules
-        self.compile = compile
-        self.loss_name, self.loss = loss, loss_function(loss)
+        self.settings = settings
+        self.loss = LOSSES[settings.loss]
         self.mixture, self.fabric = mixture, fabric
         self.dtype = computing_dtype(fabric)
-        # Weights that move invalidate what was computed with them; `blocks` reads every block.
-        self.prefixed = mixture is None and loss == "output"
+        self.prefix = prefix_of(model, moving=mixture is not None, blocks=self.loss.reads_blocks)
         batch = next(iter(schedules.values())).rows.shape[1]
         self.mine = slice(fabric.global_rank, batch, fabric.world_size)
         if batch % fabric.world_size:
@@ -252,15 +229,10 @@ class _Trainer:
 
     @contextmanager
     def compiled(self) -> Iterator[None]:
-        """MLPs compiled where no edit follows them; afterwards as they were.
-
-        Edits are hooks that write in place, which a graph of a whole block would be broken at.
-        """
-        placement = self.model.placements.get("mlp")
-        edited = placement.blocks if placement is not None else []
-        start = self.model.first_block if self.prefixed else 0
-        blocks = [b for b in range(start, self.model.tower.num_blocks) if b not in edited]
-        modules = [self.model.tower.site("mlp", b) for b in blocks] if self.compile else []
+        """The blocks compiled, where the settings say so; afterwards as they were."""
+        tower, start = self.model.tower, getattr(self.prefix, "first", 0)
+        modules = [tower.block(b) for b in range(start, tower.num_blocks)]
+        modules = modules if self.settings.compile else []
         for module in modules:
             module.compile()
         try:
@@ -307,16 +279,6 @@ class _Trainer:
 
     # -- before the loop ---------------------------------------------------------------------------
 
-    def prepare(self, images: Tensor) -> Tensor:
-        """Images -> what the loop starts from, as far as it is the same at every step."""
-        if self.mixture is not None:
-            return images
-        pixels = images.to(self.fabric.device, self.dtype)
-        if self.prefixed:
-            return self.model.prefix(pixels)
-        with torch.no_grad():
-            return self.model.tower.embed(pixels)
-
     def read_experts(
         self, experts: Experts, store: ImageStore, cache: ExpertCache | None
     ) -> dict[str, Representations]:
@@ -325,14 +287,14 @@ class _Trainer:
         # On a CPU the widest tensors should be small enough for freed memory to be kept.
         at_once = 32 if self.fabric.device.type == "cpu" else 64
         total = sum(len(self.schedules[task].unique) for task in self.tasks)
-        with progress_bar("experts' features", total, self.fabric.is_global_zero) as bar:
+        with bar(self.fabric, "experts' features", total) as shown:
             for task in self.tasks:
                 expert = experts[task]()
                 check_expert(task, expert, self.model.tower)
                 expert = expert.to(self.fabric.device).eval()
                 with torch.no_grad(), expert.in_dtype(self.dtype), expert.fused_activations():
                     targets[task] = self._representations(task, expert, store, at_once, cache)
-                bar.advance(len(self.schedules[task].unique))
+                shown.update(len(self.schedules[task].unique))
                 del expert
         return targets
 
@@ -348,7 +310,7 @@ class _Trainer:
         if cache is None:
             return self._read(task, expert, store, at_once)
         seen = self.schedules[task].unique
-        key = cache.key(expert.digest(), seen, at_once, self.dtype, self.loss_name)
+        key = cache.key(expert.digest(), seen, at_once, self.dtype, self.settings.loss)
         kept, pixels = cache.get(key), hashlib.sha256()
         found = self._read(task, expert if kept is None else None, store, at_once, pixels)
         if kept is not None:
@@ -368,24 +330,15 @@ class _Trainer:
     ) -> Representations:
         """Read a task's images, for the loop and, where they are given, an expert and a digest."""
         parts: list[Representations] = []
-        for _, images in store.first_pass(task, at_once, self.prepare):
+        for _, images in store.first_pass(task, at_once, self.prefix.of):
             if digest is not None:
                 digest.update(images.contiguous().numpy())
             if expert is not None:
                 pixels = images.to(self.fabric.device, self.dtype)
-                parts.append({n: t.cpu() for n, t in self._expert(expert, pixels).items()})
+                read = self.loss.read(partial(_expert_features, expert, pixels))
+                parts.append({name: tensor.cpu() for name, tensor in read.items()})
         names = parts[0] if parts else {}
         return {n: torch.cat([p[n] for p in parts]) for n in names}
-
-    def _expert(self, expert: VisionTower, images: Tensor) -> Representations:
-        if self.loss_name == "output":
-            return {"output": expert.features_by_class_token(images)}
-        means: list[Tensor] = []
-        states = expert.embed(images)
-        for block in range(expert.num_blocks):
-            states = expert.run_block(block, states)
-            means.append(states.mean(dim=1))
-        return {"blocks": torch.stack(means, dim=1), "output": expert.readout(states)}
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -397,8 +350,6 @@ class _Trainer:
         targets: Mapping[str, Representations],
         progress: Progress,
         states: StateFolder | None,
-        save_every: int,
-        log_every: int,
     ) -> None:
         """Steps from ``progress.step`` to the end of the schedule; ``progress`` is kept current."""
         steps = len(self.schedules[self.tasks[0]].rows)
@@ -407,10 +358,9 @@ class _Trainer:
             for step in range(progress.step, steps)
             for group in self.groups
         ]
-        passes = zip(plan, store.stream(plan, self.prepare), strict=True)
+        passes = zip(plan, store.stream(plan, self.prefix.of), strict=True)
         history = list(progress.losses)
         keep = states if self.fabric.is_global_zero else None
-        size = len(self.tasks) * self.schedules[self.tasks[0]].rows.shape[1]
         saved = progress.step
 
         def current(step: int) -> Progress:
@@ -421,11 +371,9 @@ class _Trainer:
             return progress
 
         with (
-            _stop_requested() as stopped,
+            stop_requested() as stopped,
             self.compiled(),
-            progress_bar(
-                "distillation", steps, self.fabric.is_global_zero, done=progress.step
-            ) as bar,
+            bar(self.fabric, "distillation", steps, progress.step) as shown,
         ):
             for step in range(progress.step, steps):
                 losses = self._step(passes, targets, optimizer, trained)
@@ -443,13 +391,18 @@ class _Trainer:
                 optimizer.step()
                 history.append(losses)
                 mean = float(losses.mean())
-                bar.advance(1, f"loss {mean:.4f}", size)
-                if (step + 1) % log_every == 0 or step + 1 == steps:
+                shown.set_postfix_str(f"loss {mean:.4f}", refresh=False)
+                shown.update()
+                if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
                     scalars = {
                         f"loss/{t}": float(v) for t, v in zip(self.tasks, losses, strict=True)
                     }
                     self.fabric.log_dict({"loss/mean": mean, **scalars}, step=step + 1)
-                due = (step + 1) % save_every == 0 or step + 1 == steps or stopped.is_set()
+                due = (
+                    (step + 1) % self.settings.save_every == 0
+                    or step + 1 == steps
+                    or stopped.is_set()
+                )
                 if keep is not None and due:
                     keep.save(current(step + 1), trained, optimizer)
                     saved = step + 1
@@ -484,7 +437,7 @@ class _Trainer:
                 for name in next(iter(targets.values()))
             }
             student = self._student(entry, inputs.to(self.fabric.device, non_blocking=True))
-            group = self.loss(student, expert, len(entry))
+            group = self.loss.of(student, expert, len(entry))
             if group.requires_grad:  # a budget may leave all tasks of a group without an edit
                 (group.sum() * scale).backward()
             losses.append(group.detach())
@@ -500,17 +453,9 @@ class _Trainer:
         return result.cpu().float()
 
     def _student(self, entry: Mapping[str, Tensor], inputs: Tensor) -> Representations:
-        model = self.model
         names = [task for task, rows in entry.items() for _ in rows]
-        means: list[Tensor] = []
-        with model.for_task(names, len(inputs)):
-            if self.prefixed:
-                return {"output": model.features_after(inputs)}
-            states = inputs if self.mixture is None else model.tower.embed(inputs.to(self.dtype))
-            if self.loss_name == "output":
-                return {"output": model.features_from(states, 0)}
-            features = model.features_from(states, 0, lambda _, s: means.append(s.mean(dim=1)))
-            return {"output": features, "blocks": torch.stack(means, dim=1)}
+        with self.model.for_task(names, len(inputs)):
+            return self.loss.read(partial(self.prefix.features, inputs))
 
     def _average(self, gradients: list[Tensor], losses: Tensor) -> Tensor:
         """Means over the processes: each saw an equal share of every task's batch."""
@@ -522,22 +467,7 @@ class _Trainer:
         return parts[0]
 
 
-@contextmanager
-def _stop_requested() -> Iterator[threading.Event]:
-    """Set by the first Ctrl-C, which then waits for the step's end; a second one stops at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def request(number: int, frame: Any) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    signal.signal(signal.SIGINT, request)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, previous)
+def _expert_features(expert: VisionTower, images: Tensor, after_block: AfterBlock | None) -> Tensor:
+    """Image features; the last block works on the class token alone where nobody looks on."""
+    states = expert.embed(images)
+    return expert.features_from(states, 0, after_block, class_token_alone=after_block is None)

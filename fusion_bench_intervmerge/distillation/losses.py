@@ -3,47 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..encoders.base import AfterBlock
 
 # A task's representations by name: "output" (batch, projection_dim) image features, and for the
 # block-wise loss "blocks" (batch, num_blocks, width) means over the tokens of each block's output.
 Representations = dict[str, Tensor]
-Loss = Callable[[Representations, Representations, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss, and which representations it compares.
+
+    Attributes:
+        of: repaired encoder's, experts', number of tasks -> a value a task, (tasks,).
+            Images follow one another in equal groups, one a task.
+        reads_blocks: whether it compares every block's output.
+    """
+
+    of: Callable[[Representations, Representations, int], Tensor]
+    reads_blocks: bool = False
+
+    def read(self, encode: Callable[[AfterBlock | None], Tensor]) -> Representations:
+        """The representations of a forward pass.
+
+        Args:
+            encode: runs it, and calls its argument with each block's index and output states.
+        """
+        if not self.reads_blocks:
+            return {"output": encode(None)}
+        means: list[Tensor] = []
+        features = encode(lambda _, states: means.append(states.mean(dim=1)))
+        return {"blocks": torch.stack(means, dim=1), "output": features}
 
 
 def output(student: Representations, expert: Representations, tasks: int) -> Tensor:
-    """Mean L1 of the image features (eq 3.2 of the paper), a value a task: (tasks,)."""
+    """Mean L1 of the image features (eq 3.2 of the paper)."""
     return _mean_l1(student["output"], expert["output"], tasks)
 
 
 def blocks(student: Representations, expert: Representations, tasks: int) -> Tensor:
     """SurgeryV2 (arXiv 2410.14389): mean L1 of every block's token mean, and of the features."""
-    width = student["blocks"].shape[-1]
     per_block = _mean_l1(student["blocks"], expert["blocks"], tasks)
-    num_blocks = student["blocks"].numel() // (len(student["blocks"]) * width)
-    return per_block * num_blocks + output(student, expert, tasks)
+    return per_block * student["blocks"].shape[1] + output(student, expert, tasks)
 
 
 def _mean_l1(student: Tensor, expert: Tensor, tasks: int) -> Tensor:
-    """Images follow one another in equal groups, one a task."""
     wide = torch.promote_types(student.dtype, torch.float32)
     difference = (student.to(wide) - expert.to(wide)).abs()
     return difference.view(tasks, -1).mean(dim=1)
 
 
-LOSSES: dict[str, Loss] = {"output": output, "blocks": blocks}
-
-
-def loss_function(name: str) -> Loss:
-    """A loss by the name the config gives it.
-
-    Raises:
-        ConfigError: no loss has that name.
-    """
-    if name not in LOSSES:
-        raise ConfigError("loss", f"there is no loss {name!r}", ", ".join(LOSSES))
-    return LOSSES[name]
+LOSSES = {"output": Loss(output), "blocks": Loss(blocks, reads_blocks=True)}

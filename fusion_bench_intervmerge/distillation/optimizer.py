@@ -1,10 +1,57 @@
-"""The published optimizer, for runs that follow the published code to the letter."""
+"""The optimizer that settings name, and the published one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
+from torch import nn
+
+from ..errors import ConfigError
+from ..schema import Json
+from ..settings import HOST_KEYS, check_arguments, shown
+
+MAX_RATE = 1000  # beyond it no learning rate is meant
+OPTIMIZER = {"_target_": "torch.optim.Adam", "lr": 3e-3}
+
+MakeOptimizer = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
+
+
+def make_optimizer(
+    settings: Json | MakeOptimizer, parameters: Sequence[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The optimizer of some parameters.
+
+    Args:
+        settings: ``_target_``, the path of a torch optimizer's class, and its arguments; or a
+            function of the parameters.
+        parameters: what it moves.
+
+    Raises:
+        ConfigError: no optimizer is named, or an argument does not fit.
+    """
+    if not isinstance(settings, dict):
+        return settings(parameters)
+    given = {key: value for key, value in settings.items() if key not in HOST_KEYS}
+    try:
+        cls = resolve_name(given.pop("_target_", ""))
+        if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+            raise TypeError(f"{shown(settings.get('_target_'))} is not a torch optimizer")
+        check_arguments(cls, given, "optimizer")
+        rate = given.get("lr", 1)
+        if rate == 0 or rate > MAX_RATE:
+            raise ConfigError("optimizer.lr", shown(rate), f"a number in (0, {MAX_RATE}]")
+        if cls in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
+            # one kernel for hundreds of small tensors
+            given = {"fused": True} | given
+        return cls(parameters, **given)
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError("optimizer", reason, "{_target_: torch.optim.Adam, lr: 0.003}") from None
 
 
 class ThriceAdam(torch.optim.Adam):

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from ..images import read_images
+from ..images import Datasets, read_images
 from .schedule import Schedule
 
 Prepare = Callable[[Tensor], Tensor]
@@ -31,7 +30,7 @@ class ImageStore:
 
     def __init__(
         self,
-        datasets: Mapping[str, Dataset],
+        datasets: Datasets,
         schedules: Mapping[str, Schedule],
         limit: float,
         num_workers: int,

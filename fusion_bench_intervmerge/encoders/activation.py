@@ -30,6 +30,6 @@ class _QuickGELU(torch.autograd.Function):
         return F.silu(scaled).div_(SLOPE)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (scaled,) = ctx.saved_tensors
         return torch.ops.aten.silu_backward(gradient, scaled)

@@ -1,53 +1,85 @@
-"""One small interface over a CLIP vision tower, whoever wrote the tower.
+"""One small interface over a vision tower, whoever wrote the tower.
 
 A tower is read in three stages (embed, blocks, readout) so that a caller can start in the middle,
-from states it kept, or go on in another tower. The stages call the tower's own modules, and edits
-enter through forward hooks on the modules of named sites.
+from states it kept, or go on in another tower. The stages call the tower's own modules. Whoever
+sees or edits the tensor of a site hooks on to the site's *tap*, which it goes through.
 """
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ..errors import ConfigError
+from ..interventions.sites import SITES
+from ..schema import Json
 from .activation import FusedQuickGELU
 
-Edit = Callable[[str, int, Tensor], Tensor]
+AfterBlock = Callable[[int, Tensor], None]  # told a block's index and output states
+
+# What CLIP's activation function is called in the families' libraries.
+QUICK_GELU = ("QuickGELU", "QuickGELUActivation")
+
+
+class MissingProjectionError(TypeError):
+    """A vision model that comes without CLIP's visual projection."""
 
 
 class VisionTower(nn.Module, ABC):
-    """A CLIP vision encoder with its projection.
+    """A vision encoder with the projection behind it, if it has one.
 
     Shapes: images (batch, 3, image_size, image_size); states (batch, num_tokens, width), the class
-    token first; image features (batch, projection_dim), after the projection, not normalised.
+    token first; image features (batch, projection_dim), not normalised.
 
     Attributes:
-        family: the name under which an artifact remembers whose tower it was.
-        task_follows: whether FusionBench's task pool of this family names the task, after the
-            forward pass. Where it does not, a forward pass without a task would pass for the
-            repaired model's.
-        quick_gelu: the family's class for CLIP's activation function.
+        family: the name under which an artifact remembers whose tower it was: its file's.
+        gives_features: whether ``forward`` gives image features, and not what comes before the
+            projection.
+        sites: site -> path of its module, where that is none of those that the site itself names.
+        shortcuts: sites whose taps ``attend`` and ``finish`` pass through; none where the tower
+            does not have the two. Where another site is edited, whole blocks are run.
+        prefix_tokens: how many tokens stand before the patches.
+        reads_patches: whether the readout reads the patch tokens as well as the class token.
         output: the site ``output``: image features go through it.
     """
 
     family: ClassVar[str]
-    task_follows: ClassVar[bool]
-    quick_gelu: ClassVar[type[nn.Module]]
+    gives_features: ClassVar[bool] = False
+    sites: ClassVar[Mapping[str, str]] = {}
+    shortcuts: ClassVar[frozenset[str]] = frozenset()
+    prefix_tokens: int = 1
+    reads_patches: bool = False
+    image_size: int
     width: int
     num_blocks: int
     num_tokens: int
     projection_dim: int
 
+    def __init_subclass__(cls) -> None:
+        if "family" not in vars(cls):
+            cls.family = cls.__module__.rpartition(".")[2]
+
     def __init__(self) -> None:
         super().__init__()
         self.output = nn.Identity()
+        self._taps = nn.ModuleDict()
+
+    @classmethod
+    @abstractmethod
+    def wrap(cls, model: nn.Module, projection: nn.Linear | None = None) -> Self | None:
+        """A model of this family as a tower; None where it is none.
+
+        Raises:
+            MissingProjectionError: the family's models need ``projection`` beside them.
+        """
 
     # -- the three stages --------------------------------------------------------------------------
 
@@ -56,71 +88,127 @@ class VisionTower(nn.Module, ABC):
         """Images -> states that enter block 0."""
 
     @abstractmethod
+    def block(self, index: int) -> nn.Module:
+        """A block, whose output, or whose output's first entry, are the states that leave it."""
+
     def run_block(self, index: int, states: Tensor) -> Tensor:
         """States that enter a block -> states that leave it."""
+        return first(self.block(index)(states))
 
     @abstractmethod
+    def readout(self, states: Tensor) -> Tensor:
+        """States that leave the last block -> image features."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images -> image features."""
+        return self.features_from(self.embed(images))
+
+    def features_from(
+        self,
+        states: Tensor,
+        start: int = 0,
+        after_block: AfterBlock | None = None,
+        class_token_alone: bool = False,
+    ) -> Tensor:
+        """States that enter block ``start`` -> image features.
+
+        Args:
+            states: (batch, num_tokens, width).
+            start: the first block to run; ``num_blocks`` for none.
+            after_block: called with each block's index and output states.
+            class_token_alone: whether the last block may leave the other tokens out, where nothing
+                behind it reads them. The same but for rounding.
+        """
+        for block in range(start, self.num_blocks):
+            last = block == self.num_blocks - 1
+            if last and class_token_alone and self.shortcuts and not self.reads_patches:
+                states = self.finish(block, states[:, :1], self.attend(block, states))
+            else:
+                states = self.run_block(block, states)
+            if after_block is not None:
+                after_block(block, states)
+        return self.readout(states)
+
+    # -- shortcuts, for towers that have them ------------------------------------------------------
+
     def attend(self, index: int, states: Tensor) -> Tensor:
-        """The class token's self-attention output in a block, unedited, without hooks.
+        """The class token's self-attention output in a block, before its tap.
 
         (batch, num_tokens, width) -> (batch, 1, width); keys and values are of all tokens.
         """
+        raise NotImplementedError
 
-    @abstractmethod
-    def finish(self, index: int, state: Tensor, z: Tensor, edit: Edit) -> Tensor:
+    def finish(self, index: int, state: Tensor, z: Tensor) -> Tensor:
         """The class token on its way through a block, from behind the self-attention.
 
         Args:
             index: of the block.
             state: the class token as it enters the block, (batch, 1, width).
-            z: its self-attention output, (batch, 1, width), which ``edit`` may write to.
-            edit: ``edit(site, block, z)`` is called for the sites whose modules are not called:
-                ``attention`` and ``block``.
+            z: its self-attention output, (batch, 1, width), which goes through its tap here.
 
         Returns:
             The class token as it leaves the block, (batch, 1, width).
         """
+        raise NotImplementedError
 
-    def run_block_for_class_token(self, index: int, states: Tensor, edit: Edit) -> Tensor:
-        """A block for the class token alone: (batch, num_tokens, width) -> (batch, 1, width)."""
-        return self.finish(index, states[:, :1], self.attend(index, states), edit)
+    def can_spare(self, edited: Iterable[str]) -> bool:
+        """Whether ``attend`` and ``finish`` may stand for a block that is edited at these sites."""
+        return bool(self.shortcuts) and self.shortcuts.issuperset(edited)
 
-    @abstractmethod
-    def readout(self, states: Tensor) -> Tensor:
-        """States that leave the last block (the class token is read) -> image features."""
+    # -- sites -------------------------------------------------------------------------------------
 
-    def features(self, images: Tensor) -> Tensor:
-        """Images -> image features."""
-        states = self.embed(images)
-        for index in range(self.num_blocks):
-            states = self.run_block(index, states)
-        return self.readout(states)
+    def module(self, site: str, block: int) -> nn.Module:
+        """The module whose output (or whose output's first entry) is the site's tensor.
 
-    def features_by_class_token(self, images: Tensor) -> Tensor:
-        """The same but for rounding, unedited: the last block works on the class token alone."""
-        states = self.embed(images)
-        for index in range(self.num_blocks - 1):
-            states = self.run_block(index, states)
-        last = self.num_blocks - 1
-        return self.readout(self.run_block_for_class_token(last, states, _unedited))
+        Raises:
+            ConfigError: towers of this family have no such site.
+        """
+        inside = SITES[site].in_blocks
+        paths = [self.sites[site]] if site in self.sites else SITES[site].modules
+        for path in paths:
+            try:
+                return (self.block(block) if inside else self).get_submodule(path)
+            except AttributeError:
+                continue
+        raise ConfigError(f"interventions.{site}", f"{self.family} encoders have no such site")
+
+    def tap(self, site: str, block: int = 0) -> nn.Module:
+        """What a site's tensor goes through: a forward hook on it sees the tensor, and may return
+        another in its place.
+
+        Raises:
+            ConfigError: towers of this family have no such site.
+        """
+        name = f"{site} {block}"
+        if name not in self._taps:
+            module, self._taps[name] = self.module(site, block), nn.Identity()
+            module.register_forward_hook(partial(through, self._taps[name]))
+        return self._taps[name]
+
+    def tapped(self, site: str, block: int, z: Tensor) -> Tensor:
+        """A site's tensor behind its tap, for shortcuts that do not call the site's module."""
+        name = f"{site} {block}"
+        return self._taps[name](z) if name in self._taps else z
+
+    @contextmanager
+    def watching(self, site: str, block: int) -> Iterator[list[Tensor]]:
+        """A site's tensors, edited, of the forward passes inside."""
+        seen: list[Tensor] = []
+        hook = self.tap(site, block).register_forward_hook(lambda _, __, z: seen.append(z))
+        try:
+            yield seen
+        finally:
+            hook.remove()
 
     # -- what the host toolkit and the artifact need -----------------------------------------------
 
     @abstractmethod
-    def site(self, name: str, block: int) -> nn.Module:
-        """The module whose output (or whose output's first entry) is the site's tensor."""
-
-    def site_tensor(self, output: Any) -> Tensor:
-        """The (batch, tokens, width) view in a site module's output."""
-        return output[0] if isinstance(output, tuple) else output
-
-    @abstractmethod
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> Json:
         """What ``from_spec`` needs to build the same tower, as JSON values."""
 
     @classmethod
     @abstractmethod
-    def from_spec(cls, spec: Mapping[str, Any]) -> VisionTower:
+    def from_spec(cls, spec: Mapping[str, object]) -> Self:
         """A tower of that architecture with weights yet to be loaded."""
 
     @abstractmethod
@@ -135,13 +223,17 @@ class VisionTower(nn.Module, ABC):
             ValueError: a tensor is missing, unknown or of another shape.
         """
 
+    def stock_config(self) -> Json | None:
+        """The config that stands beside the weights in the family's usual checkpoint, if any."""
+        return None
+
     @abstractmethod
     def stock(self) -> nn.Module:
         """The vision model as the host's task pool of this family takes it."""
 
-    @abstractmethod
     def mergeable(self) -> dict[str, nn.Parameter]:
         """The parameters that experts have of their own, in ``named_parameters()`` order."""
+        return dict(self.stock().named_parameters())
 
     def digest(self) -> str:
         """SHA-256 of all weights: names, shapes, types, bytes."""
@@ -172,7 +264,7 @@ class VisionTower(nn.Module, ABC):
             (module, name, child)
             for module in self.modules()
             for name, child in module.named_children()
-            if isinstance(child, self.quick_gelu)
+            if type(child).__name__ in QUICK_GELU
         ]
         try:
             for module, name, _ in found:
@@ -191,8 +283,18 @@ class VisionTower(nn.Module, ABC):
         return next(self.parameters()).dtype
 
 
-def _unedited(site: str, block: int, z: Tensor) -> Tensor:
-    return z
+def first(output: Any) -> Tensor:
+    """A module's output tensor, alone or before other outputs."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def through(tap: nn.Module, module: nn.Module, args: object, output: Any) -> Any:
+    """A forward hook: a module's output tensor goes through a tap."""
+    z = first(output)
+    edited = tap(z)
+    if edited is z:
+        return None
+    return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:

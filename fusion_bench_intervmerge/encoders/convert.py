@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,9 @@ _IN_BLOCK = {
 }
 
 
-def to_openclip(tower: HuggingFaceTower, mean: tuple, std: tuple) -> OpenCLIPTower:
+def to_openclip(
+    tower: HuggingFaceTower, mean: Sequence[float], std: Sequence[float]
+) -> OpenCLIPTower:
     """An OpenCLIP tower that computes what the Hugging Face tower computes.
 
     Args:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModel
-from transformers.activations import QuickGELUActivation
 
-from ..schema import Count, Size, Strict, checked
-from .base import Edit, VisionTower, fill
+from ..schema import Count, Json, Size, Strict, checked
+from .base import MissingProjectionError, VisionTower, fill, first
+
+# What transformers' CLIP models call themselves.
+_CLIP = ("clip", "clip_vision_model")
 
 
 class _VisionConfig(Strict):
@@ -31,7 +33,7 @@ class _VisionConfig(Strict):
 
 class _Spec(Strict):
     family: Literal["huggingface"]
-    vision_config: dict[str, Any]
+    vision_config: Json
     projection_dim: Size
 
 
@@ -44,9 +46,7 @@ class HuggingFaceTower(VisionTower):
         projection: CLIP's ``visual_projection``, which the experts share.
     """
 
-    family = "huggingface"
-    task_follows = True
-    quick_gelu = QuickGELUActivation
+    shortcuts = frozenset({"attention", "mlp", "block"})
 
     def __init__(self, model: nn.Module, projection: nn.Linear):
         super().__init__()
@@ -55,33 +55,55 @@ class HuggingFaceTower(VisionTower):
         config = self.config
         self.width = config.hidden_size
         self.num_blocks = config.num_hidden_layers
+        self.image_size = config.image_size
         self.num_tokens = (config.image_size // config.patch_size) ** 2 + 1
         self.projection_dim = projection.out_features
 
+    @classmethod
+    def wrap(cls, model: nn.Module, projection: nn.Linear | None = None) -> HuggingFaceTower | None:
+        if getattr(getattr(model, "config", None), "model_type", None) not in _CLIP:
+            return None
+        if not hasattr(model, "visual_projection"):
+            if projection is None:
+                raise MissingProjectionError(
+                    f"{type(model).__name__} needs CLIP's visual projection beside it"
+                )
+            return cls(model, copy.deepcopy(projection))
+        whole: Any = model
+        inner = whole.vision_model
+        if type(inner).__name__ == "CLIPVisionTransformer":  # version 4 nests it in the class ...
+            from transformers import CLIPVisionModel
+
+            wrapper: Any = CLIPVisionModel(inner.config).eval()
+            wrapper.vision_model.load_state_dict(inner.state_dict())
+            inner = wrapper
+        return cls(inner, copy.deepcopy(whole.visual_projection))
+
     @property
-    def config(self) -> CLIPVisionConfig:
+    def config(self) -> Any:
         return self.model.config
 
     @property
     def _root(self) -> Any:
         return getattr(self.model, "vision_model", self.model)
 
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+    def forward(self, pixel_values: Tensor, **kwargs: object) -> Any:
         """The vision model's own output, before the projection, as FusionBench expects it."""
         return self.model(pixel_values, **kwargs)
 
     def embed(self, images: Tensor) -> Tensor:
         return self._root.pre_layrnorm(self._root.embeddings(images))
 
+    def block(self, index: int) -> Any:
+        return self._root.encoder.layers[index]
+
     def run_block(self, index: int, states: Tensor) -> Tensor:
         # The masks are positional and without default in some releases of version 4.
-        layer = self._root.encoder.layers[index]
-        return self.site_tensor(
-            layer(states, None, None) if _takes_two_masks(layer) else layer(states, None)
-        )
+        layer = self.block(index)
+        return first(layer(states, None, None) if _takes_two_masks(layer) else layer(states, None))
 
     def attend(self, index: int, states: Tensor) -> Tensor:
-        layer = self._root.encoder.layers[index]
+        layer = self.block(index)
         attention = layer.self_attn
 
         def heads(projected: Tensor) -> Tensor:
@@ -96,21 +118,15 @@ class HuggingFaceTower(VisionTower):
         )
         return attention.out_proj(z.transpose(1, 2).flatten(2))
 
-    def finish(self, index: int, state: Tensor, z: Tensor, edit: Edit) -> Tensor:
-        layer = self._root.encoder.layers[index]
-        state = state + edit("attention", index, z)
-        return edit("block", index, state + layer.mlp(layer.layer_norm2(state)))
+    def finish(self, index: int, state: Tensor, z: Tensor) -> Tensor:
+        layer = self.block(index)
+        state = state + self.tapped("attention", index, z)
+        return self.tapped("block", index, state + layer.mlp(layer.layer_norm2(state)))
 
     def readout(self, states: Tensor) -> Tensor:
         return self.output(self.projection(self._root.post_layernorm(states[:, 0])))
 
-    def site(self, name: str, block: int) -> nn.Module:
-        if name == "output":
-            return self.output
-        layer = self._root.encoder.layers[block]
-        return {"attention": layer.self_attn, "mlp": layer.mlp, "block": layer}[name]
-
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> Json:
         config = self.config.to_diff_dict()
         return {
             "family": self.family,
@@ -119,13 +135,24 @@ class HuggingFaceTower(VisionTower):
         }
 
     @classmethod
-    def from_spec(cls, spec: Mapping[str, Any]) -> HuggingFaceTower:
+    def from_spec(cls, spec: Mapping[str, object]) -> HuggingFaceTower:
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
         read = checked(_Spec, dict(spec), "tower")
         config = CLIPVisionConfig(**read.vision_config)
         sizes = {name: getattr(config, name, None) for name in _VisionConfig.model_fields}
         checked(_VisionConfig, sizes, "tower.vision_config")
         projection = nn.Linear(config.hidden_size, read.projection_dim, bias=False)
         return cls(CLIPVisionModel(config).eval(), projection)
+
+    def stock_config(self) -> Json:
+        """What ``CLIPVisionModelWithProjection.from_pretrained`` reads beside the weights."""
+        return {
+            **self.spec()["vision_config"],
+            "projection_dim": self.projection_dim,
+            "architectures": ["CLIPVisionModelWithProjection"],
+            "model_type": "clip_vision_model",
+        }
 
     def weights(self) -> dict[str, Tensor]:
         """Tensors by their names in a ``CLIPVisionModelWithProjection`` checkpoint."""
@@ -146,9 +173,6 @@ class HuggingFaceTower(VisionTower):
 
     def stock(self) -> nn.Module:
         return self.model
-
-    def mergeable(self) -> dict[str, nn.Parameter]:
-        return dict(self.model.named_parameters())
 
 
 def _takes_two_masks(layer: nn.Module) -> bool:

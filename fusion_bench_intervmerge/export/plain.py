@@ -18,8 +18,9 @@ from ..encoders import VisionTower
 from ..encoders.openclip import MEAN, STD, OpenCLIPTower
 from ..errors import ConfigError
 from ..interventions import Function, Placement
-from ..interventions.placement import Index
-from ..model import InterventionModel, stacked
+from ..interventions.placement import Index, replace, take
+from ..interventions.stacking import stacked
+from ..model import InterventionModel
 
 
 def plain_encoder(
@@ -56,12 +57,19 @@ def plain_encoder(
         (site, block): TaskEdits(placement, block, functions)
         for site, placement in model.placements.items()
         for block in placement.blocks
-        if any(functions := [model.edit_at(task, site, block) for task in tasks])
+        if any(functions := [model.edits_of(task).at(site, block) for task in tasks])
     }
+    for site, _ in edits:
+        if site not in PLACES:
+            allowed = f"edits at {', '.join(PLACES)}"
+            raise ConfigError(f"interventions.{site}", "the graph has no such place", allowed)
     in_order = None if heads is None else [heads[task] for task in tasks]
     encoder = PlainEncoder(_plain_tower(model.tower), edits, in_order)
     # A copy: up to here the weights are the model's own.
     return copy.deepcopy(encoder).to("cpu", dtype).requires_grad_(False).eval()
+
+
+PLACES = ("attention", "mlp", "block", "output")  # where the graph below takes edits
 
 
 class PlainEncoder(nn.Module):
@@ -181,13 +189,13 @@ class TaskEdits(nn.Module):
 
     def forward(self, z: Tensor, task: Tensor) -> Tensor:
         terms = {n: self.get_buffer(n).index_select(0, task) for n in self.names}
-        rows = _take(z, 1, self.tokens)
-        vectors = _take(rows, 2, self.part)
+        rows = take(z, 1, self.tokens)
+        vectors = take(rows, 2, self.part)
         if self.copies:
             edited = self._formula(vectors.unsqueeze(-2), **terms).squeeze(-2)
         else:
             edited = self._formula(vectors, **terms)
-        return _replace(z, 1, self.tokens, _replace(rows, 2, self.part, edited))
+        return replace(z, 1, self.tokens, replace(rows, 2, self.part, edited))
 
     def _place(self, name: str, index: Index) -> None:
         if isinstance(index, slice):
@@ -236,19 +244,3 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     linear.load_state_dict({"weight": weight.detach(), "bias": bias.detach()}, assign=True)
     return linear
-
-
-def _take(z: Tensor, dim: int, index: Index) -> Tensor:
-    if isinstance(index, slice):
-        return z.narrow(dim, index.start, index.stop - index.start)
-    return z.index_select(dim, index)
-
-
-def _replace(z: Tensor, dim: int, index: Index, values: Tensor) -> Tensor:
-    """z with other entries at some places of a dimension."""
-    if not isinstance(index, slice):
-        return z.index_copy(dim, index, values)
-    before = z.narrow(dim, 0, index.start)
-    after = z.narrow(dim, index.stop, z.shape[dim] - index.stop)
-    kept = [t for t in (before, values, after) if t.shape[dim]]
-    return torch.cat(kept, dim) if len(kept) > 1 else values

@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,41 +21,41 @@ from fusion_bench.constants import RuntimeConstants
 from fusion_bench.mixins import LightningFabricMixin, SimpleProfilerMixin
 from rich.console import Console
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.data import Subset
 
 from ..artifact import check_place
 from ..cache import cache_root
-from ..checkpoint import interruptible
-from ..coefficients import (
-    Mixture,
-    initial_coefficients,
-    task_vector,
-    trim,
-)
+from ..checkpoint import StateFolder, interruptible
 from ..distillation import Distillation, MethodSettings, distill
+from ..distillation.optimizer import make_optimizer
 from ..encoders import VisionTower
 from ..errors import ConfigError
 from ..expert_cache import ExpertCache
-from ..files import write_json
 from ..interventions import read_interventions
+from ..merging import Mixture
 from ..model import InterventionModel
-from ..settings import shown
+from ..protocols import Experts, Repair
+from ..results import Images, Result, Results
+from ..routing import RouterSettings, fit_router
 from ..solving import solve
-from .base_merge import run_adamerging, run_base
+from ..storage import Storage
 from .diagnosis import diagnose, table
 from .experts import ExpertPool
+from .host import HostedInterventionModel
 from .hub import warn_if_unreachable
-from .live import show_repair
-from .program import HOST_KEYS, check_arguments, check_family, has_task_pool, plain, split_settings
+from .loggers import show
+from .merge import merge_experts
+from .program import check_task_pool, has_task_pool, plain, split_settings
+from .records import base_name, images_used, method_name, remembered_images, repaired
 from .screen import host_in_the_log, one_line
 
 log = logging.getLogger(__name__)
 
 DIAGNOSED_IMAGES = 256
-MAX_RATE = 1000  # beyond it no learning rate is meant
 
 
-class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
+class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm, Repair):
     """Merge experts and repair the merged encoder by distilling task-specific edits.
 
     Args:
@@ -65,6 +67,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
     """
 
     Settings = MethodSettings
+    seeded = True
 
     @one_line
     def __init__(self, interventions: Any = None, base: Any = None, **settings: Any):
@@ -77,7 +80,8 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         self.data = self.settings.data
         sites = read_interventions(self.interventions).values()
         self._solves = any(config.init == "regression" for config in sites)
-        self._make_optimizer([nn.Parameter(torch.zeros(1))])  # refused now, not after the merge
+        # refused now, not after the merge
+        make_optimizer(self.settings.optimizer, [nn.Parameter(torch.zeros(1))])
 
     @host_in_the_log()
     @one_line
@@ -92,7 +96,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             DistillationError: the loss is not finite.
         """
         pool = ExpertPool(modelpool)
-        check_family(self._program, pool.family)
+        check_task_pool(self._program, pool.family)
         warn_if_unreachable(pool.pool._models.values())
         if self.settings.save_to is not None:
             self._check_writable(self._artifact_folder())
@@ -103,7 +107,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             with self.profile("merging"), interruptible("merging the experts"):
                 merged, mixture = self.merge(pool)
             with self.profile("distillation"):
-                model, done = self.repair(pool, merged, mixture)
+                model, done = self._repair(pool, merged, mixture)
         with interruptible("measuring the repair", done.states):
             report = self._report(pool, model, done)
         self._remember(pool, model, done, report)
@@ -128,71 +132,119 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         pool: ExpertPool,
         model: InterventionModel,
         done: Distillation,
-        report: Mapping[str, Any],
+        result: Result,
     ) -> None:
         """Keep with the model its CLIP, and what it was trained on, earlier trainings included."""
-        seen, now = model.metadata, {key: report[key] for key in ("method", "transductive")}
+        seen = model.metadata
+        now = {"method": result.settings, "transductive": result.transductive}
+        images = [one.model_dump(exclude_defaults=True) for one in result.images]
         about = pool.about()
         classes = (seen.get("classes") or {}) | about.pop("classes", {})
         seen |= about | ({"classes": classes} if classes else {})
         if self.settings.extend is None:
-            model.metadata |= {"images": report["images_used"], **now}
+            seen |= {"base": result.base, "name": result.method, "images": images, **now}
             return
         before = seen.get("images") or "images that are not known"
-        seen["images"] = f"{before}; {', '.join(done.images)}: {report['images_used']}"
+        seen["images"] = [*([before] if isinstance(before, str) else before), images[-1]]
         seen["transductive"] = seen.get("transductive", False) or now["transductive"]
         seen["extended"] = [*seen.get("extended", []), {"tasks": list(done.images), **now}]
 
-    def look_ahead(self, pool: ExpertPool, tower: VisionTower) -> None:
-        """Ask for what the training will need, so that what is missing is said before the merge.
-
-        Args:
-            pool: the experts and their images.
-            tower: one of the pool's; it is used up.
-
-        Raises:
-            ConfigError: edits that do not fit the encoder, or images that are not found.
-        """
+    def look_ahead(self, pool: Experts, tower: VisionTower) -> None:
+        """Refuse edits that do not fit the encoder, and images that are not found."""
         InterventionModel(tower, pool.tasks[:1], self.interventions)
         for task in pool.tasks:
             pool.images(task, self.data.split)
 
     def merge(self, pool: ExpertPool) -> tuple[VisionTower, Mixture | None]:
         """The merged encoder, and the mixture it came from where ``coefficients`` are set."""
-        if self.coefficients is not None:
-            return self._mix(pool)
-        if pool.pool.has_merged:
-            log.info("the pool has a merged model: it is repaired, and `base` is not run")
-            return pool.tower("_merged_"), None
-        if self.base is None:
-            raise ConfigError("base", "nothing merges the experts", "a FusionBench method")
-        try:
-            model = run_base(self.base, pool.pool, self.fabric, self._program)
-        except (RuntimeError, ValueError, KeyError):
-            pool.check_shapes()  # the likeliest reason, and the method's own words for it are many
-            raise
-        return pool.wrap(model.to("cpu")), None
+        return merge_experts(
+            pool,
+            self.base,
+            self.coefficients,
+            self.fabric,
+            self._program,
+            keep=self.settings.resume == "auto",
+        )
 
-    def repair(
-        self, pool: ExpertPool, merged: VisionTower, mixture: Mixture | None = None
+    def repair(self, pool: Any, merged: VisionTower) -> InterventionModel:
+        """Train edits for a merged encoder, which the model takes over.
+
+        Where ``coefficients`` are set the merge is made anew, by these.
+        """
+        mixture = None
+        if self.coefficients is not None:
+            merged, mixture = self.merge(pool)
+        model, done = self._repair(pool, merged, mixture)
+        self._done = replace(done, expert_features={})  # large, and of no use to a comparison
+        return model
+
+    def record(self, model: Any) -> Result:
+        # the base among the settings is not the one that a comparison repaired
+        own = self._settings(model) | {"base": None}
+        return repaired(model, self._done, [self.images_used], own)
+
+    def clear(self) -> None:
+        self._done.clear()
+
+    def _repair(
+        self, pool: ExpertPool, merged: VisionTower, mixture: Mixture | None
     ) -> tuple[InterventionModel, Distillation]:
-        """Train edits for a merged encoder, which the model takes over."""
-        model = InterventionModel(merged, pool.tasks, self.interventions, self.settings.seed)
+        seed = self.settings.seed
+        model = HostedInterventionModel(merged, pool.tasks, self.interventions, seed)
         trained = mixture if self.coefficients is not None and self.coefficients.train else None
         done = self._train(pool, model, pool.tasks, trained)
         if mixture is not None:
             model.metadata["coefficients"] = {"coefficients": mixture.coefficients.detach().cpu()}
+        self._store(model, self.settings.storage)
+        if self.settings.router is not None:
+            self._fit_router(pool, model, done, self.settings.router)
         return model, done
 
     def _extend(self, pool: ExpertPool, folder: Path) -> tuple[InterventionModel, Distillation]:
         """Add the pool's new tasks to a saved model; its merged encoder and tasks stay."""
-        model = InterventionModel.from_pretrained(folder)
+        model = HostedInterventionModel.from_pretrained(folder)
         new = [task for task in pool.tasks if task not in model.tasks]
         if not new:
             raise ConfigError("extend", f"{folder} has every task of the pool already", "new tasks")
+        if self.settings.router is not None and model.router is None:
+            problem = f"{folder} has none, and its tasks' images are not at hand"
+            raise ConfigError("router", problem, "null; fit_router(model, images) in Python")
         for task in new:
             model.add_task(task)
-        return model, self._train(pool, model, new, None)
+        done = self._train(pool, model, new, None)
+        self._store(model, model.storage)
+        if model.router is not None:  # the tasks that it knows stay as they are
+            self._fit_router(pool, model, done, None)
+        return model, done
+
+    @staticmethod
+    def _store(model: InterventionModel, storage: Storage) -> None:
+        try:
+            model.store_as(storage)
+        except ValueError as error:
+            raise ConfigError("storage", str(error), "float32, int8") from None
+
+    def _fit_router(
+        self,
+        pool: ExpertPool,
+        model: InterventionModel,
+        done: Distillation,
+        settings: RouterSettings | None,
+    ) -> None:
+        """Learn to tell the tasks, from the images that their edits were found on."""
+        started, home = time.perf_counter(), model.device
+        seen = {
+            task: Subset(pool.images(task, self.data.split), images)
+            for task, images in done.images.items()
+        }
+        workers = self.data.num_workers
+        try:
+            model.to(self.fabric.device)
+            with interruptible("fitting the router", done.states):
+                fit_router(model, seen, settings, seed=self.settings.seed, num_workers=workers)
+        finally:
+            model.to(home)
+        done.seconds = {**done.seconds, "routing": time.perf_counter() - started}
 
     def _train(
         self,
@@ -208,16 +260,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         run = self._identity(pool, model, tasks)
         # Nothing tells one live model from another, so their runs are not continued.
         resume = settings.resume == "auto" and not pool.pool.has_instance_models
-        common: dict[str, Any] = {
-            "fraction": data.fraction,
-            "at_most": data.images,
-            "seed": settings.seed,
-            "num_workers": data.num_workers,
-            "cache_gb": data.cache_gb,
-            "fabric": self.fabric,
-            "state_folder": cache_root() / "states" / run if resume else None,
-            "run": run,
-        }
+        states = StateFolder(cache_root() / "states" / run, run) if resume else None
         solved = None
         self._solves = any(c.init == "regression" for c in model.interventions.values())
         if self.settings.extend is not None and not self._solves and not self._steps:
@@ -225,7 +268,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
                 "steps", "0, but the saved model's edits are trained", "1 or more, or no `extend`"
             )
         if self._solves:
-            solved = solve(model, experts, images, budget=settings.budget, **common)
+            solved = solve(model, experts, images, settings, fabric=self.fabric, states=states)
             if not self._steps:
                 return Distillation(
                     torch.empty(0, len(tasks)),
@@ -238,101 +281,33 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             model,
             experts,
             images,
-            steps=self._steps,
-            batch_size=data.batch_size,
-            compile=settings.compile,
-            loss=settings.loss,
-            optimizer=self._make_optimizer,
+            settings.model_copy(update={"steps": self._steps}),
             mixture=mixture,
-            save_every=settings.save_every,
+            fabric=self.fabric,
+            states=states,
             cache=ExpertCache(cache_root() / "features") if settings.resume == "auto" else None,
-            **common,
         )
         if solved is not None:
             done.seconds = solved.seconds | done.seconds
         return done
 
     @property
-    def images_used(self) -> str:
-        """In words, which images the edits were found on."""
-        data = self.data
-        which = f"{data.fraction:.0%} of the {data.split} split"
-        if data.images is not None:
-            which += f", at most {data.images} images a task"
-        how = ["solved in closed form"] * self._solves
-        if self._steps:
-            how.append(f"{self._steps} steps of {data.batch_size} images a task")
-        words = ", then ".join(how) or "not trained"
-        return f"{which}, unlabelled, {words}, seed {self.settings.seed}"
+    def images_used(self) -> Images:
+        """Which images the edits are found on."""
+        return images_used(self.settings, self._steps, self._solves)
 
     @property
     def _steps(self) -> int:
         return min(self.settings.steps, 2) if RuntimeConstants.debug else self.settings.steps
 
-    # -- merging -----------------------------------------------------------------------------------
-
-    def _mix(self, pool: ExpertPool) -> tuple[VisionTower, Mixture]:
-        settings = self.coefficients
-        tower = pool.tower("_pretrained_")
-        theta0 = [p.detach().clone() for p in tower.mergeable().values()]
-        if settings.init == "base":
-            start = run_adamerging(
-                self.base,
-                pool.pool,
-                self.fabric,
-                self._program,
-                keep=self.settings.resume == "auto",
-            )
-        else:
-            start = settings.init
-        init = initial_coefficients(start, len(pool.tasks), len(theta0), settings.granularity)
-        ties = settings.task_vectors == "ties"
-        vectors = (self._vector(pool, task, theta0) for task in pool.tasks)
-        trimmed = (trim(vector, settings.keep) if ties else vector for vector in vectors)
-        mixture = Mixture(theta0, trimmed, init, getattr(torch, settings.dtype))
-        if ties:
-            mixture.elect_signs()
-        mixture.write(tower)
-        if not settings.train:
-            mixture.release()
-        return tower, mixture
-
-    def _vector(self, pool: ExpertPool, task: str, theta0: Sequence[Tensor]) -> list[Tensor]:
-        try:
-            return task_vector(pool.tower(task), theta0)
-        except ConfigError:
-            pool.check_shapes()  # names the expert and the tensor
-            raise
-
     # -- around the trainer ------------------------------------------------------------------------
-
-    def _make_optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        from hydra.utils import get_class
-
-        given = {k: v for k, v in self.settings.optimizer.items() if k not in HOST_KEYS}
-        try:
-            cls = get_class(given.pop("_target_", ""))
-            if not issubclass(cls, torch.optim.Optimizer):
-                raise TypeError(f"{cls.__name__} is no torch optimizer")
-            check_arguments(cls, given, "optimizer")
-            rate = given.get("lr", 1)
-            if rate == 0 or rate > MAX_RATE:
-                raise ConfigError("optimizer.lr", shown(rate), f"a number in (0, {MAX_RATE}]")
-            if cls in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
-                # one kernel for hundreds of small tensors
-                given = {"fused": True} | given
-            return cls(parameters, **given)
-        except ConfigError:
-            raise
-        except Exception as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            allowed = "{_target_: torch.optim.Adam, lr: 0.003}"
-            raise ConfigError("optimizer", reason, allowed) from None
 
     def _identity(self, pool: ExpertPool, model: InterventionModel, tasks: Sequence[str]) -> str:
         """A digest of everything the trained numbers depend on."""
+        settings = self._settings(model)
+        del settings["router"]  # it is fitted when the edits are there
         facts = {
-            "settings": self._settings(model),
+            "settings": settings,
             "model_seed": model.seed,
             "steps": self._steps,
             "merged": model.tower.digest(),
@@ -353,9 +328,11 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             "budget": self.settings.budget,
             "coefficients": self.coefficients and self.coefficients.to_dict(),
             "loss": self.settings.loss,
+            "router": self.settings.router and self.settings.router.to_dict(),
             "data": self.data.to_dict(),
             "optimizer": self.settings.optimizer,
             "seed": self.settings.seed,
+            **({} if self.settings.storage == "float32" else {"storage": self.settings.storage}),
         }
 
     def _base_settings(self) -> Any:
@@ -364,12 +341,14 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             return plain(self.base)
         return repr(type(self.base))
 
-    def _report(
-        self,
-        pool: ExpertPool,
-        model: InterventionModel,
-        done: Distillation,
-    ) -> dict[str, Any]:
+    def _base_name(self, pool: ExpertPool, model: InterventionModel) -> str:
+        if self.settings.extend is not None:
+            return model.metadata.get("base", "merged")
+        if self.coefficients is not None:
+            return "coefficients"
+        return "merged" if pool.pool.has_merged else base_name(self.base)
+
+    def _report(self, pool: ExpertPool, model: InterventionModel, done: Distillation) -> Result:
         """Print how far the model got; keep the whole story beside FusionBench's report."""
         dummy = self._program is not None and not has_task_pool(self._program)
         model.to(self.fabric.device)
@@ -380,30 +359,33 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             expert = done.expert_features[task][:count]
             images = pool.images(task, self.data.split)
             rows[task] = diagnose(model, task, images, seen[:count], expert, head)
-        extra = model.extra_parameters()
-        report: dict[str, Any] = {
-            "method": self._settings(model),
-            "images_used": self.images_used,
-            # Evaluated on the test split, edits found on its images are a transductive result.
-            "transductive": self.data.split == "test",
-            "images_seen": {task: len(seen) for task, seen in done.images.items()},
-            "extra_parameters": extra,
-            "seconds": done.seconds,
-            "resumed_at": done.resumed_at,
-            "features": rows,
-            "losses": done.by_task(),
-        }
+        used = [self.images_used]
+        if self.settings.extend is not None:
+            new = used[0].model_copy(update={"tasks": list(done.images)})
+            used = [*remembered_images(model), new]
+        result = repaired(
+            model,
+            done,
+            used,
+            self._settings(model),
+            base=self._base_name(pool, model),
+            seconds=sum(done.seconds.values()),
+            seconds_by_part=done.seconds,
+            features=rows,
+        )
+        result = result.model_copy(update={"method": method_name(result)})
         if self.fabric.is_global_zero:
             console = Console()
             console.print("Image features against the experts', merged and repaired", style="bold")
             console.print(table(rows))
-            console.print(f"{extra['total']:,} extra parameters, found on {self.images_used}.")
+            extra, words = result.extra_parameters, self.images_used.in_words()
+            console.print(f"{extra:,} extra parameters, found on {words}.")
             if dummy:
                 console.print(f"For accuracies add a task pool: {_suggested_task_pool()}")
-            if self.log_dir is not None:
-                write_json(Path(self.log_dir) / "intervmerge.json", report)
-        show_repair(self.fabric, report["losses"], rows)
-        return report
+            name = f"{result.base}/{result.method}/seed{result.seed}"
+            Results(tasks=list(pool.tasks), models={name: result}).write(self.log_dir)
+        show(self.fabric, [result])
+        return result
 
     def _artifact_folder(self) -> Path:
         return Path(str(self.settings.save_to).format(log_dir=self.log_dir or "."))

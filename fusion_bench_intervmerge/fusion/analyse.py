@@ -16,15 +16,19 @@ from torch.utils.data import DataLoader, Subset
 from typing_extensions import Self
 
 from .. import artifact
-from ..analysis import ANALYSES, MERGED, Subject, analyse, read_analyses
+from ..analysis import ANALYSES, MERGED, analyse, read_analyses
+from ..analysis.base import TaskEncoders
 from ..encoders import VisionTower
 from ..errors import ConfigError
 from ..files import write_json
 from ..model import InterventionModel
+from ..results import Result, Results
 from ..settings import Folder, Settings, whole
 from .diagnosis import table
 from .experts import ExpertPool
-from .program import check_family, has_task_pool, split_settings
+from .host import HostedInterventionModel
+from .program import check_task_pool, has_task_pool, split_settings
+from .records import saved
 from .screen import host_in_the_log, one_line
 
 
@@ -78,8 +82,8 @@ class Analyser:
         for task in tasks:
             images, labels = self._images(pool, task)
             expert = pool.tower(task).requires_grad_(False).eval().to(self.device)
-            subject = Subject(task, images, expert, merged, models, pool.head(task), labels)
-            for analysis, values in analyse(subject, self.names).items():
+            seen = TaskEncoders(task, images, expert, merged, models, pool.head(task), labels)
+            for analysis, values in analyse(seen, self.names).items():
                 found.setdefault(analysis, {})[task] = values
         for encoder, device in before.items():
             encoder.to(device)
@@ -151,17 +155,20 @@ class AnalyseInterventionModel(LightningFabricMixin, BaseAlgorithm):
         """
         settings = self.settings
         pool, folder = ExpertPool(modelpool), Path(settings.path)
-        check_family(self._program, pool.family)
+        check_task_pool(self._program, pool.family)
         analyser = Analyser(settings.analyses, settings.images, settings.split, self.fabric.device)
-        model = InterventionModel.from_pretrained(folder)
+        model = HostedInterventionModel.from_pretrained(folder)
         tasks = [task for task in pool.tasks if task in model.tasks]
         if not tasks:
             raise ConfigError(
                 "modelpool.models", "no expert of the model's", ", ".join(model.tasks)
             )
         name = folder.resolve().name
+        merge = Result(kind="merge", base=MERGED, extra_parameters=0)
+        results = Results(tasks=tasks, models={MERGED: merge, name: saved(model, MERGED, name)})
         if self.fabric.is_global_zero:
             # without a task the model is the merged encoder
+            results.write(self.log_dir)
             found = analyser.run(MERGED, pool, model.tower, {name: model}, tasks)
             analyser.write(Path(self.log_dir or "."), tasks)
             if "bias" in found:
@@ -170,7 +177,7 @@ class AnalyseInterventionModel(LightningFabricMixin, BaseAlgorithm):
             return None
         # a tower of its own: the model's carries the edits' hooks
         merged = artifact.read(folder).tower.stock()
-        return {MERGED: merged, name: model, "comparison": _about(model, name, tasks)}
+        return {MERGED: merged, name: model}
 
 
 def _rows(found: Mapping[str, Any], name: str) -> dict[str, dict[str, float]]:
@@ -184,18 +191,3 @@ def _rows(found: Mapping[str, Any], name: str) -> dict[str, dict[str, float]]:
         if shares := found.get("agreement", {}).get(task):
             rows[task] |= {"agreement_before": shares[MERGED], "agreement_after": shares[name]}
     return rows
-
-
-def _about(model: InterventionModel, name: str, tasks: Sequence[str]) -> dict[str, Any]:
-    """What a comparison's report says of its models."""
-    repair = {
-        "kind": "repair",
-        "base": MERGED,
-        "method": name,
-        "seed": model.seed,
-        "extra_parameters": model.extra_parameters()["total"],
-        "images_used": model.metadata.get("images"),
-        "transductive": model.metadata.get("transductive"),
-    }
-    merge = {"kind": "merge", "base": MERGED, "method": "none", "extra_parameters": 0}
-    return {"tasks": list(tasks), "models": {MERGED: merge, name: repair}}

@@ -5,36 +5,44 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 from fusion_bench import BaseAlgorithm, BaseModelPool
 from fusion_bench.mixins import LightningFabricMixin
+from hydra.utils import get_class
 from pydantic import Field, model_validator
 from torch import nn
 from typing_extensions import Self
 
 from ..analysis import read_analyses
-from ..checkpoint import StateFolder
-from ..coefficients import CoefficientSettings
-from ..distillation import DataSettings, MethodSettings
+from ..distillation import DataSettings
 from ..distillation.settings import check_method
 from ..encoders import VisionTower
 from ..errors import ConfigError, named, unknown_key
-from ..files import write_json
+from ..merging import CoefficientSettings
+from ..model import InterventionModel
+from ..protocols import Repair, TaskConditionalModel
+from ..results import Images, Result, Results
 from ..settings import Flag, Seed, Settings, whole
 from .algorithm import IntervMergeAlgorithm
 from .analyse import Analyser
-from .base_merge import run_adamerging
+from .expert_per_task import ExpertPerTask
 from .experts import ExpertPool
+from .host import HostedModel
 from .hub import warn_if_unreachable
-from .individual import IndividualExperts
-from .live import show_comparison
-from .program import HOST_KEYS, check_family, split_settings
+from .loggers import show
+from .merge import merge_experts, run_adamerging
+from .program import HOST_KEYS, adopted, check_task_pool, split_settings
+from .rivals import FusionBenchMethod
 from .screen import host_in_the_log, one_line
 
 log = logging.getLogger(__name__)
+
+
+_NOT_SETTINGS = ("_target_", *HOST_KEYS)
 
 
 class ComparisonSettings(Settings):
@@ -42,8 +50,10 @@ class ComparisonSettings(Settings):
 
     Args:
         bases: name -> config of a FusionBench method.
-        methods: name -> config of an ``IntervMergeAlgorithm``; its own ``base`` is not used. A
-            method with ``coefficients`` trains those of the merge that it repairs.
+        methods: name -> config of a repair (``_target_``: a ``Repair``); its own ``base`` is not
+            used. A method with ``coefficients`` trains those of the merge that it repairs.
+        rivals: name -> config of a FusionBench method, or of a repair, that stands by itself: it
+            starts from the experts, whatever merge is repaired beside it.
         coefficients: name of a base -> the coefficients that stand for it: ``granularity``,
             ``init``, ``task_vectors``; with ``init: base`` the base is an AdaMerging method, run
             once. Bases without are left out for methods that train coefficients.
@@ -51,6 +61,9 @@ class ComparisonSettings(Settings):
         steps: override every method's, so that all have the same; a method with ``steps: 0`` is
             solved, not trained, and keeps it.
         data: override every method's, so that all have the same.
+        images: what bases and rivals see: name -> fields of ``results.Images``.
+        labels: how many labelled images a task bases and rivals need, by name.
+        keep_going: whether a merge or rival that fails is a line in the results, and not the end.
         references: whether the pretrained encoder and the experts themselves are evaluated too.
         analyses: names of analyses of every merge and its repairs at the first seed, ``all``, or
             null; ``analysis.json`` keeps what they find.
@@ -66,6 +79,9 @@ class ComparisonSettings(Settings):
     methods: Annotated[
         dict[str, dict[str, Any]], Field(description="settings of intervmerge or surgery, by name")
     ]
+    rivals: Annotated[dict[str, dict[str, Any]], Field(description="methods, by name")] = Field(
+        default={}
+    )
     coefficients: Annotated[
         dict[str, dict[str, Any]] | None, Field(description="coefficients, by the base's name")
     ] = None
@@ -76,6 +92,13 @@ class ComparisonSettings(Settings):
     data: Annotated[
         dict[str, Any] | None, Field(description="null, or {split: validation, ...}")
     ] = None
+    images: Annotated[dict[str, dict[str, Any]], Field(description="images, by name")] = Field(
+        default={}
+    )
+    labels: Annotated[dict[str, int], Field(description="whole numbers, by name")] = Field(
+        default={}
+    )
+    keep_going: Flag = False
     references: Flag = True
     analyses: Any = None
     analysis_images: Annotated[int, whole(1, 10**9)] = 256
@@ -92,31 +115,59 @@ class ComparisonSettings(Settings):
                 raise unknown_key(name, self.bases, "base").under("coefficients")
             CoefficientSettings.read(start, f"coefficients.{name}")
         DataSettings.read(self.data or {}, "data")
+        for name, rival in self.rivals.items():
+            check_method(rival, f"rivals.{name}")
+            if name in self.bases:
+                raise ConfigError(f"rivals.{name}", "a base has that name", "another name")
         for name in self.methods:
             for settings in (self._own(name), self.method(name)):
-                MethodSettings.read(settings, f"methods.{name}")
+                self.repair_class(name).Settings.read(settings, f"methods.{name}")
         return self
 
+    def needs(self, name: str) -> dict[str, Any]:
+        """Fields of the result of a base or rival: the images it sees."""
+        images = [Images(**self.images[name])] if name in self.images else []
+        return {"images": images, "labels": self.labels.get(name, 0)}
+
+    def repair_class(self, name: str) -> type[Repair]:
+        """What repairs by a method: its ``_target_``, IntervMerge's algorithm where it has none.
+
+        Raises:
+            ConfigError: it is no ``Repair``.
+        """
+        target = self.methods[name].get("_target_")
+        if target is None:
+            return IntervMergeAlgorithm
+        try:
+            found = get_class(target)
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"methods.{name}._target_", reason, "a repair") from error
+        if not issubclass(found, Repair):
+            allowed = "a subclass of fusion_bench_intervmerge.protocols.Repair"
+            raise ConfigError(f"methods.{name}._target_", f"{target} is no repair", allowed)
+        return found
+
     def method(self, name: str) -> dict[str, Any]:
-        """A method's settings, with those that hold for all."""
-        own = self._own(name)
-        if self.steps is not None and own.get("steps") != 0:
+        """A method's settings, with those that hold for all that have them."""
+        own, fields = self._own(name), self.repair_class(name).Settings.model_fields
+        if "steps" in fields and self.steps is not None and own.get("steps") != 0:
             own["steps"] = self.steps
-        if self.data is not None:
+        if "data" in fields and self.data is not None:
             own["data"] = {**own.get("data", {}), **self.data}
         return own
 
     def _own(self, name: str) -> dict[str, Any]:
         given = self.methods[name]
-        return {k: v for k, v in given.items() if k not in ("_target_", *HOST_KEYS)}
+        return {k: v for k, v in given.items() if k not in _NOT_SETTINGS}
 
 
 class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
     """Merge by each base, repair each merge by each method and seed, hand all to the task pool.
 
     Every method gets the same images, steps and merged encoder. The report that FusionBench
-    writes then holds, by name, what its task pool says of each model, and under ``comparison``
-    what each one is.
+    writes then holds, by name, what its task pool says of each model, and ``intervmerge.json``
+    beside it what each one is.
 
     Args:
         bases, methods: as in ``ComparisonSettings``.
@@ -134,123 +185,142 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         super().__init__(**host)
         self.settings = ComparisonSettings.read(settings)
         for method in self.settings.methods:
-            with named(f"methods.{method}"):
-                IntervMergeAlgorithm(**self.settings.method(method))
-        self._losses: dict[str, dict[str, list[float]]] = {}
-        self._states: list[StateFolder] = []
+            self._build(method)  # refused now, not after the merge
 
     @host_in_the_log()
     @one_line
     def run(self, modelpool: BaseModelPool) -> dict[str, Any]:
-        """Returns every model by name, and ``comparison``: what each is."""
+        """Returns every model by name."""
         pool = ExpertPool(modelpool)
-        check_family(self._program, pool.family)
+        check_task_pool(self._program, pool.family)
         warn_if_unreachable(pool.pool._models.values())
         settings = self.settings
         analyser = Analyser(settings.analyses, settings.analysis_images, "test", self.fabric.device)
         tower = pool.first_tower()
         for method in settings.methods:
+            repair = self._build(method)
             with named(f"methods.{method}"):
-                self._algorithm(settings.method(method), seed=0).look_ahead(pool, tower)
+                repair.look_ahead(pool, tower)
+        self._problems: dict[str, str] = {}
         models: dict[str, Any] = {}
-        about: dict[str, dict[str, Any]] = {}
+        about: dict[str, Result] = {}
+        repairs: list[Repair] = []
         if settings.references:
             models["pretrained"] = pool.raw("_pretrained_")
-            models["experts"] = IndividualExperts(pool)
-            about["pretrained"] = {"kind": "pretrained"}
-            about["experts"] = {"kind": "experts"}
+            models["experts"] = HostedModel(ExpertPerTask(pool), tower)
+            about["pretrained"] = Result(kind="pretrained")
+            about["experts"] = Result(kind="experts")
+        for name in settings.rivals:
+            with self._going_on(name):
+                log.info("running: %s", name)
+                repair, pretrained = self._rival(name), pool.tower("_pretrained_")
+                repairs.append(repair)
+                models[name], result = self._repair(repair, f"rivals.{name}", pool, pretrained)
+                about[name] = result.model_copy(update={"method": name, **settings.needs(name)})
         for base_name, base in settings.bases.items():
             started = time.perf_counter()
-            merged, start = self._merge(pool, base_name, base)
+            merged = None
+            with self._going_on(base_name):
+                merged, start = self._merge(pool, base_name, base)
+            if merged is None:
+                continue
             models[base_name] = copy.deepcopy(merged.stock())
-            about[base_name] = {
-                "kind": "merge",
-                "base": base_name,
-                "method": "none",
-                "extra_parameters": 0,
-                "seconds": time.perf_counter() - started,
-            }
-            for method_name in settings.methods:
-                own = settings.method(method_name)
-                if own.get("coefficients"):
+            took = time.perf_counter() - started
+            about[base_name] = Result(
+                kind="merge",
+                base=base_name,
+                extra_parameters=0,
+                bytes=0,
+                seconds=took,
+                **settings.needs(base_name),
+            )
+            for method in settings.methods:
+                given = {}
+                if settings.method(method).get("coefficients"):
                     if start is None:
                         continue
-                    own["coefficients"] = {**start, "train": True}
-                for seed in settings.seeds:
-                    name = f"{base_name}/{method_name}/seed{seed}"
+                    given = {"coefficients": {**start, "train": True}}
+                for seed in settings.seeds if settings.repair_class(method).seeded else [None]:
+                    name = "/".join([base_name, method] + [f"seed{seed}"] * (seed is not None))
                     log.info("repairing: %s", name)
-                    with named(f"methods.{method_name}"):
-                        models[name], about[name] = self._repair(name, pool, merged, own, seed)
-                    about[name] |= {"base": base_name, "method": method_name}
+                    repair = self._build(method, given if seed is None else {"seed": seed, **given})
+                    repairs.append(repair)
+                    models[name], result = self._repair(repair, f"methods.{method}", pool, merged)
+                    told = {"base": base_name, "method": method, "seed": seed}
+                    about[name] = result.model_copy(update=told)
             if analyser.names and self.fabric.is_global_zero:
                 repaired = self._first_seed(models, base_name)
                 analyser.run(base_name, pool, merged, repaired, pool.tasks)
                 analyser.write(Path(self.log_dir or "."), pool.tasks)
-            repairs = [
-                (about[n]["base"], about[n]["method"], about[n]["seed"], losses)
-                for n, losses in self._losses.items()
-            ]
-            show_comparison(self.fabric, repairs, base_name, analyser.found.get(base_name, {}))
-        if self.log_dir is not None and self.fabric.is_global_zero:
-            # apart from the report, which FusionBench prints whole
-            write_json(Path(self.log_dir) / "losses.json", self._losses, indent=None)
-        for states in self._states:
-            states.clear()
-        models["comparison"] = {"tasks": pool.tasks, "models": about}
+            show(self.fabric, about.values(), base_name, analyser.found.get(base_name))
+        if self.fabric.is_global_zero:
+            found = Results(tasks=list(pool.tasks), models=about, problems=self._problems)
+            found.write(self.log_dir)
+        for repair in repairs:
+            repair.clear()
         return models
 
-    def _first_seed(self, models: Mapping[str, Any], base: str) -> dict[str, Any]:
-        """Method -> its repair of a merge at the first seed."""
+    def _first_seed(self, models: Mapping[str, Any], base: str) -> dict[str, InterventionModel]:
+        """Method -> its repair of a merge at the first seed; analyses look into our own alone."""
         names = {m: f"{base}/{m}/seed{self.settings.seeds[0]}" for m in self.settings.methods}
-        return {method: models[name] for method, name in names.items() if name in models}
+        found = {method: models.get(name) for method, name in names.items()}
+        return {m: model for m, model in found.items() if isinstance(model, InterventionModel)}
 
     def _merge(
         self, pool: ExpertPool, name: str, base: Any
     ) -> tuple[VisionTower, dict[str, Any] | None]:
         """The merged encoder, and the coefficients that stand for it, if any do."""
-        start = (self.settings.coefficients or {}).get(name)
-        settings: dict[str, Any] = {"interventions": {"attention": {}}, "base": base}
+        start, settings = (self.settings.coefficients or {}).get(name), None
         if start is not None and start.get("init") == "base":
             found = run_adamerging(base, pool.pool, self.fabric, self._program)
             start = {**start, "init": found.tolist()}
-            settings["coefficients"] = {**start, "train": False}
+            settings = CoefficientSettings.read({**start, "train": False}, "coefficients")
         try:
-            return self._algorithm(settings, seed=0).merge(pool)[0], start
+            return merge_experts(pool, base, settings, self.fabric, self._program)[0], start
         except ConfigError as error:
             if error.where != "base":
                 raise
             raise ConfigError(f"bases.{name}", error.problem, error.allowed) from error
 
     def _repair(
-        self,
-        name: str,
-        pool: ExpertPool,
-        merged: VisionTower,
-        settings: Mapping[str, Any],
-        seed: int,
-    ) -> tuple[nn.Module, dict[str, Any]]:
-        algorithm = self._algorithm(settings, seed)
+        self, repair: Repair, where: str, pool: ExpertPool, merged: VisionTower
+    ) -> tuple[nn.Module, Result]:
         started = time.perf_counter()
-        if algorithm.coefficients is not None:
-            tower, mixture = algorithm.merge(pool)
-        else:
-            tower, mixture = copy.deepcopy(merged), None
-        model, done = algorithm.repair(pool, tower, mixture)
-        self._losses[name] = done.by_task()
-        if done.states is not None:
-            self._states.append(done.states)
-        return model, {
-            "kind": "repair",
-            "seed": seed,
-            "extra_parameters": model.extra_parameters()["total"],
-            "seconds": time.perf_counter() - started,
-            "resumed_at": done.resumed_at,
-            "images_used": algorithm.images_used,
-            "transductive": algorithm.data.split == "test",
-            "final_loss": float(done.losses[-1].mean()) if len(done.losses) else None,
-        }
+        with named(where):
+            model: Any = repair.repair(pool, copy.deepcopy(merged))
+        seconds = time.perf_counter() - started
+        result = repair.record(model).model_copy(update={"seconds": seconds})
+        if isinstance(model, TaskConditionalModel) and not isinstance(model, InterventionModel):
+            model = HostedModel(model, merged)
+        return model, result
 
-    def _algorithm(self, settings: Mapping[str, Any], seed: int) -> IntervMergeAlgorithm:
-        algorithm = IntervMergeAlgorithm(**{**settings, "seed": seed})
-        algorithm._program, algorithm._fabric_instance = self._program, self.fabric
-        return algorithm
+    @contextmanager
+    def _going_on(self, name: str) -> Iterator[None]:
+        """What fails inside is written down, where the settings say so, and the run goes on."""
+        try:
+            yield
+        except Exception as error:  # another's method may fail in any way
+            if not self.settings.keep_going:
+                raise
+            line = " ".join(str(error).split()) or type(error).__name__
+            self._problems[name] = f"{type(error).__name__}: {line}"[:300]
+            log.warning("%s did not run: %s", name, line)
+
+    def _rival(self, name: str) -> Repair:
+        config = self.settings.rivals[name]
+        repair: Any
+        with named(f"rivals.{name}"):
+            found = get_class(config["_target_"]) if "_target_" in config else None
+            if isinstance(found, type) and issubclass(found, Repair):
+                repair = found(**{k: v for k, v in config.items() if k not in _NOT_SETTINGS})
+            else:
+                repair = FusionBenchMethod(method=config)
+        return adopted(repair, self._program, self.fabric)
+
+    def _build(self, method: str, more: Mapping[str, Any] | None = None) -> Repair:
+        """A method's repair, with the settings that hold for all."""
+        settings = self.settings
+        with named(f"methods.{method}"):
+            own = settings.method(method) | dict(more or {})
+            repair: Any = settings.repair_class(method)(**own)
+        return adopted(repair, self._program, self.fabric)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from fusion_bench import BaseAlgorithm, BaseModelPool
+from fusion_bench.mixins import LightningFabricMixin
 from pydantic import Field
 
 from ..errors import unknown_key
 from ..model import InterventionModel
+from ..results import Results
 from ..settings import Flag, Folder, Settings
-from .program import check_family, split_settings
+from .host import HostedInterventionModel
+from .program import check_task_pool, split_settings
+from .records import saved
 from .screen import host_in_the_log, one_line
 
 
@@ -28,7 +33,7 @@ class LoadSettings(Settings):
     fold: Flag = False
 
 
-class LoadInterventionModel(BaseAlgorithm):
+class LoadInterventionModel(LightningFabricMixin, BaseAlgorithm):
     """Read an artifact instead of training.
 
     Args:
@@ -53,10 +58,17 @@ class LoadInterventionModel(BaseAlgorithm):
             ArtifactError: what does not fit, in one line.
             ConfigError: a task to leave out that the model does not have.
         """
-        model = InterventionModel.from_pretrained(self.settings.path)
-        check_family(self._program, model.tower.family)
+        folder = Path(self.settings.path).resolve()
+        model = HostedInterventionModel.from_pretrained(self.settings.path)
+        check_task_pool(self._program, model.tower.family)
         for task in self.settings.drop:
             if task not in model.tasks:
                 raise unknown_key(task, model.tasks, "task").under("drop")
             model.drop_task(task)
-        return model.fold() if self.settings.fold else model
+        if self.settings.fold:
+            model = model.fold()
+        if self._program is not None and self.fabric.is_global_zero:
+            known = model.metadata
+            result = saved(model, known.get("base", "merged"), known.get("name", folder.name))
+            Results(tasks=model.tasks, models={folder.name: result}).write(self.log_dir)
+        return model

@@ -21,9 +21,8 @@ from fusion_bench.utils import set_print_function_call, set_print_function_call_
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 
-from ..artifact import ArtifactError
 from ..distillation import DistillationError
-from ..errors import ConfigError
+from ..errors import ArtifactError, ConfigError
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..results import in_words
 from .names import is_hub_id
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def _trained(known: dict[str, Any]) -> str:
         "transductive.",
         False: " Its test results are held-out: none of these is a test image.",
     }.get(known.get("transductive"), "")  # type: ignore[arg-type]
-    return f"\nIts edits were found on {known['images']}.{kind}\n"
+    return f"\nIts edits were found on {in_words(known['images'])}.{kind}\n"
 
 
 def _results(known: dict[str, Any]) -> str:

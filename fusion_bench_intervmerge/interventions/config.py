@@ -10,8 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from ..errors import ConfigError, unknown_key
 from ..settings import Flag, Settings, shown, whole
 from .functions import ACTIVATIONS, function_class
-
-SITES = ("attention", "mlp", "block", "output")
+from .sites import SITES
 
 
 class PartSettings(Settings):
@@ -25,7 +24,7 @@ class PartSettings(Settings):
 _PART = "null, [j, p], a list of those, or {size, start, shift}"
 
 
-def _read_part(value: Any) -> Any:
+def _read_part(value: object) -> Any:
     if isinstance(value, Mapping):
         PartSettings.read(value)
     elif value is not None and not (isinstance(value, list) and value):
@@ -40,7 +39,7 @@ class InterventionConfig(Settings):
         function: the form of the edit, by its name (Table 7 of the paper).
         rank: directions it works along, 1 to the width of the part.
         blocks: ``all``, ``every_n`` (index divisible by n), ``first_n``, ``middle_n``, ``last_n``
-            or a list of block indices from 0 (Table 3). The site ``output`` has no blocks.
+            or a list of block indices from 0 (Table 3), at a site that is in the blocks.
         tokens: ``class``, ``first``, ``middle``, ``last`` (patch positions 1, (1 + n) // 2 and n
             of n patches), ``patch``, ``all`` or a list of token positions, the class token being
             0 (Table 2). The site ``output`` has no tokens.
@@ -92,7 +91,7 @@ class InterventionConfig(Settings):
 
     @classmethod
     def from_mapping(
-        cls, mapping: Mapping[str, Any], where: str = "interventions"
+        cls, mapping: Mapping[str, object], where: str = "interventions"
     ) -> InterventionConfig:
         """Read one site's settings.
 
@@ -103,7 +102,7 @@ class InterventionConfig(Settings):
 
 
 def read_interventions(
-    mapping: Mapping[str, Any], where: str = "interventions"
+    mapping: Mapping[str, object], where: str = "interventions"
 ) -> dict[str, InterventionConfig]:
     """Site -> settings, as ``method.interventions`` writes them. A site set to null is left out.
 
@@ -119,20 +118,24 @@ def read_interventions(
         if settings is None:
             continue
         if not isinstance(settings, InterventionConfig):
-            settings = InterventionConfig.from_mapping(settings, f"{where}.{site}")
-        if site == "output":
-            _check_output(settings, f"{where}.{site}")
+            settings = InterventionConfig.read(settings, f"{where}.{site}")
+        _check_choices(settings, site, f"{where}.{site}")
         configs[site] = settings
     if not configs:
         raise ConfigError(where, "no site is edited", f"one or more of {', '.join(SITES)}")
     return configs
 
 
-def _check_output(config: InterventionConfig, where: str) -> None:
-    """The image features are one vector an image: a choice of blocks or tokens is a mistake."""
-    fields = InterventionConfig.model_fields
-    for key, noun in (("blocks", "blocks"), ("tokens", "tokens"), ("share_tokens", "tokens")):
+def _check_choices(config: InterventionConfig, name: str, where: str) -> None:
+    """A choice of blocks or tokens where a site has none is a mistake."""
+    site, fields = SITES[name], InterventionConfig.model_fields
+    for key, noun, there_are in (
+        ("blocks", "blocks", site.in_blocks),
+        ("tokens", "tokens", site.has_tokens),
+        ("share_tokens", "tokens", site.has_tokens),
+    ):
         value, default = getattr(config, key), fields[key].default
-        if value != default:
-            problem = f"{shown(value)}, but the image features have no {noun}"
+        if value != default and not there_are:
+            what = "the image features have" if site.at == "end" else f"the site {name} has"
+            problem = f"{shown(value)}, but {what} no {noun}"
             raise ConfigError(f"{where}.{key}", problem, f"{shown(default)}, the default")

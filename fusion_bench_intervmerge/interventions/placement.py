@@ -1,7 +1,7 @@
 """Where an edit acts: which blocks, which token positions, which slice of the width.
 
 Everything is worked out once from the encoder's own sizes; at run time an edit is a view of the
-site's tensor, a function, and a write back.
+site's tensor, a function, and a new tensor with the edited vectors in their place.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .config import InterventionConfig
+from .sites import SITES, Site
 
 Index = slice | Tensor
 
@@ -44,19 +45,27 @@ def resolve_blocks(blocks: str | Sequence[int], num_blocks: int, where: str) -> 
     return _positions(blocks, num_blocks, where, "block", allowed)
 
 
-def resolve_tokens(tokens: str | Sequence[int], num_tokens: int, where: str) -> Index:
+def resolve_tokens(
+    tokens: str | Sequence[int], num_tokens: int, where: str, prefix_tokens: int = 1
+) -> Index:
     """Token positions as a slice where they are contiguous, else as an index tensor.
+
+    Args:
+        tokens: as in ``InterventionConfig``.
+        num_tokens: of the encoder.
+        where: the config key, for errors.
+        prefix_tokens: how many stand before the patches: the class token, and registers behind it.
 
     Raises:
         ConfigError: an unknown name or a position that does not exist.
     """
-    patches = num_tokens - 1
+    middle = prefix_tokens + (num_tokens - prefix_tokens + 1) // 2 - 1
     named = {
         "class": slice(0, 1),
-        "first": slice(1, 2),
-        "middle": slice((1 + patches) // 2, (1 + patches) // 2 + 1),
-        "last": slice(patches, patches + 1),
-        "patch": slice(1, num_tokens),
+        "first": slice(prefix_tokens, prefix_tokens + 1),
+        "middle": slice(middle, middle + 1),
+        "last": slice(num_tokens - 1, num_tokens),
+        "patch": slice(prefix_tokens, num_tokens),
         "all": slice(0, num_tokens),
     }
     allowed = f"{', '.join(named)} or a list of positions 0 to {num_tokens - 1}"
@@ -87,9 +96,6 @@ def resolve_part(
     if part is None:
         return slice(0, width)
     if isinstance(part, Mapping):
-        for key in part:
-            if key not in ("size", "start", "shift"):
-                raise ConfigError(f"{where}.{key}", "no such setting", "size, start, shift")
         even = part.get("size") == "even"
         share = 1 / max(len(edited), 1) if even else part.get("size")
         size: Any = _entries(share, width, at_least=1)
@@ -126,7 +132,7 @@ class Placement:
     """One site's edit fitted to one encoder.
 
     Attributes:
-        blocks: indices of the edited blocks, ascending; ``[0]`` stands for the site ``output``.
+        blocks: indices of the edited blocks, ascending; ``[0]`` for a site that is in none.
         tokens: token positions, the same in every block; None where the site has none.
         parts: entries of the width, by block.
         width: number of entries the function sees.
@@ -147,7 +153,8 @@ class Placement:
         width: int,
         num_blocks: int,
         num_tokens: int,
-        output: bool = False,
+        prefix_tokens: int = 1,
+        site: Site = SITES["block"],
         where: str = "interventions",
     ) -> Placement:
         """Work out the placement in an encoder of these sizes.
@@ -155,12 +162,12 @@ class Placement:
         Raises:
             ConfigError: blocks, tokens or a part that do not exist there.
         """
-        if output:
-            blocks: list[int] = [0]
-            tokens = None
-        else:
+        blocks, tokens = [0], None
+        if site.in_blocks:
             blocks = resolve_blocks(config.blocks, num_blocks, f"{where}.blocks")
-            tokens = resolve_tokens(config.tokens, num_tokens, f"{where}.tokens")
+        if site.has_tokens:
+            at = f"{where}.tokens"
+            tokens = resolve_tokens(config.tokens, num_tokens, at, prefix_tokens)
         parts = {b: resolve_part(config.part, width, b, f"{where}.part", blocks) for b in blocks}
         return cls(
             blocks=blocks,
@@ -176,28 +183,37 @@ class Placement:
         return isinstance(self.tokens, slice) and self.tokens == slice(0, 1)
 
     def apply(self, z: Tensor, block: int, edit: Callable[[Tensor], Tensor]) -> Tensor:
-        """Replace the chosen entries of z by their edited values.
-
-        z is written in place: it is the fresh output of a module that nothing else holds, and a
-        copy of every site's tensor would cost more than the edit.
+        """z with the chosen entries replaced by their edited values; z itself is left alone.
 
         Args:
-            z: (batch, tokens, width), or (batch, width) at the site ``output``.
+            z: (batch, tokens, width), or (batch, width) where the site has no tokens.
             block: which block's part to take.
             edit: maps (batch, chosen tokens, chosen width) to the same shape.
         """
-        part = self.parts[block]
         if self.tokens is None:
-            where: tuple[Index, ...] = (slice(None), part)
-            z[where] = edit(z[where].clone().unsqueeze(1)).squeeze(1)
-            return z
-        if isinstance(self.tokens, Tensor) and isinstance(part, Tensor):
-            where = (slice(None), self.tokens.unsqueeze(1), part)
-        else:
-            where = (slice(None), self.tokens, part)
-        # Autograd keeps what the edit read, and what it read is about to be overwritten.
-        z[where] = edit(z[where].clone())
-        return z
+            return self._in_part(z.unsqueeze(1), block, edit).squeeze(1)
+        rows = self._in_part(take(z, 1, self.tokens), block, edit)
+        return replace(z, 1, self.tokens, rows)
+
+    def _in_part(self, z: Tensor, block: int, edit: Callable[[Tensor], Tensor]) -> Tensor:
+        return replace(z, 2, self.parts[block], edit(take(z, 2, self.parts[block])))
+
+
+def take(z: Tensor, dim: int, index: Index) -> Tensor:
+    """The entries at some places of a dimension; places beyond its end are left out."""
+    if isinstance(index, slice):
+        return z.narrow(dim, index.start, min(index.stop, z.shape[dim]) - index.start)
+    return z.index_select(dim, index.to(z.device))
+
+
+def replace(z: Tensor, dim: int, index: Index, values: Tensor) -> Tensor:
+    """z with other entries at some places of a dimension."""
+    if not isinstance(index, slice):
+        return z.index_copy(dim, index.to(z.device), values)
+    stop = min(index.stop, z.shape[dim])
+    parts = z.narrow(dim, 0, index.start), values, z.narrow(dim, stop, z.shape[dim] - stop)
+    kept = [part for part in parts if part.shape[dim]]
+    return torch.cat(kept, dim) if len(kept) > 1 else values
 
 
 def _positions(values: Sequence[int], size: int, where: str, noun: str, allowed: str) -> list[int]:

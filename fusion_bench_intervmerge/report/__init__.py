@@ -5,7 +5,6 @@ seconds, and where no toolkit is installed.
 """
 
 from .page import write_report
-from .runs import Result, Run, Study, gather, read_run
-from .tables import Row, Stat, rows
+from .runs import Evaluation, Row, Run, gather, read_run
 
-__all__ = ["Result", "Row", "Run", "Stat", "Study", "gather", "read_run", "rows", "write_report"]
+__all__ = ["Evaluation", "Row", "Run", "gather", "read_run", "write_report"]

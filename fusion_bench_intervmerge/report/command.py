@@ -10,21 +10,14 @@ from rich.console import Console
 
 def add_to(commands: Any) -> None:
     """Add the command to a parser's."""
-    report = commands.add_parser(
-        "report",
-        help="tables, figures and one HTML page",
-        description="Write tables, figures and one self-contained HTML page about runs of "
-        "`fusion_bench method=intervmerge/compare` and `method=intervmerge`.",
-    )
+    what = "Write tables, figures and one self-contained HTML page about runs of "
+    what += "`fusion_bench method=intervmerge/compare` and `method=intervmerge`."
+    help_ = "tables, figures and one HTML page"
+    report = commands.add_parser("report", help=help_, description=what)
     report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
     report.add_argument("--to", metavar="FOLDER", help="default: report, in the first run's folder")
-    report.add_argument(
-        "--base",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="report this merging method only, by its name in the run; may be given several times",
-    )
+    base = "report this merging method only, by its name in the run; may be given several times"
+    report.add_argument("--base", action="append", default=[], metavar="NAME", help=base)
     report.add_argument("--title", default="IntervMerge report", help="of the page")
     report.set_defaults(run=run)
 

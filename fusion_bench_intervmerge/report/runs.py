@@ -1,4 +1,4 @@
-"""What runs wrote into their folders, as plain values."""
+"""What runs wrote into their folders, and the models of several runs side by side."""
 
 from __future__ import annotations
 
@@ -6,58 +6,29 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 from omegaconf import OmegaConf
 
+from .. import results
 from ..errors import ConfigError
-from .analysis import Analysis, read_analysis
+from . import formatting
 
-REPORT, DETAILS, ANALYSIS = "program_report.json", "intervmerge.json", "analysis.json"
-LOSSES = "losses.json"  # of a comparison: name -> task -> the loss at each step
+REPORT, ANALYSIS = "program_report.json", "analysis.json"
 _EXPECTED = "a run folder of `fusion_bench method=intervmerge/compare` or `method=intervmerge`"
 # Two runs on one pool may evaluate a reference on different hardware; more than this is another
 # pool, or another merge under the same name.
 _SAME_REFERENCE = 0.005
-
-
-@dataclass(frozen=True)
-class Result:
-    """One evaluated model.
-
-    Attributes:
-        kind: ``pretrained``, ``experts``, ``merge`` or ``repair``.
-        accuracy: task -> share of test images classified right, in [0, 1].
-        average: mean accuracy over tasks, in [0, 1].
-        base: the merging method; None for pretrained and experts.
-        method: the repair; None for everything else.
-        seed: the repair's seed.
-        extra_parameters: what inference needs beyond one merged model, over all tasks.
-        seconds: wall-clock time of merging or repairing.
-        images_used: in words, which images the edits were found on.
-        transductive: whether those are of the test split.
-        losses: task -> the loss at each step; empty where the run did not keep it.
-    """
-
-    kind: str
-    accuracy: dict[str, float]
-    average: float
-    base: str | None = None
-    method: str | None = None
-    seed: int | None = None
-    extra_parameters: int | None = None
-    seconds: float | None = None
-    images_used: str | None = None
-    transductive: bool | None = None
-    losses: dict[str, list[float]] = field(default_factory=dict)
-
-    @property
-    def settings(self) -> tuple[Any, ...]:
-        """Equal for two results that differ by their seed alone."""
-        return (self.extra_parameters, self.transductive, without_seed(self.images_used))
+REPAIRS = ("repair", "rival")
+KEY = ["kind", "base", "method"]
+COSTS = ["extra_parameters", "bytes", "passes", "labels", "needs_task"]
+LAYOUT = "merges: {MERGE: {ANALYSIS: {TASK: {ENCODER: value}}}}"  # of analysis.json
+Analysis = Mapping[str, Mapping[str, Mapping[str, Any]]]  # analysis -> task -> encoder -> value
 
 
 @dataclass(frozen=True)
@@ -67,51 +38,150 @@ class Run:
     Attributes:
         folder: where it lies.
         tasks: in the pool's order.
-        results: every model it evaluated.
-        command: the command line that started it, where Hydra's files tell.
-        config: its composed configuration, YAML; likewise.
-        features: task -> ``bias_before``, ``bias_after`` (mean L1 to the expert's features) and
-            perhaps ``agreement_before``, ``agreement_after`` (shares); of single runs.
-        analysis: merge -> analysis -> task -> encoder -> value; empty where nothing was analysed.
+        models: every model by name.
+        accuracies: name -> task -> share of test images; empty where no task pool evaluated.
+        command, config: the command line, and the composed configuration as YAML, where Hydra's
+            files tell.
+        analysis: merge -> what was analysed of it.
     """
 
     folder: Path
     tasks: list[str]
-    results: list[Result]
+    models: dict[str, results.Result]
+    accuracies: dict[str, dict[str, float]] = field(default_factory=dict)
     command: str | None = None
     config: str | None = None
-    features: dict[str, dict[str, float]] = field(default_factory=dict)
     analysis: dict[str, Analysis] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its folder's."""
+        return self.folder.resolve().name
+
+    def table(self) -> pd.DataFrame:
+        """A line a model: what it is, and its accuracies.
+
+        ``label`` is its name for people, ``images`` are in words; models of one ``family`` differ
+        by their ``size`` alone, those of one ``setting`` by their seed.
+        """
+        found = []
+        for name, model in self.models.items():
+            costs = {cost: v for cost in COSTS if (v := getattr(model, cost)) is not None}
+            images = "; ".join(images.in_words(seed=False) for images in model.images)
+            found.append(
+                {
+                    "kind": model.kind,
+                    "base": model.base or "",
+                    "method": model.method or "",
+                    "label": formatting.method(model.method, model.rank, model.budget)
+                    if model.method
+                    else formatting.readable(model.base or model.kind),
+                    "family": _family(model),
+                    "size": model.budget or model.rank or 0,
+                    "seed": model.seed,
+                    "costs": costs,
+                    "extra_parameters": model.extra_parameters,
+                    "images": images,
+                    "transductive": model.transductive,
+                    "setting": f"{costs}, {images}, {model.transductive}",
+                    "seconds": model.seconds,
+                    "losses": model.losses,
+                    **self.accuracies.get(name, {}),
+                }
+            )
+        return pd.DataFrame(found)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A model over its seeds: a group of lines of ``Run.table``.
+
+    Attributes:
+        values: a line a seed: accuracies by task, ``average``, ``gap_closed``, ``seconds``.
+        mean, std: over these lines; the sample deviation (n - 1), NaN of one seed.
+    """
+
+    kind: str
+    base: str
+    method: str
+    label: str
+    family: str
+    size: int
+    seeds: list[int]
+    costs: dict[str, Any]
+    images: str
+    transductive: bool | None
+    values: pd.DataFrame
+    mean: pd.Series
+    std: pd.Series
+
+    @property
+    def extra_parameters(self) -> int | None:
+        """Over all tasks."""
+        return self.costs.get("extra_parameters")
 
 
 @dataclass(frozen=True)
-class Study:
-    """The results of one run or more, on the same tasks.
+class Evaluation:
+    """The models of one run or more, on the same tasks.
 
     Attributes:
         tasks: in the pool's order.
-        results: every model once; ``method`` carries ``@folder`` where two runs gave one name to
-            different things.
+        models: a line a model: ``Run.table`` with the number of its ``run``, the ``average`` over
+            tasks, and ``gap_closed``, (average - merge) / (experts - merge), where it is known.
+            ``method`` carries ``@folder`` where runs gave one name to different things.
         runs: the runs they came from.
     """
 
     tasks: list[str]
-    results: list[Result]
+    models: pd.DataFrame
     runs: list[Run]
 
-    @property
+    @cached_property
     def bases(self) -> list[str]:
-        """The merging methods, in the order of the runs."""
-        return list(dict.fromkeys(r.base for r in self.results if r.base is not None))
+        """The merges, in the order of the runs."""
+        return [base for base in self.models["base"].unique() if base] if len(self.models) else []
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """Pretrained, each merge with its repairs, the experts."""
+        if self.models.empty:
+            return []
+        numbers = [*self.tasks, "average", "gap_closed", "seconds"]
+        found = []
+        for (kind, base, method), lines in self.models.groupby(KEY, sort=False):
+            lines, first = lines.sort_values("seed"), lines.iloc[0]
+            values = lines[numbers].astype(float).reset_index(drop=True)
+            found.append(
+                Row(kind, base, method, first["label"], first["family"], first["size"],
+                    lines["seed"].dropna().astype(int).tolist(), first["costs"], first["images"],
+                    None if pd.isna(told := first["transductive"]) else bool(told),
+                    values, values.mean(), values.std())
+            )  # fmt: skip
+        kinds, bases = ["pretrained", "merge", *REPAIRS, "experts"], [*self.bases, ""]
+        bounds = {"pretrained": -1, "experts": len(bases)}
+        place = {r: (bounds.get(r.kind, bases.index(r.base)), kinds.index(r.kind)) for r in found}
+        return sorted(found, key=place.__getitem__)
+
+    @property
+    def methods(self) -> list[tuple[str, str, str, int]]:
+        """Name, label, family and size of every repair, those without accuracies too."""
+        found = pd.concat([self.models, *(run.table() for run in self.runs)])
+        found = found[found["method"] != ""].drop_duplicates("method") if len(found) else found
+        return [(row.method, row.label, row.family, row.size) for row in found.itertuples()]
+
+    @property
+    def repairs(self) -> list[Row]:
+        """The rows of repairs and rivals."""
+        return [row for row in self.rows if row.kind in REPAIRS]
+
+    def references(self, base: str) -> list[Row]:
+        """The rows of a merge and the experts, as far as there are any."""
+        return [r for r in self.rows if r.kind == "experts" or (r.kind, r.base) == ("merge", base)]
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read a run folder.
-
-    Args:
-        folder: holds ``program_report.json``: a comparison's, or a single repair's with
-            ``intervmerge.json`` beside it; or ``analysis.json`` alone, of a model that no task
-            pool evaluated.
+    """Read a run folder: a report, or an ``analysis.json`` of what no task pool evaluated.
 
     Raises:
         ConfigError: no such folder, no report, broken JSON, or another layout.
@@ -119,208 +189,123 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(str(folder), "no such folder", _EXPECTED)
-    report = _read_json(folder / REPORT)
-    analysed = _read_json(folder / ANALYSIS)
-    analysis = {} if analysed is None else read_analysis(analysed, folder / ANALYSIS)
-    hydra = _Hydra(folder)
-    if report is None and analysed is not None:
-        tasks = list(map(str, analysed.get("tasks", [])))
-        return Run(folder, tasks, [], hydra.command(), hydra.config(), analysis=analysis)
-    if report is None:
-        raise ConfigError(
-            str(folder), f"has no {REPORT}; the run is not finished, or is no run", _EXPECTED
-        )
-    features: dict[str, dict[str, float]] = {}
+    analysed = read_json(folder / ANALYSIS, finite=True)
+    report, details = read_json(folder / REPORT), read_json(folder / results.FILE)
+    if report is None and analysed is None:
+        problem = f"has no {REPORT}; the run is not finished, or is no run"
+        raise ConfigError(str(folder), problem, _EXPECTED)
+    if details is None and report is not None:
+        raise ConfigError(str(folder), f"has no {results.FILE} beside its {REPORT}", _EXPECTED)
+    analysis = {} if analysed is None else _analyses(analysed, folder / ANALYSIS)
+    command, config = _hydra(folder)
+    if details is None:
+        tasks = list(map(str, (analysed or {}).get("tasks", [])))
+        return Run(folder, tasks, {}, {}, command, config, analysis)
+    found = results.parse_results(details, str(folder / results.FILE))
+    accuracies, report = {}, report or {}
     try:
-        if "comparison" in report:
-            tasks = [str(task) for task in report["comparison"]["tasks"]]
-            losses = _read_json(folder / LOSSES) or {}
-            results = [
-                _result(tasks, report, name, {**about, "losses": losses.get(name)})
-                for name, about in report["comparison"]["models"].items()
-            ]
-        else:
-            details = _read_json(folder / DETAILS)
-            if details is None:
-                raise ConfigError(
-                    str(folder / REPORT),
-                    f"holds no comparison, and there is no {DETAILS} beside it",
-                    _EXPECTED,
-                )
-            tasks = list(details["images_seen"])
-            results = [_single(tasks, report, details, hydra)]
-            features = details["features"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(
-            str(folder / REPORT), f"is not laid out as expected ({_reason(error)})", _EXPECTED
-        ) from None
-    if not tasks or not results:
-        raise ConfigError(str(folder / REPORT), "holds no results", _EXPECTED)
-    return Run(
-        folder,
-        tasks,
-        results,
-        command=hydra.command(),
-        config=hydra.config(),
-        features=features,
-        analysis=analysis,
-    )
+        for name in found.models if report else ():
+            # a run of one model reports it alone, others by name
+            own = report if set(found.tasks) <= set(report) else report[name]
+            accuracies[name] = {task: own[task]["accuracy"] for task in found.tasks}
+            for task, share in accuracies[name].items():
+                if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+                    problem = f"the accuracy of {task} is {share!r}, which is no share"
+                    raise ValueError(f"{name}: {problem}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise laid_out_otherwise(folder / REPORT, error) from None
+    return Run(folder, found.tasks, found.models, accuracies, command, config, analysis)
 
 
-def gather(runs: Sequence[Run], bases: Sequence[str] = ()) -> Study:
-    """Put the runs' results together: seeds of one method meet, references are kept once.
+def gather(runs: Sequence[Run], bases: Sequence[str] = ()) -> Evaluation:
+    """Put the runs' models together: seeds of one method meet, references are kept once.
 
-    Args:
-        runs: one or more.
-        bases: the merging methods to keep; all where empty.
+    ``bases`` are the merges to keep; all where empty.
 
     Raises:
         ConfigError: the runs are of different tasks or pools, or a base is in none of them.
     """
-    first = runs[0]
-    kept: list[Result] = []
+    tasks = runs[0].tasks
     for run in runs:
-        if set(run.tasks) != set(first.tasks):
-            raise ConfigError(
-                str(run.folder),
-                f"its tasks are not those of {first.folder}",
-                "runs on the same tasks; report others apart",
-            )
-        for result in run.results:
-            if bases and result.base is not None and result.base not in bases:
-                continue
-            if result.kind != "repair":
-                _add_reference(kept, result, run.folder)
-        repairs: dict[tuple[str | None, str | None], list[Result]] = {}
-        for result in run.results:
-            if result.kind == "repair" and (not bases or result.base in bases):
-                repairs.setdefault((result.base, result.method), []).append(result)
-        for seeds in repairs.values():
-            _add_repair(kept, seeds, run.folder)
-    study = Study(first.tasks, kept, list(runs))
+        if set(run.tasks) != set(tasks):
+            problem = f"its tasks are not those of {runs[0].folder}"
+            raise ConfigError(str(run.folder), problem, "runs on the same tasks")
+    tables = [run.table().assign(run=i) for i, run in enumerate(runs) if run.accuracies]
+    models = pd.concat(tables or [pd.DataFrame()], ignore_index=True)
+    known = Evaluation(tasks, models, list(runs)).bases
     for base in bases:
-        if base not in study.bases:
-            known = dict.fromkeys(r.base for run in runs for r in run.results if r.base)
+        if base not in known:
             raise ConfigError("--base", f"no run has {base!r}", ", ".join(known))
-    return study
+    if models.empty:
+        return Evaluation(tasks, models, list(runs))
+    if bases:
+        models = models[models["base"].isin(["", *bases])]
+    models["average"] = models[tasks].mean(axis=1)
+    repairs = models["kind"].isin(REPAIRS)
+    models = pd.concat([_references(models[~repairs], runs), _apart(models[repairs], tasks, runs)])
+    models = models.sort_index()
+    merges = models[models["kind"] == "merge"].set_index("base")["average"]
+    merge = models["base"].map(merges).where(models["kind"].isin(REPAIRS))
+    way = models.loc[models["kind"] == "experts", "average"].max() - merge
+    models["gap_closed"] = ((models["average"] - merge) / way).where(way > 0)
+    return Evaluation(tasks, models, list(runs))
 
 
-def without_seed(images_used: str | None) -> str | None:
-    """The description of the images without the one thing that differs between seeds."""
-    return None if images_used is None else re.sub(r", seed \d+$", "", images_used)
+def _references(models: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
+    """Merges, experts and the pretrained encoder, each once."""
+    models = models.assign(first=models.groupby(["kind", "base"])["average"].transform("first"))
+    for line in models[(models["average"] - models["first"]).abs() > _SAME_REFERENCE].itertuples():
+        problem = f"{line.base or line.kind} has an average accuracy of {line.average:.1%} there"
+        problem += f", and of {line.first:.1%} in another run"
+        raise ConfigError(str(runs[line.run].folder), problem, "runs on the same pool")
+    return models.drop_duplicates(["kind", "base"])
 
 
-def _add_reference(kept: list[Result], result: Result, folder: Path) -> None:
-    for other in kept:
-        if (other.kind, other.base) == (result.kind, result.base):
-            if abs(other.average - result.average) > _SAME_REFERENCE:
-                raise ConfigError(
-                    str(folder),
-                    f"{result.base or result.kind!s} has an average accuracy of "
-                    f"{result.average:.1%} there, and of {other.average:.1%} in another run",
-                    "runs on the same pool; report others apart",
-                )
-            return
-    kept.append(result)
+def _apart(models: pd.DataFrame, tasks: Sequence[str], runs: Sequence[Run]) -> pd.DataFrame:
+    """Repairs; a run's that has the name of another's, and is something else, by its folder too."""
+    models = models.drop_duplicates([*KEY, "seed", "setting", *tasks])
+    names = [run.name for run in runs]
+    for _, lines in models.groupby(KEY):
+        other = (lines["setting"] != lines["setting"].iloc[0]) | lines.duplicated("seed")
+        for run in lines.loc[other, "run"].unique():
+            name = names[run] + (f"-{run + 1}" if names.count(names[run]) > 1 else "")
+            own = lines.index[lines["run"] == run]
+            models.loc[own, ["method", "family"]] += f"@{name}"
+            models.loc[own, "label"] += f" ({name})"
+    return models
 
 
-def _add_repair(kept: list[Result], seeds: list[Result], folder: Path) -> None:
-    """Add one method's seeds: to those of another run, or under a name of their own."""
-    name, own = seeds[0].method, f"{seeds[0].method}@{folder.resolve().name}"
-    for attempt in range(len(kept) + 2):
-        method = [name, own][attempt] if attempt < 2 else f"{own}-{attempt}"
-        known = [r for r in kept if (r.base, r.method) == (seeds[0].base, method)]
-        by_seed = {r.seed: r for r in known}
-        fresh = [r for r in seeds if r.seed not in by_seed]
-        again = [r for r in seeds if r.seed in by_seed]
-        if all(r.accuracy == by_seed[r.seed].accuracy for r in again) and all(
-            r.settings == known[0].settings for r in seeds if known
-        ):
-            kept.extend(replace(r, method=method) for r in fresh)
-            return
+def _family(model: results.Result) -> str:
+    """What repairs share that differ by rank or budget alone."""
+    if not model.settings:
+        return model.method or ""
+    edits = model.settings.get("interventions") or {}
+    alike = {site: {**edit, "rank": None} for site, edit in edits.items() if edit}
+    ignored = {"base": None, "seed": None, "budget": model.budget is not None}
+    how = [(images.solved, images.steps) for images in model.images]
+    settings = model.settings | ignored | {"interventions": alike}
+    return json.dumps([settings, how], sort_keys=True)
 
 
-def _result(
-    tasks: Sequence[str], report: Mapping[str, Any], name: str, about: Mapping[str, Any]
-) -> Result:
-    kind = about["kind"]
-    if kind not in ("pretrained", "experts", "merge", "repair"):
-        raise ValueError(f"model {name!r} is of an unknown kind, {kind!r}")
-    accuracy, average = _accuracy(tasks, report[name], name)
-    repair = kind == "repair"
-    return Result(
-        kind,
-        accuracy,
-        average,
-        base=str(about["base"]) if kind in ("merge", "repair") else None,
-        method=str(about["method"]) if repair else None,
-        seed=int(about["seed"]) if repair else None,
-        extra_parameters=about.get("extra_parameters"),
-        seconds=about.get("seconds"),
-        images_used=about.get("images_used"),
-        transductive=about.get("transductive"),
-        losses=about.get("losses") or {},
-    )
-
-
-def _single(
-    tasks: Sequence[str], report: Mapping[str, Any], details: Mapping[str, Any], hydra: _Hydra
-) -> Result:
-    accuracy, average = _accuracy(tasks, report, "the model")
-    settings = details["method"]
-    return Result(
-        "repair",
-        accuracy,
-        average,
-        base=_base_name(settings, hydra),
-        method=_method_name(settings, hydra),
-        seed=int(settings["seed"]),
-        extra_parameters=int(details["extra_parameters"]["total"]),
-        seconds=float(sum(details["seconds"].values())),
-        images_used=details["images_used"],
-        transductive=bool(details["transductive"]),
-        losses=details["losses"],
-    )
-
-
-def _accuracy(
-    tasks: Sequence[str], report: Mapping[str, Any], name: str
-) -> tuple[dict[str, float], float]:
-    accuracy = {task: report[task]["accuracy"] for task in tasks}
-    for task, value in accuracy.items():
-        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ValueError(f"{name}: the accuracy of {task} is {value!r}, which is no share")
-    return accuracy, float(np.mean(list(accuracy.values())))
-
-
-def _base_name(settings: Mapping[str, Any], hydra: _Hydra) -> str:
-    """A single run does not name its base: its config's name, or else its class, does."""
-    if settings["coefficients"] is not None:
-        return "coefficients"
-    base = settings["base"]
-    if base is None:
-        return "merged"
-    chosen = hydra.choices().get("method@method.base")
-    if chosen:
-        return str(chosen).replace("/", "_")
-    cls = str(base.get("_target_") or base.get("name") or "merged").rsplit(".", 1)[-1]
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.removesuffix("Algorithm")).lower()
-
-
-def _method_name(settings: Mapping[str, Any], hydra: _Hydra) -> str:
-    name = str(hydra.choices().get("method") or "intervmerge").replace("/", "_")
-    if settings.get("budget") is not None:
-        return f"{name}_b{settings['budget']}"
-    ranks = {edit.get("rank") for edit in settings["interventions"].values() if edit}
-    return f"{name}_r{ranks.pop()}" if len(ranks) == 1 and None not in ranks else name
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The file's content, None where there is no such file."""
+def _analyses(content: Mapping[str, Any], path: Path) -> dict[str, Analysis]:
+    """The merges' analyses: of every task the same encoders."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        for merge in content["merges"].values():
+            for name, tasks in merge.items():
+                if len({tuple(encoders) for encoders in tasks.values()}) != 1:
+                    raise ValueError(f"{name}: the tasks' encoders differ")
+        return dict(content["merges"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise laid_out_otherwise(path, error, LAYOUT) from None
+
+
+def read_json(path: Path, finite: bool = False) -> dict[str, Any] | None:
+    """The file's content, None where there is no such file; ``finite``: numbers have to be."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if finite and re.search(r"\b(NaN|Infinity)\b", text):
+            raise ValueError("numbers are not finite")
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -332,51 +317,24 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _reason(error: Exception) -> str:
-    return f"no {error}" if isinstance(error, KeyError) else str(error)
+def laid_out_otherwise(path: Path, error: Exception, layout: str = _EXPECTED) -> ConfigError:
+    """The error of a file in which something was missing or wrong."""
+    reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+    return ConfigError(str(path), f"is not laid out as expected ({reason})", layout)
 
 
-class _Hydra:
-    """What Hydra kept of a run's command line and configuration, wherever it put it."""
-
-    def __init__(self, folder: Path):
-        places = (
-            folder,
-            folder / ".hydra",
-            folder / "hydra_output",
-            folder / "hydra_output/.hydra",
-        )
-        self._folder = next((p for p in places if (p / "overrides.yaml").is_file()), None)
-
-    def command(self) -> str | None:
-        overrides = self._load("overrides.yaml")
-        if not isinstance(overrides, list):
-            return None
-        name = self._job().get("config_name") or "fabric_model_fusion"
-        flags = [] if name == "fabric_model_fusion" else ["--config-name", str(name)]
-        return shlex.join(["fusion_bench", *flags, *map(str, overrides)])
-
-    def config(self) -> str | None:
-        try:
-            return (self._folder / "config.yaml").read_text("utf-8") if self._folder else None
-        except OSError:
-            return None
-
-    def choices(self) -> dict[str, Any]:
-        return (self._hydra().get("runtime") or {}).get("choices") or {}
-
-    def _job(self) -> dict[str, Any]:
-        return self._hydra().get("job") or {}
-
-    def _hydra(self) -> dict[str, Any]:
-        found = self._load("hydra.yaml")
-        return (found.get("hydra") or {}) if isinstance(found, dict) else {}
-
-    def _load(self, name: str) -> Any:
-        if self._folder is None:
-            return None
-        # These files only add to a report: without them it is poorer, not wrong.
-        try:
-            return OmegaConf.to_container(OmegaConf.load(self._folder / name), resolve=False)
-        except Exception:
-            return None
+def _hydra(folder: Path) -> tuple[str | None, str | None]:
+    """The command line and the configuration that Hydra kept, wherever it put them."""
+    places = [folder / place for place in (".", ".hydra", "hydra_output", "hydra_output/.hydra")]
+    place = next((p for p in places if (p / "overrides.yaml").is_file()), folder)
+    command = config = None
+    # These files only add to a report: without them it is poorer, not wrong.
+    with suppress(Exception):
+        given = list(map(str, OmegaConf.load(place / "overrides.yaml")))
+        command = shlex.join(["fusion_bench", *given])
+        name = OmegaConf.select(OmegaConf.load(place / "hydra.yaml"), "hydra.job.config_name")
+        if name not in (None, "fabric_model_fusion"):
+            command = shlex.join(["fusion_bench", "--config-name", name, *given])
+    with suppress(Exception):
+        config = (place / "config.yaml").read_text("utf-8")
+    return command, config

@@ -1,4 +1,4 @@
-"""A study: a grid of runs that differ along named axes, as one table and one figure.
+"""A study: a grid of runs that differ along named axes, as one table and its figures.
 
 The grid's sweeper (``hydra/sweeper=grid``) leaves ``study.json`` in the sweep's folder: what is
 studied, and of every run its folder and its labels.
@@ -6,33 +6,31 @@ studied, and of every run its folder and its labels.
 
 from __future__ import annotations
 
-import csv
-import io
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
-from rich.table import Table
 
 from ..errors import ConfigError
 from ..files import write_files
 from . import tables
-from .drawing import to_png, to_svg
-from .figures import WIDE
-from .runs import REPORT, Result, Run, Study, gather, read_run
-from .study_figures import Draw, draw
-from .tables import Row
-from .words import NONE, count, percent, readable
+from .formatting import NONE, percent, readable
+from .runs import REPORT, Evaluation, Row, Run, gather, read_json, read_run
+from .style import Palette, to_png, to_svg
 
 INDEX = "study.json"
+TEXT = "Mean over seeds; whiskers are the standard deviation, lines the merge and the experts."
 _ALONE = ("seed", "also")  # axes that do not tell one setting from another
 
 
 @dataclass(frozen=True)
-class Grid:
+class Study:
     """A grid of runs, finished or half-finished.
 
     Attributes:
@@ -40,30 +38,43 @@ class Grid:
             ``extra_parameters``; without it the settings stand side by side. ``xlabel``, ``log``
             and ``by_task`` (a panel a task) shape the figure, ``columns`` names an axis that
             stands across the table.
-        study: all results, in the order of the grid; ``method`` is a setting's name.
-        rows: one a model, see ``tables.rows``.
+        evaluation: all models; ``method`` is a setting's name.
         labels: a setting's name -> axis -> label.
         finished, planned: number of runs.
     """
 
     about: dict[str, Any]
-    study: Study
-    rows: list[Row]
+    evaluation: Evaluation
     labels: dict[str, dict[str, str]]
     finished: int
     planned: int
 
-    def settings(self) -> list[tuple[dict[str, str], Row]]:
-        """The grid's settings over their seeds: labels (the base's too) and results."""
-        return [
-            ({**self.labels[r.method or ""], "base": r.base or ""}, r)
-            for r in self.rows
-            if r.kind == "repair"
-        ]
+    @property
+    def title(self) -> str:
+        """What was studied, and how much of it is there."""
+        source = f" ({self.about['source']})" if self.about.get("source") else ""
+        half = f": {self.finished} of {self.planned} runs" * (self.finished < self.planned)
+        return f"{self.about['title']}{source}{half}"
 
-    def reference(self, kind: str, base: str | None = None) -> Row | None:
-        """The row of the experts, the pretrained encoder, or a merge."""
-        return next((r for r in self.rows if (r.kind, r.base) == (kind, base)), None)
+    def settings(self) -> list[tuple[dict[str, str], Row]]:
+        """The settings over their seeds: labels (the base's too) and results."""
+        rows = self.evaluation.repairs
+        return [({**self.labels[row.method], "base": row.base}, row) for row in rows]
+
+    def series(self) -> dict[str, dict[float, Row]]:
+        """Curves along ``x`` by name: x -> results, in ascending order."""
+        x, settings = self.about["x"], self.settings()
+        found: dict[str, dict[float, Row]] = {}
+        for labels, row in settings:
+            if x == "extra_parameters":  # a curve joins settings that differ by their size alone
+                alike = [r.method for _, r in settings if r.family == row.family]
+                name, at = _in_common(alike) or row.method, float(row.extra_parameters or 0)
+            else:
+                rest = [label for axis, label in labels.items() if axis not in (x, "base")]
+                rest += [readable(row.base)] * (len(self.evaluation.bases) > 1)
+                name, at = ", ".join(rest), float(labels[x])
+            found.setdefault(name, {})[at] = row
+        return {name: dict(sorted(rows.items())) for name, rows in found.items()}
 
 
 def is_study(folder: str | Path) -> bool:
@@ -71,7 +82,7 @@ def is_study(folder: str | Path) -> bool:
     return (Path(folder) / INDEX).is_file()
 
 
-def read_study(folder: str | Path) -> Grid:
+def read_study(folder: str | Path) -> Study:
     """Read what is finished of a grid.
 
     Raises:
@@ -83,35 +94,23 @@ def read_study(folder: str | Path) -> Grid:
         jobs = [(str(job["folder"]), dict(job["labels"])) for job in index["jobs"]]
         about = {"title": folder.name, **(index["study"] or {})}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise ConfigError(
-            str(folder / INDEX), f"cannot be read ({reason})", "the folder of a grid of runs"
-        ) from None
+        problem = f"cannot be read ({error!r})".replace("\n", " ")
+        raise ConfigError(str(folder / INDEX), problem, "the folder of a grid of runs") from None
     runs, labels = [], {}
-    for name, job_labels in jobs:
+    for name, job in jobs:
         if not _finished(folder / name / REPORT):
             continue
         run = read_run(folder / name)
-        if "also" in job_labels:
-            runs.append(run)
-            continue
-        setting = {a: v for a, v in job_labels.items() if a.rpartition(".")[2] not in _ALONE}
-        method = setting_name({a: v for a, v in setting.items() if a != "base"}) or "repair"
-        labels[method] = {axis: label for axis, label in setting.items() if axis != "base"}
-        runs.append(_renamed(run, method, setting.get("base")))
+        if "also" not in job:
+            setting = {axis: v for axis, v in job.items() if axis.rpartition(".")[2] not in _ALONE}
+            base = setting.pop("base", None)
+            method = setting_name(setting) or "repair"
+            labels[method] = setting
+            run = _renamed(run, method, base)
+        runs.append(run)
     if not runs:
         raise ConfigError(str(folder), "no run of the grid is finished", f"{len(jobs)} runs")
-    study = gather(runs)
-    return Grid(about, study, tables.rows(study), labels, len(runs), len(jobs))
-
-
-def _finished(report: Path) -> bool:
-    """Whether a run's report is there, and whole: FusionBench may be killed as it writes it."""
-    try:
-        json.loads(report.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+    return Study(about, gather(runs), labels, len(runs), len(jobs))
 
 
 def write_study(folder: str | Path, console: Console | None = None) -> None:
@@ -120,30 +119,19 @@ def write_study(folder: str | Path, console: Console | None = None) -> None:
     Raises:
         ConfigError: as ``read_study``; or the folder cannot be written to.
     """
-    grid = read_study(folder)
-    head, lines = table(grid)
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows(_for_programs(grid))
-    content: dict[str, str | bytes] = {
-        "study.md": to_markdown(grid, head, lines),
-        "study.csv": stream.getvalue(),
-    }
-    for number, make in enumerate(drawings(grid)):
+    from .figures import pictures  # which draw studies
+
+    study = read_study(folder)
+    content: dict[str, str | bytes] = {"study.md": to_markdown(study), "study.csv": to_csv(study)}
+    for number, picture in enumerate(pictures(study)):
         name = "study" if number == 0 else f"study_{number + 1}"
-        figure = make(WIDE)
-        content[f"{name}.png"], content[f"{name}.svg"] = to_png(figure), to_svg(figure)
+        figure = picture.draw(Palette(study.evaluation.methods))
+        content |= {f"{name}.png": to_png(figure), f"{name}.svg": to_svg(figure)}
     write_files(Path(folder), content)
     console = console or Console()
-    console.print(title(grid), style="bold")
-    if not grid.about.get("columns"):
-        console.print(tables.to_terminal(grid.study, grid.rows, console.width))
-    else:
-        shown = Table()
-        for i, name in enumerate(head):
-            shown.add_column(name, justify="right" if i else "left")
-        for line in lines:
-            shown.add_row(*line)
-        console.print(shown)
+    console.print(study.title, style="bold")
+    shown = tables.rich(table(study)) if study.about.get("columns") else None
+    console.print(shown or tables.to_terminal(study.evaluation, console))
     console.print(f"Table and figure: {Path(folder) / 'study.md'}, study.png", soft_wrap=True)
 
 
@@ -155,87 +143,68 @@ def setting_name(labels: Mapping[str, str]) -> str:
     )
 
 
-def drawings(grid: Grid) -> list[Draw]:
-    """The study's figures, for any width in inches."""
-    return draw(grid.about, grid.settings(), grid.reference)
-
-
-def title(grid: Grid) -> str:
-    """What was studied, and how much of it is there."""
-    source = f" ({grid.about['source']})" if grid.about.get("source") else ""
-    half = grid.finished < grid.planned
-    return f"{grid.about['title']}{source}" + (
-        f": {grid.finished} of {grid.planned} runs" if half else ""
-    )
-
-
-def table(grid: Grid) -> tuple[list[str], list[list[str]]]:
-    """The study for people: column heads, and lines of cells."""
-    return _across(grid) if grid.about.get("columns") else _down(grid)
-
-
-def to_markdown(grid: Grid, head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """The table with its heading and what its numbers are."""
-    rule = "|" + " --- |" + " ---: |" * (len(head) - 1)
-    body = ["| " + " | ".join(cells) + " |" for cells in [head, *lines]]
-    repairs = [row for row in grid.rows if row.kind == "repair"]
-    images = sorted({row.images_used for row in repairs if row.images_used})
-    transductive = any(row.transductive for row in repairs)
-    text = tables.caption(grid.rows).split(" Gap closed")[0]
-    text += f" Edits were found on {'; or '.join(images)}." if len(images) < 4 else ""
-    text += " Transductive: these are images of the test split." if transductive else ""
-    return "\n".join([f"# {title(grid)}", "", body[0], rule, *body[1:], "", text, ""])
-
-
-def _down(grid: Grid) -> tuple[list[str], list[list[str]]]:
-    """Settings down, tasks across."""
-    several = len(grid.study.bases) > 1
-    head = [*(["merge"] if several else []), "setting", *grid.study.tasks, "average"]
-    lines = []
-    for row in grid.rows:
-        name = row.method if row.kind == "repair" else readable(row.base or row.kind)
-        stats = [*row.accuracy.values(), row.average]
-        extra = NONE if row.extra_parameters is None else count(row.extra_parameters)
-        cells = [readable(row.base)] if several and row.base else [""] * several
-        lines.append([*cells, name or "", *(percent(s.mean, s.std) for s in stats), extra])
-    return [*head, "extra parameters"], lines
-
-
-def _across(grid: Grid) -> tuple[list[str], list[list[str]]]:
-    """Averages: the labels of one axis across, the others down."""
-    axis = grid.about["columns"]
-    settings = grid.settings()
-    columns = list(dict.fromkeys(labels[axis] for labels, _ in settings))
-    lines: dict[str, dict[str, str]] = {}
+def table(study: Study) -> pd.DataFrame:
+    """The study for people: settings down, and across the tasks, or the labels of an axis."""
+    axis, of = study.about.get("columns"), study.evaluation
+    if not axis:
+        whole = tables.cells(of).map(str)[[*of.tasks, "average", "extra parameters"]]
+        names = [row.method if row.method else row.label for row in of.rows]
+        whole.insert(0, "setting", names)
+        if len(of.bases) > 1:
+            whole.insert(0, "merge", [readable(row.base) for row in of.rows])
+        return whole
+    cells: dict[str, dict[str, str]] = {}
     if axis == "base":
-        merges = {c: grid.reference("merge", c) for c in columns}
-        lines["merge alone"] = {c: percent(r.average.mean) for c, r in merges.items() if r}
-    for labels, row in settings:
+        merges = [row for row in of.rows if row.kind == "merge"]
+        cells["merge alone"] = {row.base: percent(row.mean["average"]) for row in merges}
+    for labels, row in study.settings():
         name = setting_name({a: v for a, v in labels.items() if a not in (axis, "base")})
-        shown = percent(row.average.mean, row.average.std)
-        lines.setdefault(name, {})[labels[axis]] = shown
-    head = ["setting", *(readable(c) for c in columns)]
-    return head, [[name, *(cells.get(c, NONE) for c in columns)] for name, cells in lines.items()]
+        shown = percent(row.mean["average"], row.std["average"])
+        cells.setdefault(name, {})[labels[axis]] = shown
+    across = dict.fromkeys(labels[axis] for labels, _ in study.settings())
+    found = pd.DataFrame.from_dict(cells, orient="index").reindex(columns=list(across))
+    return found.fillna(NONE).rename(columns=readable).rename_axis("setting").reset_index()
 
 
-def _for_programs(grid: Grid) -> list[list[Any]]:
+def to_markdown(study: Study) -> str:
+    """The table with its heading and what its numbers are."""
+    repairs = study.evaluation.repairs
+    images = sorted({row.images for row in repairs if row.images})
+    text = tables.caption(study.evaluation, gap=False)
+    text += f" Edits were found on {'; or '.join(images)}." if len(images) < 4 else ""
+    if any(row.transductive for row in repairs):
+        text += " Transductive: these are images of the test split."
+    return f"# {study.title}\n\n{tables.markdown(table(study))}\n\n{text}\n"
+
+
+def to_csv(study: Study) -> str:
     """Every run's own numbers: one line a model and seed."""
-    axes = list(dict.fromkeys(axis for labels in grid.labels.values() for axis in labels))
-    head = ["kind", "base", *axes, "seed", "extra_parameters", *grid.study.tasks, "average"]
-    lines: list[list[Any]] = [head]
-    for result in grid.study.results:
-        labels = grid.labels.get(result.method or "", {})
-        accuracy = [f"{result.accuracy[task]:.6f}" for task in grid.study.tasks]
-        lines.append(
-            [result.kind, result.base or "", *(labels.get(axis, "") for axis in axes)]
-            + ["" if v is None else v for v in (result.seed, result.extra_parameters)]
-            + [*accuracy, f"{result.average:.6f}"]
-        )
-    return lines
+    of = study.evaluation
+    models = of.models.astype({"seed": "Int64", "extra_parameters": "Int64"})
+    labels = models["method"].map(lambda method: study.labels.get(method, {})).apply(pd.Series)
+    numbers = models[["seed", "extra_parameters", *of.tasks, "average"]]
+    shown = pd.concat([models[["kind", "base"]], labels, numbers], axis=1)
+    return shown.to_csv(index=False, float_format="%.6f", lineterminator="\n")
+
+
+def _finished(report: Path) -> bool:
+    """Whether a run's report is there, and whole: FusionBench may be killed as it writes it."""
+    with suppress(ConfigError):
+        return read_json(report) is not None
+    return False
 
 
 def _renamed(run: Run, method: str, base: str | None) -> Run:
-    def rename(result: Result) -> Result:
-        return replace(result, method=method, base=base or result.base)
+    models = dict(run.models)
+    for name, model in models.items():
+        if model.kind == "repair":
+            update = {"method": method, "base": base or model.base}
+            models[name] = model.model_copy(update=update)
+    return replace(run, models=models)
 
-    return replace(run, results=[rename(r) if r.kind == "repair" else r for r in run.results])
+
+def _in_common(names: list[str]) -> str:
+    """The words that all names begin with."""
+    words = zip(*map(str.split, names), strict=False)
+    common = itertools.takewhile(lambda found: len(set(found)) == 1, words)
+    return " ".join(found[0] for found in common).rstrip(",")

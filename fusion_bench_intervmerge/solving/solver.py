@@ -6,29 +6,27 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..checkpoint import Progress, StateFolder, interruptible
 from ..encoders import VisionTower, check_expert
 from ..errors import ConfigError
-from ..images import choose_images
+from ..images import Datasets, choose_images
+from ..interventions import SITES
 from ..interventions.functions import function_class
 from ..model import InterventionModel
 from ..precision import computing_dtype
-from ..progress import progress_bar
+from ..progress import bar
 from .budget import allocate
+from .settings import SolveSettings
 from .sweep import Place, Sweep
 
 log = logging.getLogger(__name__)
 
 Experts = Mapping[str, Callable[[], VisionTower]]
-# An edit at a site takes in what the edits before it did.
-SITES_IN_ORDER = ("attention", "mlp", "block")
 
 
 @dataclass
@@ -55,46 +53,42 @@ class Solution:
 def solve(
     model: InterventionModel,
     experts: Experts,
-    images: Mapping[str, Dataset],
+    images: Datasets,
+    settings: SolveSettings | None = None,
     *,
-    budget: int | None = None,
-    fraction: float = 1.0,
-    at_most: int | None = None,
-    seed: int = 0,
-    num_workers: int = 0,
-    cache_gb: float = 2.0,
     ridge: float | None = None,
     class_weight: float | None = None,
     fabric: L.Fabric | None = None,
-    state_folder: Path | None = None,
-    run: str = "",
+    states: StateFolder | None = None,
+    **keywords: object,
 ) -> Solution:
     """Find the edits of sites whose ``init`` is ``regression``, in closed form, without labels.
+
+    With a budget, its numbers go, rank by rank, to the (task, site, block) where the next one takes
+    most off the distance to the expert, as a first solution at full rank tells. Images' states that
+    do not fit in ``data.cache_gb`` lie in a temporary file.
 
     Args:
         model: the model, whose edits at these sites are replaced; other edits act as they are.
         experts: task -> function that loads the expert; one expert is in memory at a time.
         images: task -> dataset of pixel values, or of (pixel values, anything).
-        budget: numbers to spend over all tasks. They go, rank by rank, to the (task, site, block)
-            where the next one takes most off the distance to the expert, as a first solution at
-            full rank tells; ``rank`` is then not read. None: every edit has the rank of its config.
-        fraction, at_most, seed: which images, as in ``choose_images``.
-        num_workers: worker processes that decode images.
-        cache_gb: GiB of memory for the images' states; beyond it they lie in a temporary file.
+        settings: how, as the method's config file says it.
         ridge: of the regressions, in mean variances of what an edit reads (0 is for float64 alone,
             whose rounding it does not fit); None chooses one for each by generalised
             cross-validation.
         class_weight: how many patch tokens the class token counts for; half of them by default.
         fabric: device, precision and processes; one device by default.
-        state_folder: where to keep what is solved of a run that may be stopped, until its
-            ``clear``; None: nowhere.
-        run: identifies the run; only a state of the same run is continued.
+        states: where to keep what is solved of a run that may be stopped, until ``clear``; None:
+            nowhere.
+        keywords: in place of ``settings`` its fields, and those of its ``data``: ``budget=6192``.
 
     Raises:
         ConfigError: no such site, a form without a closed solution, no images for a task, or a
             budget that buys not one rank.
         Interrupted: on Ctrl-C; the tasks that were finished are kept.
     """
+    settings = SolveSettings.of(settings, keywords)
+    data, budget = settings.data, settings.budget
     fabric = fabric or L.Fabric(devices=1, accelerator="auto")
     for task in experts:
         model.check_task(task)
@@ -104,14 +98,14 @@ def solve(
         task: choose_images(
             task,
             len(images[task]),  # type: ignore[arg-type]
-            fraction=fraction,
-            at_most=at_most,
-            seed=seed,
+            fraction=data.fraction,
+            at_most=data.images,
+            seed=settings.seed,
         )
         for task in experts
     }
     places = solved_places(model)
-    states = StateFolder(state_folder, run, "solved") if state_folder is not None else None
+    states = states.of("solved") if states is not None else None
     finished = _Finished(states, places, writes=fabric.is_global_zero)
     started = time.perf_counter()
     home, dtype = model.tower.device, computing_dtype(fabric)
@@ -123,7 +117,8 @@ def solve(
         check_expert(task, expert, model.tower)
         with expert.in_dtype(dtype), model.tower.in_dtype(dtype):
             done = Sweep(model, task, expert, places, fabric, ridge, weight)
-            done.run(images, keys, num_workers, cache_gb * 2**30, ranks, lambda: bar.advance(1))
+            room = data.cache_gb * 2**30
+            done.run(images, keys, data.num_workers, room, ranks, shown.update)
         return done
 
     blocks = model.tower.num_blocks * len(chosen) * (1 if budget is None else 2)
@@ -131,7 +126,7 @@ def solve(
         model.to(fabric.device)
         with (
             interruptible("solving", states),
-            progress_bar("solving", blocks, fabric.is_global_zero) as bar,
+            bar(fabric, "solving", blocks) as shown,
         ):
             same = {place: model.interventions[place[0]].rank for place in places}
             ranks = {task: same for task in experts}
@@ -170,6 +165,10 @@ def solved_places(model: InterventionModel) -> list[Place]:
         raise ConfigError("interventions", "no site's init is regression", "init: regression")
     for site in sites:
         config = model.interventions[site]
+        if SITES[site].closed_form is None:
+            solvable = ", ".join(name for name, of in SITES.items() if of.closed_form)
+            problem = "edits at this site are not solved in closed form"
+            raise ConfigError(f"interventions.{site}.init", problem, f"regression at {solvable}")
         if config.activation is not None or not function_class(config.function).is_solvable():
             what = config.function + (f" with {config.activation}" if config.activation else "")
             raise ConfigError(
@@ -180,8 +179,9 @@ def solved_places(model: InterventionModel) -> list[Place]:
     inside = [
         (site, block)
         for block in range(model.tower.num_blocks)
-        for site in SITES_IN_ORDER
-        if site in sites and block in model.placements[site].blocks
+        # an edit at a site takes in what the edits before it did
+        for site in SITES
+        if site in sites and SITES[site].in_blocks and block in model.placements[site].blocks
     ]
     return inside + [("output", 0)] * ("output" in sites)
 
@@ -258,7 +258,7 @@ class _Finished:
         self._tensors[f"ranks.{task}"] = torch.tensor(of_places)
         self._tensors[f"features.{task}"] = features
         for index, (site, block) in enumerate(self._places):
-            function = model.edit_at(task, site, block)
+            function = model.edits_of(task).at(site, block)
             if function is not None:
                 for name, tensor in function.tensors().items():
                     self._tensors[f"edits.{task}.{index}.{name}"] = tensor.detach().cpu()

@@ -23,17 +23,16 @@ alone, since nothing else is read there.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import cached_property
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..encoders import VisionTower
-from ..encoders.base import Edit
-from ..images import read_images
+from ..images import Datasets, read_images
+from ..interventions import SITES
 from ..interventions.functions import function_class
 from ..model import InterventionModel
 from .image_states import ImageStates
@@ -76,7 +75,7 @@ class Sweep:
 
     def run(
         self,
-        images: Mapping[str, Dataset],
+        images: Datasets,
         keys: Sequence[tuple[str, int]],
         num_workers: int,
         room: float,
@@ -134,7 +133,7 @@ class Sweep:
         for index, (state, target) in enumerate(zip(states, targets, strict=True)):
             out, x = self._of_student(block, state, site)
             wanted, theirs = self._of_expert(block, target, site)
-            if site == "attention":
+            if SITES[site].closed_form == "enters":
                 missing = (target[:, : theirs.shape[1]] + theirs) - (state[:, : x.shape[1]] + x)
             else:
                 missing = wanted - out
@@ -202,8 +201,8 @@ class Sweep:
 
     def _weights(self, block: int) -> Tensor:
         """What each token counts."""
-        last = block == self.tower.num_blocks - 1
-        weights = torch.full((self.tower.num_tokens,), 0.0 if last else 1.0)
+        read = self.tower.reads_patches or block < self.tower.num_blocks - 1
+        weights = torch.full((self.tower.num_tokens,), 1.0 if read else 0.0)
         weights[0] = self.class_weight
         return weights
 
@@ -214,31 +213,20 @@ class Sweep:
     ) -> tuple[Tensor, Tensor]:
         """What leaves a block of the repaired encoder, and the tensor of one of its sites."""
         with self.model.for_task(self.task):
-            return self._through(self.tower, block, states, site, self.model.apply_edit)
+            return self._through(self.tower, block, states, site)
 
     def _of_expert(
         self, block: int, states: Tensor, site: str | None = None
     ) -> tuple[Tensor, Tensor]:
-        return self._through(self.expert, block, states, site, lambda site, block, z: z)
+        return self._through(self.expert, block, states, site)
 
     def _through(
-        self, tower: VisionTower, block: int, states: Tensor, site: str | None, edit: Edit
+        self, tower: VisionTower, block: int, states: Tensor, site: str | None
     ) -> tuple[Tensor, Tensor]:
-        seen: list[Tensor] = []
-
-        def watch(name: str, index: int, z: Tensor) -> Tensor:
-            if name == site:
-                seen.append(z)
-            return edit(name, index, z)
-
-        with ExitStack() as stack:
-            if site in ("attention", "mlp"):
-                hook = tower.site(site, block).register_forward_hook(
-                    lambda module, args, output: seen.append(tower.site_tensor(output))
-                )
-                stack.callback(hook.remove)
+        watch = nullcontext(list[Tensor]()) if site is None else tower.watching(site, block)
+        with watch as seen:
             if block == tower.num_blocks - 1 and self._class_token_will_do:
-                out = tower.run_block_for_class_token(block, states, watch)
+                out = tower.finish(block, states[:, :1], tower.attend(block, states))
             else:
                 out = tower.run_block(block, states)
         return out, (seen[0] if seen else out)
@@ -267,12 +255,20 @@ class Sweep:
 
     @cached_property
     def _class_token_will_do(self) -> bool:
-        """Whether the last block may work on the class token alone: no edit there needs others."""
+        """Whether the last block may work on the class token alone: nothing there needs others."""
         last = self.tower.num_blocks - 1
-        return all(
-            isinstance(p.tokens, slice) and p.tokens.start == 0 and p.copies is None
+        of = {
+            site: p
             for site, p in self.model.placements.items()
-            if site != "output" and last in p.blocks
+            if SITES[site].in_blocks and last in p.blocks
+        }
+        return (
+            self.tower.can_spare(of)
+            and not self.tower.reads_patches
+            and all(
+                isinstance(p.tokens, slice) and p.tokens.start == 0 and p.copies is None
+                for p in of.values()
+            )
         )
 
     # -- processes ---------------------------------------------------------------------------------
@@ -283,7 +279,7 @@ class Sweep:
         parts = {name: self.fabric.all_gather(t) for name, t in vars(moments).items()}
         total = self._no_rows_like(moments)
         for rank in range(self.fabric.world_size):
-            total.merge(Moments(**{name: part[rank] for name, part in parts.items()}))  # type: ignore[index]
+            total.merge(Moments(**{name: part[rank] for name, part in parts.items()}))
         return total
 
     @staticmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 from fusion_bench.dataset.clip_dataset import CLIPDataset
@@ -16,8 +15,8 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
 from fusion_bench_intervmerge.errors import ConfigError
-from fusion_bench_intervmerge.task_aware import TaskAwareModel
 
+from ..host import OneTask, by_task
 from ..screen import one_line
 from .pool import read_head
 
@@ -44,7 +43,7 @@ class OpenCLIPVisionModelTaskPool(HostOpenCLIPVisionModelTaskPool):
             ValueError: the model is a repaired one that has no edits for a task.
         """
         self.processor = model.val_preprocess
-        return super().evaluate(model, **kwargs)
+        return super().evaluate(by_task(model), **kwargs)
 
     def setup(self) -> None:
         """Loads the datasets and the heads."""
@@ -72,6 +71,6 @@ class OpenCLIPVisionModelTaskPool(HostOpenCLIPVisionModelTaskPool):
         encoder: Any = classifier.image_encoder
         if is_wrapped(encoder):
             encoder = encoder.module
-        task_aware = isinstance(encoder, TaskAwareModel)
-        with encoder.for_task(task_name) if task_aware else nullcontext():
-            return super()._evaluate(classifier, test_loader, num_classes, task_name)
+        if isinstance(encoder, OneTask):
+            encoder.task = task_name
+        return super()._evaluate(classifier, test_loader, num_classes, task_name)

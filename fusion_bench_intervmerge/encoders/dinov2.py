@@ -1,0 +1,132 @@
+"""Hugging Face's DINOv2, with and without registers (arXiv 2304.07193, 2309.16588)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..schema import Count, Json, Size, Strict, checked
+from .base import VisionTower, fill
+
+
+class _Config(Strict):
+    """What a model is built from; transformers' configs take anything."""
+
+    hidden_size: Size
+    mlp_ratio: float = Field(gt=0, le=64)
+    num_hidden_layers: Count
+    num_attention_heads: Size
+    num_channels: Size
+    image_size: Size
+    patch_size: Size
+    num_register_tokens: int = Field(ge=0, le=1000)
+
+
+class _Spec(Strict):
+    family: Literal["dinov2"]
+    config: Json
+    image_size: Size
+    pooling: Literal["class", "class and patches"]
+
+
+class DINOv2Tower(VisionTower):
+    """A ``Dinov2Model`` or ``Dinov2WithRegistersModel``; there is no projection.
+
+    The sites ``attention`` and ``mlp`` are behind the layer scale: what is added to the stream.
+    Image features are what the model's user reads, behind the last layer norm: the class token, the
+    model's pooled output (``class``); of a model for image classification the class token and the
+    patches' mean side by side, which its head takes (``class and patches``).
+
+    Args:
+        model: the model, without a head.
+        image_size: of the images, if it is not the one that the position embeddings are for; they
+            are interpolated then.
+        pooling: ``class`` or ``class and patches``.
+    """
+
+    sites = {"attention": "layer_scale1", "mlp": "layer_scale2"}  # noqa: RUF012
+
+    def __init__(self, model: nn.Module, image_size: int | None = None, pooling: str = "class"):
+        super().__init__()
+        self.model: Any = model
+        config = self.config
+        self.image_size = image_size or config.image_size
+        self.pooling, self.reads_patches = pooling, pooling != "class"
+        self.prefix_tokens = 1 + getattr(config, "num_register_tokens", 0)
+        self.num_tokens = self.prefix_tokens + (self.image_size // config.patch_size) ** 2
+        self.num_blocks, self.width = config.num_hidden_layers, config.hidden_size
+        self.projection_dim = self.width * (2 if self.reads_patches else 1)
+
+    @classmethod
+    def wrap(cls, model: nn.Module, projection: nn.Linear | None = None) -> DINOv2Tower | None:
+        if getattr(getattr(model, "config", None), "model_type", None) not in _MODELS:
+            return None
+        if hasattr(model, "classifier"):
+            whole: Any = model
+            return cls(whole.base_model, pooling="class and patches")
+        return cls(model)
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    def forward(self, pixel_values: Tensor, **kwargs: object) -> Any:
+        """The model's own output."""
+        return self.model(pixel_values, **kwargs)
+
+    def embed(self, images: Tensor) -> Tensor:
+        states = self.model.embeddings(images)
+        if states.shape[1] != self.num_tokens:
+            raise ValueError(f"images of {images.shape[-1]} pixels, not {self.image_size}")
+        return states
+
+    def block(self, index: int) -> nn.Module:
+        return self.model.encoder.layer[index]
+
+    def readout(self, states: Tensor) -> Tensor:
+        if not self.reads_patches:
+            return self.output(self.model.layernorm(states[:, 0]))
+        states = self.model.layernorm(states)
+        patches = states[:, self.prefix_tokens :].mean(dim=1)
+        return self.output(torch.cat([states[:, 0], patches], dim=1))
+
+    def spec(self) -> Json:
+        config = self.config.to_diff_dict()
+        config = {k: v for k, v in config.items() if k not in ("transformers_version", "id2label")}
+        config["model_type"] = self.config.model_type
+        own = {"image_size": self.image_size, "pooling": self.pooling}
+        return {"family": self.family, "config": config, **own}
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, object]) -> DINOv2Tower:
+        import transformers
+
+        read = checked(_Spec, dict(spec), "tower")
+        given = dict(read.config)
+        name = _MODELS[str(given.pop("model_type", None))]
+        config = getattr(transformers, f"{name}Config")(**given)
+        sizes = {field: getattr(config, field, 0) for field in _Config.model_fields}
+        checked(_Config, sizes, "tower.config")
+        model = getattr(transformers, f"{name}Model")(config).eval()
+        return cls(model, read.image_size, read.pooling)
+
+    def stock_config(self) -> Json:
+        architecture = f"{_MODELS[self.config.model_type]}Model"
+        return {**self.spec()["config"], "architectures": [architecture]}
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self.model.state_dict())
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        fill(self.model, weights, "the vision model's weights file")
+
+    def stock(self) -> nn.Module:
+        return self.model
+
+
+# model type -> how transformers' classes of it begin
+_MODELS = {"dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}

@@ -1,0 +1,264 @@
+"""Merging a pool's experts: by any FusionBench method, or by coefficients of our own."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from fusion_bench import BaseModelPool
+from fusion_bench.constants import RuntimeConstants
+from fusion_bench.utils import instantiate
+from lightning import Fabric
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..cache import cache_root
+from ..encoders import VisionTower
+from ..errors import ConfigError
+from ..files import whole_file
+from ..merging import CoefficientSettings, Mixture, initial_coefficients, mix
+from ..pickles import read_tensor
+from .experts import ExpertPool
+from .hub import watched
+from .program import adopted
+
+log = logging.getLogger(__name__)
+
+
+def merge_experts(
+    pool: ExpertPool,
+    base: Any,
+    coefficients: CoefficientSettings | None,
+    fabric: Fabric,
+    program: Any = None,
+    keep: bool = True,
+) -> tuple[VisionTower, Mixture | None]:
+    """The merged encoder, and the mixture it came from where ``coefficients`` are set.
+
+    Args:
+        pool: the experts; where it has a merged model already, that is taken, and nothing merges.
+        base: config of a FusionBench method, or a method object.
+        coefficients: merge by these instead, starting from their ``init``.
+        fabric: shared with the nested method.
+        program: the running FusionBench program, or None.
+        keep: whether coefficients that AdaMerging found in an earlier run are taken.
+
+    Raises:
+        ConfigError: nothing merges, or models that do not fit each other.
+    """
+    if coefficients is not None:
+        return _by_coefficients(pool, base, coefficients, fabric, program, keep)
+    if pool.pool.has_merged:
+        log.info("the pool has a merged model: it is repaired, and `base` is not run")
+        return pool.tower("_merged_"), None
+    if base is None:
+        raise ConfigError("base", "nothing merges the experts", "a FusionBench method")
+    try:
+        model = run_base(base, pool.pool, fabric, program)
+    except (RuntimeError, ValueError, KeyError):
+        pool.check_shapes()  # the likeliest reason, and the method's own words for it are many
+        raise
+    return pool.wrap(model.to("cpu")), None
+
+
+def _by_coefficients(
+    pool: ExpertPool,
+    base: Any,
+    settings: CoefficientSettings,
+    fabric: Fabric,
+    program: Any,
+    keep: bool,
+) -> tuple[VisionTower, Mixture]:
+    tower, start = pool.tower("_pretrained_"), settings.init
+    if start == "base":
+        start = run_adamerging(base, pool.pool, fabric, program, keep)
+    tensors = len(tower.mergeable())
+    init = initial_coefficients(start, len(pool.tasks), tensors, settings.granularity)
+    try:
+        return tower, mix(tower, map(pool.tower, pool.tasks), init, settings)
+    except ConfigError:
+        pool.check_shapes()  # names the expert and the tensor
+        raise
+
+
+def run_base(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -> nn.Module:
+    """Run a nested method on a pool and return the merged model.
+
+    Args:
+        config, pool, fabric, program: as in ``run_method``.
+
+    Raises:
+        ConfigError: the config names no method, or the method gives no single model.
+    """
+    merged = run_method(config, pool, fabric, program)
+    if not isinstance(merged, nn.Module):
+        raise ConfigError(
+            "base",
+            f"it gives a {type(merged).__name__}",
+            "a method that gives one merged model",
+        )
+    return merged
+
+
+def run_method(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -> Any:
+    """Run a nested method on a pool and return what it returns.
+
+    Configs of both kinds are taken: with ``_target_``, and the older ones that FusionBench finds
+    by their ``name``.
+
+    Args:
+        config: the method's config, or a method object.
+        pool: the model pool.
+        fabric: shared with the nested method.
+        program: the running FusionBench program, or None.
+
+    Raises:
+        ConfigError: the config names no method.
+    """
+    if isinstance(config, Mapping) and not isinstance(config, DictConfig):
+        config = OmegaConf.create(dict(config))
+    if pool.has_instance_models:
+        # Methods merge into the models they are given, and these are the user's.
+        pool = copy.copy(pool)
+        pool._models = {str(n): copy.deepcopy(model) for n, model in pool._models.items()}
+    try:
+        return _run(adopted(_method(config), program, fabric), watched(pool))
+    except TypeError as error:
+        if "Tensor type mismatch" not in str(error):
+            raise
+        return _run(adopted(_method(config), program, fabric), _of_tensors(watched(pool)))
+
+
+def _method(config: Any) -> Any:
+    if not isinstance(config, DictConfig):
+        return config
+    if "_target_" in config:
+        return instantiate(config, _recursive_=config.get("_recursive_", False))
+    if "name" in config:
+        from fusion_bench.compat.method import load_algorithm_from_config
+
+        return load_algorithm_from_config(config)
+    raise ConfigError("base", "names no method", "method@method.base=task_arithmetic, ...")
+
+
+def _run(method: Any, pool: BaseModelPool) -> Any:
+    getattr(method, "on_run_start", lambda: None)()  # older methods have neither
+    found = method.run(pool)
+    getattr(method, "on_run_end", lambda: None)()
+    return found
+
+
+def _of_tensors(pool: BaseModelPool) -> BaseModelPool:
+    """The pool with models whose state dicts hold tensors, never parameters.
+
+    Some methods of fusion-bench 0.2.33 (WEMoE, Rank-one MoE, TALL masks, Frank-Wolfe) add one of
+    each, which its arithmetic of state dicts refuses: they cannot run with any pool.
+    """
+
+    def load(name: Any, *args: Any, **kwargs: Any) -> Any:
+        model = pool.load_model(name, *args, **kwargs)
+        stock = type(model)
+
+        def state_dict(self: Any, *args: Any, keep_vars: bool = False, **kwargs: Any) -> Any:
+            return stock.state_dict(self, *args, keep_vars=False, **kwargs)
+
+        # a class of its own, so that copies of the model have it too
+        model.__class__ = type(stock.__name__, (stock,), {"state_dict": state_dict})
+        return model
+
+    tensors: Any = copy.copy(pool)
+    tensors.load_model = load
+    return tensors
+
+
+def run_adamerging(
+    config: Any, pool: BaseModelPool, fabric: Fabric, program: Any, keep: bool = True
+) -> Tensor:
+    """Run one of FusionBench's AdaMerging methods for its coefficients, once.
+
+    They are kept in the cache folder, so that the runs of a study start from the same ones, and
+    none waits for what another has computed.
+
+    Args:
+        config: the method's config; the others are as in ``run_base``.
+        keep: whether coefficients of an earlier run of the same method and pool are taken.
+
+    Returns:
+        (tasks,) or (tasks, parameter tensors).
+
+    Raises:
+        ConfigError: the method does not save coefficients.
+    """
+    if not OmegaConf.is_config(config):
+        config = OmegaConf.create(dict(config or {}))
+    if "save_merging_weights" not in config:
+        raise ConfigError(
+            "coefficients.init",
+            "`base` is no AdaMerging method, so it gives no coefficients",
+            "method@method.base=adamerging/clip, a number, or a file",
+        )
+    if not keep or pool.has_instance_models:  # nothing tells one live module from another
+        return _find_coefficients(config, pool, fabric, program)
+    kept = _kept_coefficients(config, pool)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{kept}.lock"):
+        found = _read_kept(kept)
+        if found is not None:
+            log.info("AdaMerging's coefficients are those of an earlier run, %s", kept)
+            return found
+        found = _find_coefficients(config, pool, fabric, program)
+        with whole_file(kept) as temporary:
+            save_file({"coefficients": found}, temporary, {"digest": _digest(found)})
+        return found
+
+
+def _find_coefficients(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -> Tensor:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "merging_weights.pt"
+        run_base(
+            OmegaConf.merge(config, {"save_merging_weights": str(path)}), pool, fabric, program
+        )
+        return read_tensor(path)
+
+
+def _read_kept(path: Path) -> Tensor | None:
+    """Coefficients that were kept; None where there are none, or a disk has changed them."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            found, digest = file.get_tensor("coefficients"), (file.metadata() or {}).get("digest")
+    except (SafetensorError, OSError) as error:
+        log.warning("%s cannot be read (%s); the coefficients are found anew", path, error)
+        return None
+    if digest != _digest(found):
+        log.warning("%s is not as it was written; the coefficients are found anew", path)
+        return None
+    return found
+
+
+def _digest(tensor: Tensor) -> str:
+    content = f"{tuple(tensor.shape)} {tensor.dtype} ".encode() + tensor.numpy().tobytes()
+    return hashlib.sha256(content).hexdigest()
+
+
+def _kept_coefficients(config: Any, pool: Any) -> Path:
+    """The file for what a method finds on a pool: the name tells of everything it depends on."""
+    facts = [
+        OmegaConf.to_yaml(config, resolve=True),
+        *(f"{name}: {pool._models[name]}" for name in pool.all_model_names),
+        str(getattr(pool, "_test_datasets", None)),
+        version("fusion-bench"),
+        str(RuntimeConstants.debug),  # a dry run of a few steps
+    ]
+    digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:20]
+    return cache_root() / "coefficients" / f"{digest}.safetensors"

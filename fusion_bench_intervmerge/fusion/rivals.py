@@ -1,0 +1,195 @@
+"""FusionBench's own methods beside the repairs, whatever they return.
+
+Some give one encoder, some a mixture of experts, some one model a task, some a model that is told
+its task. Each becomes something that a task pool can evaluate on the same footing.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import torch
+from fusion_bench.models.modulator import ModulatedModel
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..encoders import VisionTower
+from ..errors import ConfigError
+from ..protocols import Repair, TaskConditionalModel
+from ..results import Result
+from ..settings import Settings, nested
+from .experts import ExpertPool
+from .merge import run_method
+from .program import plain
+
+
+class Storage(Settings):
+    """What a method stores beyond one model, where its modules hold more than it needs.
+
+    Args:
+        models: tensors of the model's size, in fp32.
+        bits: a task and number of the model, for masks.
+    """
+
+    models: Annotated[float, Field(ge=0, description="a number, 0 or more")] = 0.0
+    bits: Annotated[float, Field(ge=0, description="a number, 0 or more")] = 0.0
+
+    def bytes(self, numbers: int, tasks: int) -> int:
+        """Over all tasks, for a model of so many numbers."""
+        return round(numbers * (4 * self.models + tasks * self.bits / 8))
+
+
+class RivalSettings(Settings):
+    """A FusionBench method among a comparison's ``methods`` or ``rivals``.
+
+    Args:
+        method: its config.
+        storage: what it stores; by default all that its modules hold beyond one encoder.
+        passes: of an encoder, an image.
+        take: which model, of a method that gives several by name.
+    """
+
+    method: dict[str, Any]
+    storage: Annotated[Storage, nested(Storage)] | None = None
+    passes: Annotated[float, Field(gt=0, description="a number above 0")] = 1
+    take: str | None = None
+
+
+class FusionBenchMethod(Repair):
+    """Any method of FusionBench that merges CLIP vision encoders.
+
+    The merge that is repaired beside it is not used: the method starts from the experts.
+
+    Args:
+        settings: as in ``RivalSettings``.
+    """
+
+    Settings = RivalSettings
+    _program: Any = None
+    _fabric_instance: Any = None
+
+    def __init__(self, **settings: Any):
+        self.settings = RivalSettings.read(plain(settings))
+
+    def repair(self, pool: Any, merged: VisionTower) -> nn.Module:
+        """What the method returns, ready for a task pool.
+
+        Raises:
+            ConfigError: it returns no model.
+        """
+        fabric, take = self._fabric_instance, self.settings.take
+        found = run_method(self.settings.method, pool.pool, fabric, self._program)
+        if take is not None and isinstance(found, Mapping):
+            found = found.get(take)
+        one = sum(p.numel() for p in merged.mergeable().values())
+        model = as_task_conditional(found, pool)
+        if self.settings.storage is not None:
+            self._bytes = self.settings.storage.bytes(one, len(pool.tasks))
+        else:
+            self._bytes = max(0, _bytes(model) - 4 * one)
+        return model
+
+    def record(self, model: Any) -> Result:
+        return Result(
+            kind="rival",
+            extra_parameters=self._bytes // 4,
+            bytes=self._bytes,
+            needs_task=isinstance(model, TaskConditionalModel),
+            passes=float(self.settings.passes),
+        )
+
+
+def as_task_conditional(found: Any, pool: ExpertPool) -> nn.Module:
+    """A method's result as a module that a task pool evaluates.
+
+    Args:
+        found: a module; or a mapping with ``models``, one a task.
+        pool: the experts that it was made of.
+
+    Returns:
+        A ``TaskConditionalModel`` where the result depends on the task, else the module itself.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if isinstance(found, Mapping) and isinstance(found.get("models"), Mapping):
+        return ModelPerTask(found["models"], pool)
+    if isinstance(found, ModulatedModel):
+        return ToldItsTask(found, pool)
+    if isinstance(found, nn.Module):
+        return found
+    raise ConfigError("method", f"gives a {type(found).__name__}", "a model, or one a task")
+
+
+class _OneAtATime(nn.Module):
+    """Encodes for one task at a time."""
+
+    def __init__(self, tasks: Sequence[str]):
+        super().__init__()
+        self._tasks = list(tasks)
+
+    @property
+    def tasks(self) -> list[str]:
+        return self._tasks
+
+    @abstractmethod
+    def tower_for(self, task: str) -> VisionTower:
+        """The task's encoder."""
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, task: str | Sequence[str] | None = None) -> Tensor:
+        """Image features (batch, projection_dim) for a task.
+
+        Raises:
+            ValueError: not one task of the model's.
+        """
+        if not isinstance(task, str) or task not in self._tasks:
+            raise ValueError(f"{task!r} is none of the model's tasks: {', '.join(self._tasks)}")
+        return self.tower_for(task).to(images.device).features(images)
+
+    def extra_parameters(self) -> dict[str, Any]:
+        """All that the modules hold beyond one encoder."""
+        one = sum(p.numel() for p in self.tower_for(self._tasks[0]).mergeable().values())
+        return {"total": sum(p.numel() for p in self.parameters()) - one}
+
+
+class ModelPerTask(_OneAtATime):
+    """One encoder a task.
+
+    Args:
+        models: task -> vision model.
+        pool: the experts that they were made of.
+    """
+
+    def __init__(self, models: Mapping[str, nn.Module], pool: ExpertPool):
+        super().__init__(pool.tasks)
+        towers = [pool.wrap(models[task]).requires_grad_(False).eval() for task in pool.tasks]
+        self.towers = nn.ModuleList(towers)
+
+    def tower_for(self, task: str) -> VisionTower:
+        return self.towers[self._tasks.index(task)]  # type: ignore[return-value]
+
+
+class ToldItsTask(_OneAtATime):
+    """FusionBench's ``ModulatedModel``, whose weights become a task's own in place.
+
+    Args:
+        model: the model.
+        pool: the experts that it was made of.
+    """
+
+    def __init__(self, model: Any, pool: ExpertPool):
+        super().__init__(pool.tasks)
+        self.model = model
+        self.tower = pool.wrap(model.backbone).requires_grad_(False).eval()
+
+    def tower_for(self, task: str) -> VisionTower:
+        self.model.set_task(task)
+        return self.tower
+
+
+def _bytes(model: nn.Module) -> int:
+    tensors = (*model.parameters(), *model.buffers())  # each of them once
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

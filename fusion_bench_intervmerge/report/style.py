@@ -1,0 +1,412 @@
+"""What every figure shares: colours, blank panels, axes, labels that do not collide, file formats.
+
+Figures are drawn through matplotlib's objects, never through pyplot's global state. A colour is
+one hex value, which a page replaces by a CSS variable: the same drawing is right in light and dark.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import itertools
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
+
+from .formatting import count, readable
+from .runs import Row
+
+INK, MUTED, GRID, SURFACE = "#1c2127", "#5c6670", "#dde1e6", "#fffffe"
+# Okabe and Ito's colours: told apart by people of any colour vision, and each has its own marker.
+HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b4c9a")
+ACCENT = HUES[0]
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+_TINTS = (1.0, 0.6, 0.42)
+WIDE, NARROW = 7.2, 3.7  # a page shows the one or the other
+_BROAD = 10.2  # where three panels stand side by side
+DASHES = (0, (4, 3))
+# where labels are tried: distances in points, and ways (right, up)
+_RINGS = (8, 12, 17, 24, 33, 44, 58)
+_WAYS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, -1), (-1, 1), (1, 1), (-1, -1))
+# behind text that may lie over grid lines
+PLATE = {"facecolor": SURFACE, "edgecolor": "none", "pad": 0.6}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The figures' look, for the time of a block."""
+    with mpl.rc_context(fname=Path(__file__).with_name("report.mplstyle")):
+        yield
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a method is drawn: its name for people, colour, marker and family."""
+
+    label: str
+    colour: str
+    marker: str
+    family: str = ""
+
+    @property
+    def point(self) -> dict[str, Any]:
+        """Of a point among others."""
+        size: dict[str, Any] = {"mec": SURFACE, "mew": 0.6, "ms": 5.8}
+        if self.family == "merged":  # a ring
+            size = {"mfc": SURFACE, "mew": 1.3, "ms": 5.5}
+        elif self.family == "expert":
+            size = {"mew": 1.8, "ms": 10}
+        return {"marker": self.marker, "color": self.colour, "ls": "", **size}
+
+    def handle(self, **line: Any) -> Line2D:
+        """In a legend."""
+        return Line2D([], [], label=self.label, **(line or self.point))
+
+
+MERGED, EXPERT = Look("merged", MUTED, "o", "merged"), Look("experts", INK, "|", "expert")
+
+
+class Palette(dict[str, Look]):
+    """Every method's look, of (name, label, family, size): a hue a family, a tint a size."""
+
+    def __init__(self, methods: Iterable[tuple[str, str, str, float]]):
+        super().__init__({"merged": MERGED, "expert": EXPERT})
+        # the first hue is the package's own method's
+        ordered = sorted(methods, key=lambda method: not method[0].startswith("intervmerge"))
+        families: dict[str, dict[str, tuple[str, float]]] = {}
+        for name, label, family, size in ordered:
+            families.setdefault(family, {}).setdefault(name, (label, size))
+        for hue, (family, members) in enumerate(families.items()):
+            for tint, name in enumerate(sorted(members, key=lambda name: -members[name][1])):
+                colour = _tinted(hue % len(HUES), min(tint, len(_TINTS) - 1))
+                self[name] = Look(members[name][0], colour, _MARKERS[hue % len(HUES)], family)
+        self.hues = len(families)
+
+    def __missing__(self, name: str) -> Look:
+        """Of a model that the results do not describe."""
+        hue = self.hues % len(HUES)
+        self[name], self.hues = Look(readable(name), HUES[hue], _MARKERS[hue], name), self.hues + 1
+        return self[name]
+
+    def families(self, names: Iterable[str]) -> list[list[str]]:
+        """The names, those of one family together, the smallest first."""
+        found: dict[str, list[str]] = {}
+        for name in sorted({name: self[name] for name in names}, key=list(self).index):
+            found.setdefault(self[name].family, []).insert(0, name)
+        return list(found.values())
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What a figure is drawn for: a width in inches, and the methods' looks."""
+
+    width: float
+    palette: Palette
+    INK, MUTED, GRID, SURFACE, PLATE = INK, MUTED, GRID, SURFACE, PLATE
+    readable = staticmethod(readable)
+
+    @property
+    def wide(self) -> bool:
+        """Whether panels have room beside each other."""
+        return self.width >= WIDE
+
+    def panels(
+        self,
+        number: int = 1,
+        high: float = 3.2,
+        more: float = 0,
+        columns: tuple[int, int] = (1, 3),
+        **shared: Any,
+    ) -> Panels:
+        """A blank figure of ``number`` panels.
+
+        Args:
+            high, more: inches of a line of panels, and more for all together.
+            columns: at most so many where it is narrow, and where it is wide.
+            shared: as ``Figure.subplots`` takes it.
+        """
+        beside = min(number, columns[self.wide])
+        lines = math.ceil(number / beside)
+        width = _BROAD if beside > 2 and columns == (1, 3) else self.width
+        layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.03, hspace=0.05)
+        figure = Figure(figsize=(width, high * lines + more), dpi=100, layout=layout)
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(lines, beside, squeeze=False, **shared).flat
+        for spare in axes[number:]:
+            spare.remove()
+        return Panels(figure, list(axes[:number]), beside)
+
+    def dots(
+        self,
+        shown: Mapping[str, pd.DataFrame],
+        deviations: Mapping[str, pd.DataFrame] | None = None,
+        percent: Collection[str] = (),
+        merged: str = "merged",
+    ) -> Figure:
+        """Rows of tasks, a point an encoder, and a bar from the lowest to the highest.
+
+        Args:
+            shown: a panel's title -> values; a row a task, the last one their mean; a column an
+                encoder: ``merged`` (called so in the legend), methods, ``expert``.
+            deviations: the same of standard deviations; the methods stand above each other then.
+            percent: titles of the panels of percentages.
+        """
+        names = list(dict.fromkeys(itertools.chain.from_iterable(shown.values())))
+        methods = [name for name in names if name not in ("merged", "expert")]
+        spread = 0.5 / max(len(methods) - 1, 1) if len(methods) > 2 else 0.16
+        rows = list(next(iter(shown.values())).index)
+        high = max(0.27, 0.09 * len(methods)) * len(rows) + 0.7
+        panels = self.panels(len(shown), high, 0.35, sharex=deviations is not None)
+        y = np.arange(len(rows)) + 0.35 * (np.arange(len(rows)) == len(rows) - 1)
+        for (title, values), panel in zip(shown.items(), panels.axes, strict=True):
+            panels.rows(panel, y, rows)
+            panel.axhline(y[-1] - 0.68, color=GRID, lw=0.8)
+            panel.get_yticklabels()[-1].set_fontweight("bold")
+            panel.hlines(y, values.min(axis=1), values.max(axis=1), color=GRID, lw=2.5, zorder=1)
+            for name in values:
+                look, at = self.palette[name], y
+                if deviations is not None and name in methods:
+                    at = y + spread * (methods.index(name) - (len(methods) - 1) / 2)
+                    low, high = (values[name] + s * deviations[title][name] for s in (-1, 1))
+                    panel.hlines(at, low, high, color=look.colour, lw=1.1)
+                panel.plot(values[name], at, **look.point, zorder=2 + (name in methods))
+            panel.set_title(title)
+            if title in percent:
+                panels.percent(panel.xaxis, 4 if panels.columns > 2 else 6)
+        looks = {**self.palette, "merged": replace(MERGED, label=merged)}
+        return panels.finish([looks[name].handle() for name in names])
+
+    def curves(self, curves: Mapping[str, pd.DataFrame], x: str, y: str) -> Figure:
+        """Every encoder's curve along the index, a panel a column after one of their mean.
+
+        ``x`` and ``y`` name the axes; heights are distances, or percentages of accuracy, agreement.
+        """
+        tasks = list(next(iter(curves.values())))
+        means = {name: values.mean(axis=1) for name, values in curves.items()}
+        titles = ["mean over tasks", *map(readable, tasks)] if len(tasks) > 1 else [""]
+        high, more = (1.55, 0.65) if len(titles) > 1 else (3.2, 0.0)
+        panels = self.panels(len(titles), high, more, (2, 3), sharex=True, sharey=True)
+        lines: dict[str, dict[str, Any]] = {
+            name: {"color": self.palette[name].colour, "lw": 1.4, "ms": 2.8}
+            | {"marker": "o" if len(values) <= 50 else ""}
+            # over the others: a repair of the image features leaves every block as it was
+            | ({"ls": (0, (2, 1.5)), "zorder": 3} if name == "merged" else {})
+            for name, values in curves.items()
+        }
+        for i, (title, panel) in enumerate(zip(titles, panels.axes, strict=True)):
+            for name, values in curves.items():
+                panel.plot(values[tasks[i - 1]] if i else means[name], **lines[name])
+            panels.title(panel, title, bold=i == 0)
+            panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            panel.tick_params(labelbottom=True)
+        if y in ("accuracy", "agreement"):
+            panels.percent(panels.axes[0].yaxis)
+        else:
+            panels.axes[0].set_ylim(bottom=0)  # of all: once every curve is there
+        panels.named(x, y)
+        handles = [self.palette[name].handle(**line) for name, line in lines.items()]
+        return panels.finish(handles, gap=0.6)
+
+
+@dataclass(frozen=True)
+class Panels:
+    """A figure and its panels, row by row, so many ``columns`` side by side."""
+
+    figure: Figure
+    axes: list[Axes]
+    columns: int
+
+    def named(self, x: str, y: str) -> None:
+        """Axis names, once for all panels."""
+        if len(self.axes) == 1:
+            self.axes[0].set(xlabel=x, ylabel=y)
+        else:
+            self.figure.supxlabel(x, fontsize=8.5, color=MUTED)
+            self.figure.supylabel(y, fontsize=8.5, color=MUTED)
+
+    def rows(self, panel: Axes, heights: Sequence[float], labels: Sequence[str]) -> None:
+        """Horizontal lines, named by the first panel of each line of panels."""
+        first = self.axes.index(panel) % self.columns == 0
+        panel.set_yticks(heights, list(map(readable, labels)) if first else [""] * len(labels))
+        panel.set_ylim(heights[-1] + 0.6, -0.6)
+        panel.tick_params(axis="y", labelcolor=INK)
+        panel.tick_params(axis="x", length=0, labelbottom=True)
+        panel.grid(axis="y", visible=False)
+        panel.grid(axis="x", visible=True)
+        panel.spines["bottom"].set_visible(False)
+
+    @staticmethod
+    def title(panel: Axes, text: str, bold: bool = False) -> None:
+        """A small one."""
+        panel.set_title(text, fontsize=8.5, weight="bold" if bold else "normal")
+
+    @staticmethod
+    def percent(axis: Axis, ticks: int = 6, integer: bool = False) -> None:
+        """An axis whose numbers are percentages."""
+        axis.set_major_formatter("{x:g}%")
+        axis.set_major_locator(MaxNLocator(ticks, integer=integer, steps=(1, 2, 2.5, 5, 10)))
+
+    @staticmethod
+    def reference(panel: Axes, row: Row, of: str = "average", text: bool = True) -> None:
+        """A line at the merge's accuracy (dashed, its name below), or the experts' (name above)."""
+        merge, value = row.kind == "merge", 100 * row.mean[of]
+        colour, down = (MUTED, -4) if merge else (INK, 4)
+        panel.axhline(value, color=colour, lw=1.1, ls=DASHES if merge else "-", zorder=1)
+        if text:
+            panel.annotate(f"{row.label}  {value:.1f}", (0, value), xytext=(3, down), fontsize=8,
+                           xycoords=("axes fraction", "data"), textcoords="offset points",
+                           va="top" if merge else "bottom", color=colour, bbox=PLATE)  # fmt: skip
+
+    def finish(self, handles: Sequence[Line2D] = (), gap: float = 0.2) -> Figure:
+        """A legend above the panels, in as many columns as fit, and the layout settled.
+
+        Labels can then be placed in pixels, and the figure is written quickly, however often.
+        """
+        if handles:
+            longest = max(len(str(handle.get_label())) for handle in handles)
+            width = self.figure.get_figwidth() * 72 - 100 * gap + 20
+            columns = max(1, min(len(handles), int(width / (4.6 * longest + 32))))
+            self.figure.legend(handles=handles, loc="outside upper left", ncols=columns,
+                               frameon=False, handletextpad=gap, columnspacing=1.4,
+                               borderpad=0.1)  # fmt: skip
+        self.figure.draw_without_rendering()
+        self.figure.set_layout_engine("none")
+        return self.figure
+
+
+def number_axis(panel: Axes, ticks: Sequence[float], log: bool, words: Any = "{x:g}") -> None:
+    """An axis with these ticks and no others."""
+    panel.set_xscale("log" if log else "linear")
+    panel.xaxis.set_major_locator(FixedLocator(ticks))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(words)
+
+
+def parameter_axis(panel: Axes, values: Iterable[float]) -> None:
+    """A log axis of parameter counts, with a few round ticks around the values."""
+    low, high = np.log10([min(values), max(values)])
+    margin = max(0.25 * (high - low), 0.35)
+    left, right = 10 ** (low - margin), 10 ** (high + margin)
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [s * 10.0**e for e in range(-1, 16) for s in steps if left <= s * 10.0**e <= right]
+        if len(ticks) <= 6:
+            break
+    number_axis(panel, ticks, True, FuncFormatter(lambda v, _: count(v).replace(".0", "")))
+    panel.set_xlim(left, right)
+
+
+def label_points(panel: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write labels (x, y, name, rest) beside points, clear of points, lines and each other.
+
+    The panel has its final limits and position, and all that the labels must not cover. Places lie
+    on rings around a point; the nearest that covers least is taken.
+    """
+    pixel, frame = panel.figure.dpi / 72, panel.get_window_extent()
+    lines = [line.get_transform().transform_path(line.get_path()) for line in panel.lines]
+    for bars in panel.collections:
+        lines += [bars.get_transform().transform_path(path) for path in bars.get_paths()]
+    anchors = panel.transData.transform([label[:2] for label in labels])
+    taken = [text.get_window_extent() for text in panel.texts if text.get_text()]
+    taken += [Bbox([anchor, anchor]).padded(6 * pixel) for anchor in anchors]
+
+    def cost(box: Bbox) -> float:
+        inside = frame.contains(*box.min) and frame.contains(*box.max)
+        across = sum(path.intersects_bbox(box, filled=False) for path in lines)
+        return 20 * box.padded(2).count_overlaps(taken) + 6 * across + 50 * (not inside)
+
+    for (x, y, *words), anchor in zip(labels, anchors, strict=True):
+        notes = [
+            panel.annotate(word, (x, y), xytext=(0, 0), textcoords="offset points", bbox=PLATE,
+                           annotation_clip=False, in_layout=False, color=colour, zorder=7 - i,
+                           fontsize=8 - i / 2, weight=weight)
+            for i, (word, colour, weight) in enumerate(
+                zip(words, (INK, MUTED), ("bold", "normal"), strict=True))
+        ]  # fmt: skip
+        extents = [note.get_window_extent() for note in notes]
+        width, height = max(box.width for box in extents), sum(box.height for box in extents)
+        places = []
+        for ring, (right, up) in itertools.product(_RINGS, _WAYS):
+            r = ring * pixel * (0.75 if right and up else 1)
+            x0, y0 = anchor[0] + r * right, anchor[1] + r * up
+            x0, y0 = x0 + width * (right - 1) / 2, y0 + height * (up - 1) / 2
+            places.append((Bbox.from_bounds(x0, y0, width, height), right, r * right / pixel))
+        costs = [cost(box) + 0.3 * i for i, (box, *_) in enumerate(places)]
+        box, side, at = places[int(np.argmin(costs))]
+        taken.append(box)
+        (left, bottom), (right, top) = (box.get_points() - anchor) / pixel
+        for note, height in zip(notes, ((bottom + top) / 2, bottom), strict=True):
+            note.set(ha={1: "left", 0: "center", -1: "right"}[side], position=(at, height))
+        near = np.clip(0, (left, bottom), (right, top))
+        if np.hypot(*near) > 14:
+            arrow = {"arrowstyle": "-", "color": MUTED, "lw": 0.6, "shrinkA": 1, "shrinkB": 5}
+            panel.annotate("", (x, y), xytext=tuple(near), textcoords="offset points", zorder=2,
+                           arrowprops=arrow)  # fmt: skip
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as PNG, sharp enough for a slide."""
+    return _written(figure, "png", dpi=220)
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as an SVG file on a white ground."""
+    return _written(figure, "svg", metadata={"Date": None}).decode()
+
+
+def to_inline_svg(figure: Figure, name: str, alternative: str) -> str:
+    """The figure as an ``<svg>`` element whose colours are the page's.
+
+    Its ids begin with ``name``, which is unique in the page; ``alternative`` says what it shows.
+    """
+    figure.patch.set_alpha(0)
+    svg = to_svg(figure)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)
+    for colour, variable in _variables().items():
+        svg = svg.replace(colour, variable)
+    # drawn as wide as the page allows, up to a size at which its text is as large as the page's
+    size = f'style="max-width: {round(118 * figure.get_figwidth())}px"'
+    head, rest = svg.split(">", 1)
+    head = re.sub(r' (width|height|version)="[^"]*"', "", head)
+    label = html.escape(alternative, quote=True)
+    return f'{head} role="img" aria-label="{label}" {size}>{rest}'
+
+
+def _written(figure: Figure, kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    with style():
+        figure.savefig(stream, format=kind, **options)
+    return stream.getvalue()
+
+
+def _tinted(hue: int, tint: int) -> str:
+    red, green, blue = (1 - _TINTS[tint] * (1 - part) for part in to_rgb(HUES[hue]))
+    return to_hex((red, green, blue))
+
+
+def _variables() -> dict[str, str]:
+    """Hex colour -> what the page writes in its place."""
+    names = {INK: "ink", MUTED: "muted", GRID: "line", SURFACE: "surface"}
+    found = {colour: f"var(--{name})" for colour, name in names.items()}
+    for hue, (tint, share) in itertools.product(range(len(HUES)), enumerate(_TINTS)):
+        plain = f"var(--hue-{hue})"
+        mixed = f"color-mix(in srgb, {plain} {share:.0%}, var(--surface))"
+        found[_tinted(hue, tint)] = plain if tint == 0 else mixed
+    return found

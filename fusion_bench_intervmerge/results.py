@@ -1,0 +1,165 @@
+"""What a run found, as data: one layout for repairs, comparisons and saved models evaluated later.
+
+``intervmerge.json`` in a run's folder holds a ``Results``. FusionBench evaluates the models after
+the run has written it, so accuracies stand beside it, in ``program_report.json``. Nothing in it is
+a sentence: words are made where something is shown.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from .errors import ConfigError
+from .files import write_json
+from .schema import checked
+
+VERSION: Literal[1] = 1
+FILE = "intervmerge.json"
+
+
+class Record(BaseModel):
+    """Plain data: no unknown key, nothing converted."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class Images(Record):
+    """Unlabelled images that edits were found on.
+
+    Attributes:
+        split, fraction, at_most: which split, what share of it, and at most how many a task.
+        solved: whether edits were solved on them in closed form.
+        steps, batch_size: of the training, a task; no steps: not trained.
+        seed: decides which images of the split, and their order.
+        transductive: whether results are measured on the very same split.
+        tasks: of which tasks they are; empty: of all.
+    """
+
+    split: str
+    fraction: float = 1.0
+    at_most: int | None = None
+    solved: bool = False
+    steps: int = 0
+    batch_size: int | None = None
+    seed: int | None = None
+    transductive: bool = False
+    tasks: list[str] = []
+
+    def in_words(self, seed: bool = True) -> str:
+        """``10% of the validation split, unlabelled, 200 steps of 16 images a task, seed 0``."""
+        which = f"{self.fraction:.0%} of the {self.split} split"
+        if self.at_most is not None:
+            which += f", at most {self.at_most} images a task"
+        how = ["solved in closed form"] * self.solved
+        if self.steps:
+            how.append(f"{self.steps} steps of {self.batch_size} images a task")
+        text = f"{which}, unlabelled, {', then '.join(how) or 'not trained'}"
+        text = f"{', '.join(self.tasks)}: {text}" if self.tasks else text
+        return f"{text}, seed {self.seed}" if seed and self.seed is not None else text
+
+
+class Result(Record):
+    """One model of a run.
+
+    Attributes:
+        kind: what it is. A ``rival`` is anything else than a repair that answers for a task.
+        base: name of the merge; None for what comes from none.
+        method: name of the repair or rival, as the run's configuration has it.
+        seed: the repair's.
+        rank: of its edits, where all have the same; None: they differ, or there are none.
+        budget: extra parameters over all tasks that were given out as ranks.
+        settings: of the method, as the run read them.
+        extra_parameters: what inference needs beyond one merged model, over all tasks; ``_folded``
+            after folding, ``_by_task`` as trained.
+        bytes: the same in bytes, as saved.
+        passes: of an encoder, an image.
+        needs_task: whether someone has to tell the task of an image.
+        labels: labelled images a task that it was made with.
+        images: what the edits were found on; several where tasks joined later, none: not known.
+        images_seen: task -> how many these were.
+        seconds: wall-clock time of merging or repairing; ``seconds_by_part`` what of it took long.
+        resumed_at: the step at which a training that had been stopped went on.
+        final_loss: the last step's, mean over tasks.
+        features: task -> ``bias_before``, ``bias_after`` (mean L1 to the expert's features) and
+            perhaps ``agreement_before``, ``agreement_after`` (shares of equal predictions).
+        losses: task -> the loss at each step.
+    """
+
+    kind: Literal["pretrained", "merge", "repair", "rival", "experts"]
+    base: str | None = None
+    method: str | None = None
+    seed: int | None = None
+    rank: int | None = None
+    budget: int | None = None
+    settings: dict[str, Any] = {}
+    extra_parameters: int | None = None
+    extra_parameters_folded: int | None = None
+    extra_parameters_by_task: dict[str, int] = {}
+    bytes: int | None = None
+    passes: float | None = None
+    needs_task: bool | None = None
+    labels: int | None = None
+    images: list[Images] = []
+    images_seen: dict[str, int] = {}
+    seconds: float | None = None
+    seconds_by_part: dict[str, float] = {}
+    resumed_at: int | None = None
+    final_loss: float | None = None
+    features: dict[str, dict[str, float]] = {}
+    losses: dict[str, list[float]] = {}
+
+    @property
+    def transductive(self) -> bool | None:
+        """Whether any of its images are of the split that it is tested on; None: not known."""
+        return any(images.transductive for images in self.images) if self.images else None
+
+
+class Results(Record):
+    """What a run found.
+
+    Attributes:
+        version: of this layout.
+        tasks: in the pool's order.
+        models: every model by the name under which FusionBench reports its accuracies.
+        problems: what did not run -> why, in a line.
+    """
+
+    version: Literal[1] = VERSION
+    tasks: list[str]
+    models: dict[str, Result]
+    problems: dict[str, str] = {}
+
+    def write(self, folder: str | Path | None) -> None:
+        """Write ``intervmerge.json``; None: nowhere."""
+        if folder is not None:
+            content = {"version": self.version, **self.model_dump(exclude_defaults=True)}
+            write_json(Path(folder) / FILE, content)
+
+
+def parse_results(content: Any, where: str) -> Results:
+    """The results that a file holds.
+
+    Args:
+        content: the file's JSON value.
+        where: the file, for errors.
+
+    Raises:
+        ConfigError: another version, or what does not fit, in one line.
+    """
+    version = content.get("version") if isinstance(content, dict) else None
+    if version != VERSION:
+        found = "no version of the results" if version is None else f"version {version!r:.20}"
+        raise ConfigError(where, f"holds {found}", f"version {VERSION}; run it again to have it")
+    return checked(Results, content, where)
+
+
+def in_words(images: Any) -> str:
+    """The images of a saved model's metadata in words; what are words already stays."""
+    if not isinstance(images, list):
+        return str(images)
+    return "; ".join(
+        one if isinstance(one, str) else checked(Images, one, "images").in_words() for one in images
+    )

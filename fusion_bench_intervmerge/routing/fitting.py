@@ -1,0 +1,81 @@
+"""``fit_router``: a router for a model, from unlabelled images of each task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..errors import ConfigError, named
+from ..images import choose_images, read_images
+from .passes import read
+from .reading import Reading
+from .routers import Router, router_class
+from .settings import RouterSettings, read_settings
+
+if TYPE_CHECKING:
+    from ..model import InterventionModel
+
+BATCH = 64
+
+
+@torch.no_grad()
+def fit_router(
+    model: InterventionModel,
+    images: Mapping[str, Dataset],
+    settings: RouterSettings | Mapping[str, Any] | str | None = None,
+    *,
+    seed: int = 0,
+    num_workers: int = 0,
+) -> Router:
+    """Give a model a router, or add tasks to the one that it has.
+
+    Nothing is trained and no label is read; an image costs less than a forward pass.
+
+    Args:
+        model: the model; it keeps the router as ``model.router``.
+        images: task -> dataset of pixel values, or of (pixel values, anything).
+        settings: as the method's config file says them, or a router's name. None: where the model
+            has a router, these tasks are added to it, and the others stay to the bit; where it has
+            none, the defaults.
+        seed: which images of a dataset are taken, the same ones as for edits of that seed.
+        num_workers: processes that decode images.
+
+    Returns:
+        The router.
+
+    Raises:
+        ConfigError: a setting that does not fit, a task without two images, or none of the model's.
+        ValueError: a task that the model does not have.
+    """
+    with named("router"):
+        router = model.router if settings is None else None
+        chosen = read_settings({} if settings is None else settings)
+        chosen = chosen if router is None else router.settings
+        if not images:
+            raise ConfigError("", "there are no images", "some of a task or more")
+        rows: dict[str, Tensor] = {}
+        for task, data in images.items():
+            model.check_task(task)
+            available = len(data)  # type: ignore[arg-type]
+            if available < 2:
+                raise ConfigError("images", f"task {task!r} has {available}", "2 or more")
+            found = choose_images(task, available, at_most=chosen.images, seed=seed)
+            keys = [(task, index) for index in found]
+            batches = [keys[start : start + BATCH] for start in range(0, len(keys), BATCH)]
+            rows[task] = torch.cat(
+                [
+                    read(model, batch.to(model.device))[2]
+                    for batch in read_images({task: data}, batches, num_workers)
+                ]
+            )
+        if router is None:
+            reading = Reading.fit(torch.cat(list(rows.values())), chosen.dims)
+            router = router_class(chosen.name)(reading, chosen)
+        for task, of in rows.items():
+            router.add(task, of)
+    model.router = router
+    return router

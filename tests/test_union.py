@@ -1,0 +1,237 @@
+"""One stream of all tasks' images in one label space, and the router that a run fits for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import hf_tower
+from fusion_bench.utils import instantiate
+from PIL import Image
+from test_command import compose, in_process
+from torch import nn
+
+from fusion_bench_intervmerge import InterventionModel
+from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.fusion.corruption import Corrupted, StreamSettings
+from fusion_bench_intervmerge.fusion.union import Stream, Tally, measure
+
+ROOT = Path(__file__).parents[1]
+UNIONS = sorted(p.stem for p in (ROOT / "config" / "taskpool").glob("[!_]*_union.yaml"))
+CPU = torch.device("cpu")
+
+# Features are the images themselves: two classes of task ``a``, then three of ``b``.
+HEADS = {"a": lambda x: x[:, :2], "b": lambda x: x[:, 2:]}
+
+
+def one_hot(*classes: int) -> torch.Tensor:
+    return torch.eye(5)[list(classes)]
+
+
+class Told(nn.Module):
+    """Answers for the task that it is told, by nothing else than the image."""
+
+    def __init__(self, told=None):
+        super().__init__()
+        self.told, self.router = told, None if told is None else object()
+
+    tasks = ("a", "b")
+
+    def encode(self, images, task=None):
+        return images
+
+    def route(self, images):
+        return self.told[: len(images)]
+
+    def extra_parameters(self):
+        return {"total": 0}
+
+
+def batch(classes, of, labels):
+    return iter([(one_hot(*classes), torch.tensor(of), torch.tensor(labels))])
+
+
+def test_what_counts_as_right():
+    # images of class 0 of a; 1 of a, that looks like 4; 0 of b; 2 of b; 2 of b
+    stream = [0, 4, 2, 4, 4], [0, 0, 1, 1, 1], [0, 1, 0, 2, 2]
+    found = measure(Told(["a", "b", "a", "b", None]), HEADS, batch(*stream), CPU)
+    assert found["a"]["given"] == 0.5 and found["b"]["given"] == 1
+    assert found["a"]["routed"] == 0.5  # the second was taken for b
+    assert found["b"]["routed"] == pytest.approx(1 / 3)  # one taken for a, one refused
+    assert found["a"]["union"] == 0.5 and found["b"]["union"] == 1
+    assert found["a"]["routing"] == 0.5 and found["b"]["routing"] == pytest.approx(1 / 3)
+    assert found["confusion"] == {"a": {"a": 1, "b": 1}, "b": {"a": 1, "b": 1, "none": 1}}
+    assert found["average"]["given"] == 0.75
+    assert [found["a"]["accuracy"], found["b"]["accuracy"]] == [0.5, pytest.approx(1 / 3)]
+
+
+def test_a_model_that_asks_for_no_task_is_told_none():
+    found = measure(lambda x: x, HEADS, batch([0, 4, 2], [0, 0, 1], [0, 1, 0]), CPU)
+    assert found["average"] == {"accuracy": 0.75, "union": 0.75, "routing": 0.75}
+    assert found["confusion"] == {"a": {"a": 1, "b": 1}, "b": {"b": 1}}
+
+
+def test_a_model_without_a_router_has_the_number_of_the_task_given():
+    found = measure(Told(), HEADS, batch([0, 4, 2], [0, 0, 1], [0, 1, 0]), CPU)
+    assert found["average"] == {"accuracy": 0.75, "given": 0.75} and "confusion" not in found
+
+
+def test_a_task_that_was_not_seen_has_no_number():
+    found = measure(lambda x: x, HEADS, batch([2], [1], [0]), CPU)
+    assert set(found) == {"b", "average", "confusion"} and found["average"]["union"] == 1
+    assert Tally(["a"]).images.tolist() == [0]
+
+
+def test_the_stream_holds_every_image_once_in_mixed_order():
+    data = {task: [(torch.zeros(1), i) for i in range(20)] for task in ("a", "b")}
+    stream = Stream(data, seed=0)
+    items = [(of, label) for _, of, label in (stream[i] for i in range(len(stream)))]
+    assert sorted(items) == [(of, i) for of in (0, 1) for i in range(20)]
+    assert 4 < sum(of for of, _ in items[:20]) < 16
+    assert stream.keys == Stream(data, seed=0).keys != Stream(data, seed=1).keys
+
+
+# -- spoilt images ---------------------------------------------------------------------------------
+
+
+def picture() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(64, 192, (32, 32, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("corruption", ["noise", "blur"])
+def test_spoilt_images_are_the_same_every_time(corruption):
+    data = [{"image": picture(), "label": 3}, (picture(), 4)]
+    distances = []
+    for severity in range(1, 6):
+        settings = StreamSettings(corruption=corruption, severity=severity)
+        spoilt = Corrupted(data, "a", settings)
+        first, second = spoilt[0], spoilt[1]
+        assert (first["label"], second["label"], len(spoilt)) == (3, 4, 2)
+        assert np.array_equal(first["image"], Corrupted(data, "a", settings)[0]["image"])
+        away = np.asarray(first["image"], float) - np.asarray(data[0]["image"], float)
+        distances.append(np.abs(away).mean())
+        same = np.array_equal(first["image"], second["image"])
+        assert same == (corruption == "blur")  # noise is each image's own
+    assert distances == sorted(distances) and distances[0] > 1
+
+
+# -- the configs -----------------------------------------------------------------------------------
+
+
+def test_every_named_pool_has_its_stream():
+    named = {p.stem for p in (ROOT / "config" / "taskpool").glob("*.yaml")} - set(UNIONS)
+    assert {f"{name}_union" for name in named if not name.startswith("_")} == set(UNIONS)
+
+
+@pytest.mark.parametrize("name", UNIONS)
+def test_the_stream_is_of_the_pools_own_tasks(name):
+    pool = name.removesuffix("_union")
+    config = compose(f"modelpool={pool}", f"taskpool={name}", "taskpool.corruption=noise")
+    plain = compose(f"modelpool={pool}", f"taskpool={pool}").taskpool
+    assert config.taskpool.test_datasets == plain.test_datasets
+    family = "OpenCLIP" if name.startswith("openclip") else "CLIP"
+    assert config.taskpool._target_.endswith(f".union.Union{family}VisionModelTaskPool")
+    assert (config.taskpool.corruption, config.taskpool.severity) == ("noise", 3)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("corruption=rain", "taskpool.corruption: 'rain'; allowed: null, noise, blur"),
+        ("severity=6", "taskpool.severity: 6; allowed: a whole number, 1 to 5"),
+        ("stream_seed=-1", "taskpool.stream_seed: -1; allowed"),
+    ],
+)
+@pytest.mark.parametrize("family", ["clip", "openclip"])
+def test_a_setting_that_does_not_fit(family, override, said):
+    name = f"{family}-vit-tiny_TA8"
+    config = compose(f"modelpool={name}", f"taskpool={name}_union", f"taskpool.{override}")
+    with pytest.raises(ConfigError) as error:
+        instantiate(config.taskpool, _recursive_=False)
+    assert str(error.value).startswith(said)
+
+
+def test_both_families_give_one_report(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reports = []
+    for family in ("clip", "openclip"):
+        name = f"{family}-vit-tiny_TA8"
+        more = ["taskpool.corruption=noise", "+taskpool.fast_dev_run=true"]
+        config = compose(f"modelpool={name}", f"taskpool={name}_union", *more)
+        pool = instantiate(config.modelpool)
+        task_pool = instantiate(config.taskpool, _recursive_=False)
+        reports.append(task_pool.evaluate(pool.load_model("digits")))
+    assert sum(sum(row.values()) for row in reports[0]["confusion"].values()) == 128
+    for report in reports:
+        del report["model_info"]
+    assert reports[0] == reports[1]
+
+
+# -- a run -----------------------------------------------------------------------------------------
+
+QUICK = ["method=intervmerge/closed_form", "method.data.images=24", "method.data.split=validation"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("union")
+    in_process(
+        *QUICK,
+        "method.router=gaussian",
+        "method.save_to='{log_dir}/model'",
+        "modelpool=clip-vit-tiny_TA8",
+        "modelpool.tasks=[digits,counting,gratings]",
+        "taskpool=clip-vit-tiny_TA8_union",
+        *(f"~taskpool.test_datasets.{task}" for task in
+          ("letters", "shapes", "positions", "colours", "textures")),
+        "taskpool.dataloader_kwargs.batch_size=360",
+        "fast_dev_run=true",
+        folder=folder,
+    )  # fmt: skip
+    return folder / "log"
+
+
+def test_a_run_fits_its_router_and_tells_the_honest_numbers(run):
+    report = json.loads((run / "program_report.json").read_text())
+    average = report["average"]
+    assert average["routing"] > 0.8 and average["accuracy"] == average["routed"]
+    assert average["given"] >= average["routed"] > 0.3
+    about = json.loads((run / "intervmerge.json").read_text())["models"]
+    (result,) = about.values()
+    assert result["settings"]["router"]["name"] == "gaussian"
+    assert "routing" in result["seconds_by_part"]
+    model = InterventionModel.from_pretrained(run / "model")
+    assert model.router.tasks == ["digits", "counting", "gratings"] == model.tasks
+
+
+def test_a_task_that_joins_is_routed_and_the_others_stay(run, tmp_path):
+    in_process(
+        *QUICK,
+        f"method.extend={run / 'model'}",
+        "method.save_to='{log_dir}/more'",
+        "modelpool=clip-vit-tiny_TA8",
+        "modelpool.tasks=[gratings,positions]",
+        folder=tmp_path,
+    )
+    before = InterventionModel.from_pretrained(run / "model").router
+    after = InterventionModel.from_pretrained(tmp_path / "log" / "more").router
+    assert after.tasks == [*before.tasks, "positions"]
+    for name, tensor in before.tensors().items():
+        assert torch.equal(after.tensors()[name], tensor)
+
+
+def test_no_router_joins_a_model_whose_images_are_gone(tmp_path):
+    sites = {"block": {"function": "nodireft", "tokens": "all", "init": "regression"}}
+    InterventionModel(hf_tower(), [], sites).save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"router: .* has none, and its tasks' images"):
+        in_process(
+            *QUICK,
+            f"method.extend={tmp_path / 'model'}",
+            "method.router=gaussian",
+            "modelpool=clip-vit-tiny_TA8",
+            folder=tmp_path,
+        )
