@@ -26,7 +26,7 @@ class EmbeddedOpenCLIPVisionModelPool(OpenCLIPVisionModelPool):
     Args:
         seed: which pool; another seed draws, pre-trains and fine-tunes anew.
         models: further models by name, such as ``_merged_``.
-        pool: its name in :data:`fusion_bench_intervmerge.tinyclip.POOLS`.
+        pool: its name, one of those in ``tinyclip/pools.py``.
     """
 
     @one_line

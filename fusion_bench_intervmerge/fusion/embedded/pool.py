@@ -40,7 +40,7 @@ class EmbeddedCLIPVisionModelPool(CLIPVisionModelPool):
     Args:
         seed: which pool; another seed draws, pre-trains and fine-tunes anew.
         tasks: which experts to take, by task; all where None.
-        pool: its name in :data:`fusion_bench_intervmerge.tinyclip.POOLS`.
+        pool: its name, one of those in ``tinyclip/pools.py``.
         models: further models by name, such as ``_merged_``.
         kwargs: anything else of :class:`CLIPVisionModelPool`, in place of the pool's own.
     """
