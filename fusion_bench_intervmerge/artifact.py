@@ -101,8 +101,8 @@ def write(artifact: Artifact, folder: Path, card_name: str | None = None) -> Non
         (temporary / "merged").mkdir()
         (temporary / "interventions").mkdir()
         _save(artifact.tower.weights(), temporary / MERGED, {"format": "pt"})
-        if (stock := artifact.tower.stock_config()) is not None:
-            (temporary / MERGED_CONFIG).write_text(json.dumps(stock, indent=2) + "\n")
+        if (config := artifact.tower.library_config()) is not None:
+            (temporary / MERGED_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for task, edits in artifact.edits.items():
             _save(pack(edits, artifact.storage), temporary / _edits_file(task))
         metadata = dict(artifact.metadata)

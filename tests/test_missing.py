@@ -142,8 +142,8 @@ def test_vision_models_of_no_known_family_are_refused_by_name(model):
 def test_a_task_pool_of_the_other_family(family):
     from fusion_bench.taskpool import CLIPVisionModelTaskPool
 
+    from fusion_bench_intervmerge.fusion.host import check_task_pool
     from fusion_bench_intervmerge.fusion.openclip import OpenCLIPVisionModelTaskPool
-    from fusion_bench_intervmerge.fusion.program import check_task_pool
 
     class Program:
         taskpool = object.__new__(OpenCLIPVisionModelTaskPool)

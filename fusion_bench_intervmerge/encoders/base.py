@@ -223,17 +223,17 @@ class VisionTower(nn.Module, ABC):
             ValueError: a tensor is missing, unknown or of another shape.
         """
 
-    def stock_config(self) -> Json | None:
-        """The config that stands beside the weights in the family's usual checkpoint, if any."""
+    def library_config(self) -> Json | None:
+        """The config that stands beside the weights in the library's checkpoints, if any."""
         return None
 
     @abstractmethod
-    def stock(self) -> nn.Module:
-        """The vision model as the host's task pool of this family takes it."""
+    def library_model(self) -> nn.Module:
+        """The vision model of the family's own library, as task pools take it."""
 
     def mergeable(self) -> dict[str, nn.Parameter]:
         """The parameters that experts have of their own, in ``named_parameters()`` order."""
-        return dict(self.stock().named_parameters())
+        return dict(self.library_model().named_parameters())
 
     def digest(self) -> str:
         """SHA-256 of all weights: names, shapes, types, bytes."""

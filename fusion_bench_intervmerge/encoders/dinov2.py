@@ -114,7 +114,7 @@ class DINOv2Tower(VisionTower):
         model = getattr(transformers, f"{name}Model")(config).eval()
         return cls(model, read.image_size, read.pooling)
 
-    def stock_config(self) -> Json:
+    def library_config(self) -> Json:
         architecture = f"{_MODELS[self.config.model_type]}Model"
         return {**self.spec()["config"], "architectures": [architecture]}
 
@@ -124,7 +124,7 @@ class DINOv2Tower(VisionTower):
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         fill(self.model, weights, "the vision model's weights file")
 
-    def stock(self) -> nn.Module:
+    def library_model(self) -> nn.Module:
         return self.model
 
 

@@ -145,7 +145,7 @@ class HuggingFaceTower(VisionTower):
         projection = nn.Linear(config.hidden_size, read.projection_dim, bias=False)
         return cls(CLIPVisionModel(config).eval(), projection)
 
-    def stock_config(self) -> Json:
+    def library_config(self) -> Json:
         """What ``CLIPVisionModelWithProjection.from_pretrained`` reads beside the weights."""
         return {
             **self.spec()["vision_config"],
@@ -171,7 +171,7 @@ class HuggingFaceTower(VisionTower):
         fill(self._root, vision, "the vision model's weights file")
         fill(self.projection, projection, "the projection")
 
-    def stock(self) -> nn.Module:
+    def library_model(self) -> nn.Module:
         return self.model
 
 

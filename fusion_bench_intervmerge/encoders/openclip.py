@@ -140,7 +140,7 @@ class OpenCLIPTower(VisionTower):
         visual = {n.removeprefix("visual."): t for n, t in weights.items()}
         fill(self.visual, visual, "the vision tower's weights file")
 
-    def stock(self) -> nn.Module:
+    def library_model(self) -> nn.Module:
         return self
 
     def mergeable(self) -> dict[str, nn.Parameter]:

@@ -42,11 +42,11 @@ from ..solving import solve
 from ..storage import Storage
 from .diagnosis import diagnose, table
 from .experts import ExpertPool
-from .host import HostedInterventionModel
+from .host import check_task_pool, has_task_pool, plain, split_settings
+from .hosted_models import HostedInterventionModel
 from .hub import warn_if_unreachable
 from .loggers import show
 from .merge import merge_experts
-from .program import check_task_pool, has_task_pool, plain, split_settings
 from .records import base_name, images_used, method_name, remembered_images, repaired
 from .screen import host_in_the_log, one_line
 

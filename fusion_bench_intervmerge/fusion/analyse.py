@@ -26,8 +26,8 @@ from ..results import Result, Results
 from ..settings import Folder, Settings, whole
 from .diagnosis import table
 from .experts import ExpertPool
-from .host import HostedInterventionModel
-from .program import check_task_pool, has_task_pool, split_settings
+from .host import check_task_pool, has_task_pool, split_settings
+from .hosted_models import HostedInterventionModel
 from .records import saved
 from .screen import host_in_the_log, one_line
 
@@ -176,7 +176,7 @@ class AnalyseInterventionModel(LightningFabricMixin, BaseAlgorithm):
         if not has_task_pool(self._program):
             return None
         # a tower of its own: the model's carries the edits' hooks
-        merged = artifact.read(folder).tower.stock()
+        merged = artifact.read(folder).tower.library_model()
         return {MERGED: merged, name: model}
 
 

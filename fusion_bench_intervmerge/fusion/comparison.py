@@ -31,11 +31,11 @@ from .algorithm import IntervMergeAlgorithm
 from .analyse import Analyser
 from .expert_per_task import ExpertPerTask
 from .experts import ExpertPool
-from .host import HostedModel
+from .host import HOST_KEYS, adopted, check_task_pool, split_settings
+from .hosted_models import HostedModel
 from .hub import warn_if_unreachable
 from .loggers import show
 from .merge import merge_experts, run_adamerging
-from .program import HOST_KEYS, adopted, check_task_pool, split_settings
 from .rivals import FusionBenchMethod
 from .screen import host_in_the_log, one_line
 
@@ -224,7 +224,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
                 merged, start = self._merge(pool, base_name, base)
             if merged is None:
                 continue
-            models[base_name] = copy.deepcopy(merged.stock())
+            models[base_name] = copy.deepcopy(merged.library_model())
             took = time.perf_counter() - started
             about[base_name] = Result(
                 kind="merge",

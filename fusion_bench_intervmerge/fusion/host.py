@@ -1,145 +1,64 @@
-"""Task-conditional models among FusionBench's vision models.
-
-FusionBench's Hugging Face task pool calls a model, projects and normalises its output, and names
-the task only then, to ``compute_surgery_features``; its OpenCLIP task pool never names one. The
-task pools of this package name the task before the forward pass (``.taskpools``). In FusionBench's
-own, the images of the last forward pass are remembered, and a second one pays for the numbers of
-the task.
-"""
+"""What FusionBench's program hands to a method, and does around it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from fusion_bench.taskpool import CLIPVisionModelTaskPool, DummyTaskPool
+from omegaconf import OmegaConf
 
-from ..encoders import VisionTower
-from ..model import InterventionModel
-from ..protocols import TaskConditionalModel
-
-PREPROCESSING = ("train_preprocess", "val_preprocess")
+from ..errors import ConfigError
+from ..settings import HOST_KEYS
 
 
-class _NamedAfterwards(nn.Module):
-    """FusionBench's protocol for models whose features depend on the task.
+def plain(value: Any) -> Any:
+    """A piece of Hydra's config as plain containers, interpolations resolved; else as it is."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
-    Attributes:
-        is_surgery_model: tells FusionBench to ask ``compute_surgery_features``.
+
+def has_task_pool(program: Any) -> bool:
+    """Whether the program will evaluate what its method returns."""
+    pool = getattr(program, "taskpool", None)
+    return pool is not None and not isinstance(pool, DummyTaskPool)
+
+
+T = TypeVar("T")
+
+
+def adopted(method: T, program: Any, fabric: Any) -> T:
+    """A nested method, which gets the program and the fabric that runs it, where it takes them."""
+    for name, value in (("_program", program), ("_fabric_instance", fabric), ("_fabric", fabric)):
+        if hasattr(method, name):
+            setattr(method, name, value)
+    return method
+
+
+def check_task_pool(program: Any, family: str) -> None:
+    """Make sure, before the training, that the task pool can evaluate encoders of this family.
+
+    Raises:
+        ConfigError: it evaluates those of the other one, or never names a task.
     """
-
-    is_surgery_model = True
-    _images: Tensor | None = None
-
-    def _remember(self, images: Tensor) -> None:
-        # a copy: the host may fill its buffer with the next batch meanwhile
-        self._images = images.detach().clone()
-
-    def compute_surgery_features(
-        self: Any, features: Tensor, dataset_name: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of the images of the last forward pass, for the task they are of.
-
-        Args:
-            features: what became of that pass's output: projected, normalised.
-            dataset_name: the task.
-
-        Returns:
-            L2-normalised features for the task (batch, projection_dim), ``features``, and the
-            difference between the two.
-
-        Raises:
-            ValueError: a task that is none of the model's, or features of other images.
-        """
-        images, self._images = self._images, None
-        if images is None or len(images) != len(features):
-            raise ValueError(
-                "these features are not those of the last forward pass; use encode(images, task)"
-            )
-        edited = self.encode(images, dataset_name)
-        edited = edited / edited.norm(p=2, dim=-1, keepdim=True)
-        return edited, features, features - edited
+    pool = getattr(program, "taskpool", None)
+    # FusionBench's OpenCLIP task pool is not imported for this: it cannot be before Python 3.12.
+    theirs = "openclip" if hasattr(pool, "_classifier_heads") else "huggingface"
+    if (theirs == "openclip" or isinstance(pool, CLIPVisionModelTaskPool)) and theirs != family:
+        names = {"openclip": "OpenCLIP", "huggingface": "Hugging Face"}
+        raise ConfigError(
+            "taskpool",
+            f"it evaluates {names[theirs]} encoders, and the models are {names[family]}'s",
+            "the task pool of the same name as the model pool",
+        )
+    if theirs == "openclip" and type(pool).__module__.startswith("fusion_bench."):
+        raise ConfigError(
+            "taskpool",
+            "it never names the task to a model, so its report would show the merged encoder",
+            "taskpool=openclip-vit-b32_TA8, or another of this package's",
+        )
 
 
-class HostedInterventionModel(_NamedAfterwards, InterventionModel):
-    """An ``InterventionModel`` that FusionBench's own task pools evaluate too."""
-
-    def forward(self, pixel_values: Tensor, *args: Any, task: Any = None, **kwargs: Any) -> Any:
-        """As ``InterventionModel.forward``; without a task, the merged encoder's output.
-
-        Raises:
-            ValueError: no task, on an OpenCLIP tower, whose task pool in FusionBench never names
-                one: its report would show the merged encoder's numbers as this model's.
-        """
-        if task is None and not self.task_is_known:
-            if self.tower.family == "openclip":
-                raise ValueError(
-                    "no task is named, and this task pool never names one, so its report would "
-                    "show the merged model; use one of our task pools "
-                    "(taskpool=openclip-vit-b32_TA8, ...) or encode(images, task)"
-                )
-            self._remember(pixel_values)
-            with self.for_task(None):
-                return super().forward(pixel_values, *args, **kwargs)
-        return super().forward(pixel_values, *args, task=task, **kwargs)
-
-
-class HostedModel(_NamedAfterwards):
-    """Any task-conditional model that FusionBench's own task pools evaluate too.
-
-    Args:
-        model: the model.
-        like: an encoder of its architecture, for the width that the host's visual projection
-            takes and, with OpenCLIP, the images' preprocessing.
-    """
-
-    def __init__(self, model: Any, like: VisionTower):
-        super().__init__()
-        self.model = model
-        self.width = like.width
-        for name in PREPROCESSING:
-            setattr(self, name, getattr(like, name, None))
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """(batch, width) without a number in it, until the task is named."""
-        self._remember(pixel_values)
-        shape = (len(pixel_values), self.width)
-        return torch.full(shape, torch.nan, device=pixel_values.device)
-
-    @property
-    def tasks(self) -> list[str]:
-        return self.model.tasks
-
-    def encode(self, images: Tensor, task: str | Sequence[str] | None = None) -> Tensor:
-        return self.model.encode(images, task)
-
-    def extra_parameters(self) -> Mapping[str, Any]:
-        return self.model.extra_parameters()
-
-
-class OneTask(nn.Module):
-    """A task-conditional model while one task is evaluated: images -> that task's features.
-
-    Attributes:
-        task: the task; to be set before the first forward pass.
-        train_preprocess, val_preprocess: the model's; FusionBench's OpenCLIP classifier has them.
-    """
-
-    def __init__(self, model: Any):
-        super().__init__()
-        self.model = model
-        for name in PREPROCESSING:
-            setattr(self, name, getattr(model, name, None))
-        self.task: str | None = None
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(batch, 3, image_size, image_size) -> (batch, projection_dim), not normalised."""
-        if self.task is None:
-            raise ValueError("no task is named")
-        return self.model.encode(images, self.task)
-
-
-def by_task(model: nn.Module) -> Any:
-    """A task-conditional model as one that is told the task before; others as they are."""
-    return OneTask(model) if isinstance(model, TaskConditionalModel) else model
+def split_settings(given: Mapping[str, Any], **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a method was given: its settings as plain containers, and the host's own keys."""
+    settings = {key: plain(value) for key, value in (more | dict(given)).items()}
+    return settings, {key: settings.pop(key) for key in HOST_KEYS if key in settings}

@@ -13,8 +13,8 @@ from ..errors import unknown_key
 from ..model import InterventionModel
 from ..results import Results
 from ..settings import Flag, Folder, Settings
-from .host import HostedInterventionModel
-from .program import check_task_pool, split_settings
+from .host import check_task_pool, split_settings
+from .hosted_models import HostedInterventionModel
 from .records import saved
 from .screen import host_in_the_log, one_line
 

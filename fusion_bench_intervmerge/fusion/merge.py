@@ -28,8 +28,8 @@ from ..files import whole_file
 from ..merging import CoefficientSettings, Mixture, initial_coefficients, mix
 from ..pickles import read_tensor
 from .experts import ExpertPool
+from .host import adopted
 from .hub import watched
-from .program import adopted
 
 log = logging.getLogger(__name__)
 
@@ -166,13 +166,13 @@ def _of_tensors(pool: BaseModelPool) -> BaseModelPool:
 
     def load(name: Any, *args: Any, **kwargs: Any) -> Any:
         model = pool.load_model(name, *args, **kwargs)
-        stock = type(model)
+        kind = type(model)
 
         def state_dict(self: Any, *args: Any, keep_vars: bool = False, **kwargs: Any) -> Any:
-            return stock.state_dict(self, *args, keep_vars=False, **kwargs)
+            return kind.state_dict(self, *args, keep_vars=False, **kwargs)
 
         # a class of its own, so that copies of the model have it too
-        model.__class__ = type(stock.__name__, (stock,), {"state_dict": state_dict})
+        model.__class__ = type(kind.__name__, (kind,), {"state_dict": state_dict})
         return model
 
     tensors: Any = copy.copy(pool)

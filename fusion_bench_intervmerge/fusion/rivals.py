@@ -21,8 +21,8 @@ from ..protocols import Repair, TaskConditionalModel
 from ..results import Result
 from ..settings import Settings, nested
 from .experts import ExpertPool
+from .host import plain
 from .merge import run_method
-from .program import plain
 
 
 class Storage(Settings):

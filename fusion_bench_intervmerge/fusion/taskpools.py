@@ -7,7 +7,7 @@ from typing import Any
 from fusion_bench.models.hf_clip import HFCLIPClassifier
 from fusion_bench.taskpool import CLIPVisionModelTaskPool as HostCLIPVisionModelTaskPool
 
-from .host import OneTask, by_task
+from .hosted_models import OneTask, by_task
 
 
 class CLIPVisionModelTaskPool(HostCLIPVisionModelTaskPool):

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from fusion_bench_intervmerge.errors import ConfigError
 
-from ..host import OneTask, by_task
+from ..hosted_models import OneTask, by_task
 from ..screen import one_line
 from .pool import read_head
 

@@ -9,7 +9,11 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from fusion_bench_intervmerge import InterventionModel
-from fusion_bench_intervmerge.fusion.host import HostedInterventionModel, HostedModel, by_task
+from fusion_bench_intervmerge.fusion.hosted_models import (
+    HostedInterventionModel,
+    HostedModel,
+    by_task,
+)
 from fusion_bench_intervmerge.protocols import TaskConditionalModel
 
 SITES = {"attention": {"rank": 2}, "output": {"function": "surgery", "rank": 3}}
