@@ -17,6 +17,7 @@ import yaml
 from hydra.utils import get_class
 from pydantic_core import PydanticUndefined
 
+from fusion_bench_intervmerge.fusion.corruption import StreamSettings
 from fusion_bench_intervmerge.interventions import (
     FUNCTION_NAMES,
     InterventionConfig,
@@ -24,6 +25,7 @@ from fusion_bench_intervmerge.interventions import (
 )
 from fusion_bench_intervmerge.interventions.functions import function_class
 from fusion_bench_intervmerge.merging import CoefficientSettings
+from fusion_bench_intervmerge.routing import RouterSettings
 from fusion_bench_intervmerge.settings import Settings
 
 DOCS = Path(__file__).parent
@@ -39,6 +41,8 @@ def render(page: str) -> str:
         "functions": functions,
         "method": method,
         "coefficients": coefficients,
+        "router": router,
+        "stream": stream,
         "others": others,
         "presets": presets,
         "pools": pools,
@@ -85,6 +89,14 @@ def method() -> str:
 
 def coefficients() -> str:
     return keys(fields(CoefficientSettings))
+
+
+def router() -> str:
+    return keys(fields(RouterSettings))
+
+
+def stream() -> str:
+    return keys(fields(StreamSettings))
 
 
 def others() -> str:

@@ -37,27 +37,31 @@ class Gaussian(Router):
         return {"count": (), "mean": (size,), "scatter": (size * (size + 1) // 2,)}
 
     def scores(self, kept: Mapping[str, Kept], rows: Tensor) -> Tensor:
-        return torch.stack([self._likelihood(of, rows) for of in kept.values()], dim=1)
-
-    def _likelihood(self, kept: Kept, rows: Tensor) -> Tensor:
-        count = kept["count"].double()
-        scatter = full(kept["scatter"].double(), self.components)
-        variance = scatter.diagonal().mean() / (count - 1).clamp_min(1)
-        sphere = PRIOR * variance.clamp_min(1e-12) * torch.eye(len(scatter), dtype=torch.float64)
-        factor = torch.linalg.cholesky((scatter + sphere) / (count - 1 + PRIOR))
-        return log_density(factor, rows - kept["mean"])
+        count, mean, scatter = stacked(kept, self.components)
+        degrees = count - 1
+        variance = scatter.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)[:, None]
+        sphere = (variance / degrees.clamp_min(1)).clamp_min(1e-12) * torch.eye(self.components)
+        factor = torch.linalg.cholesky((scatter + PRIOR * sphere) / (degrees + PRIOR))
+        return log_density(factor, rows - mean)
 
 
-def full(triangle: Tensor, size: int) -> Tensor:
-    """A symmetric matrix from its lower triangle."""
-    matrix = triangle.new_zeros(size, size)
+def stacked(kept: Mapping[str, Kept], size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all tasks, float64: counts (tasks, 1, 1), means (tasks, 1, size), scatter matrices."""
+    count, mean, triangle = (
+        torch.stack([of[name] for of in kept.values()]).double()
+        for name in ("count", "mean", "scatter")
+    )
+    scatter = triangle.new_zeros(len(kept), size, size)
     row, column = torch.tril_indices(size, size)
-    matrix[row, column] = triangle
-    matrix[column, row] = triangle
-    return matrix
+    scatter[:, row, column] = scatter[:, column, row] = triangle
+    return count[:, None, None], mean[:, None], scatter
 
 
 def log_density(factor: Tensor, moved: Tensor) -> Tensor:
-    """log N(x; 0, L L') but for a constant: L (size, size), x (images, size) -> (images,)."""
-    white = torch.linalg.solve_triangular(factor, moved.T, upper=False)
-    return -0.5 * white.square().sum(0) - factor.diagonal().log().sum()
+    """log N(x; 0, L L') but for a constant.
+
+    L (tasks or 1, size, size), x (tasks, images, size) -> (images, tasks).
+    """
+    white = torch.linalg.solve_triangular(factor, moved.mT, upper=False)
+    volume = factor.diagonal(dim1=1, dim2=2).log().sum(1, keepdim=True)
+    return (-0.5 * white.square().sum(1) - volume).T

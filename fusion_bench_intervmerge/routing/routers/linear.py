@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Kept, Router
-from .gaussian import Gaussian, full, log_density
+from .gaussian import Gaussian, log_density, stacked
 
 
 class Linear(Router):
@@ -22,10 +22,8 @@ class Linear(Router):
     shapes = Gaussian.shapes
 
     def scores(self, kept: Mapping[str, Kept], rows: Tensor) -> Tensor:
-        size = self.components
-        scatter = sum(full(of["scatter"].double(), size) for of in kept.values())
-        images = sum(of["count"].double() - 1 for of in kept.values())
-        shared = torch.as_tensor(scatter) / torch.as_tensor(images).clamp_min(1)
-        sphere = shared.diagonal().mean().clamp_min(1e-12) * torch.eye(size, dtype=torch.float64)
+        count, mean, scatter = stacked(kept, self.components)
+        shared = scatter.sum(0) / (count - 1).sum().clamp_min(1)
+        sphere = shared.diagonal().mean().clamp_min(1e-12) * torch.eye(self.components)
         factor = torch.linalg.cholesky(0.98 * shared + 0.02 * sphere)
-        return torch.stack([log_density(factor, rows - of["mean"]) for of in kept.values()], dim=1)
+        return log_density(factor[None], rows - mean)
