@@ -166,8 +166,9 @@ def test_a_rival_stands_below_its_merge_and_its_costs_are_shown(tmp_path: Path) 
     assert [line.split(" | ")[0] for line in table[2:7]] == [
         "| base", "| + edit", "| + masks", "| + routed", "| Experts",
     ]  # fmt: skip
-    heads = ["seconds", "bytes", "labels a task", "passes an image", "needs the task |"]
-    assert table[0].split(" | ")[-5:] == heads
+    heads = ["seconds", "of the experts", "bytes", "labels a task", "passes an image"]
+    assert table[0].split(" | ")[-6:] == [*heads, "needs the task |"]
+    assert table[4].split(" | ")[-5] == "60.0"  # 0.3 of 0.5
     assert table[4].split(" | ")[-4:] == ["12.0k", "0", "1", "yes |"]
     rows = json.loads((folder / "table.json").read_text())["rows"]
     assert rows[2]["bytes"] == 12000 and rows[2]["needs_task"] is True

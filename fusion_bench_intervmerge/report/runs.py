@@ -97,7 +97,8 @@ class Row:
     """A model over its seeds: a group of lines of ``Run.table``.
 
     Attributes:
-        values: a line a seed: accuracies by task, ``average``, ``gap_closed``, ``seconds``.
+        values: a line a seed: accuracies by task, and ``average``, ``gap_closed``, ``of_experts``,
+            ``seconds``.
         mean, std: over these lines; the sample deviation (n - 1), NaN of one seed.
     """
 
@@ -128,7 +129,8 @@ class Evaluation:
     Attributes:
         tasks: in the pool's order.
         models: a line a model: ``Run.table`` with the number of its ``run``, the ``average`` over
-            tasks, and ``gap_closed``, (average - merge) / (experts - merge), where it is known.
+            tasks, ``gap_closed``, (average - merge) / (experts - merge), and, beside rivals,
+            ``of_experts``, the mean over tasks of accuracy / expert's; where they are known.
             ``method`` carries ``@folder`` where runs gave one name to different things.
         runs: the runs they came from.
     """
@@ -147,7 +149,7 @@ class Evaluation:
         """Pretrained, each merge with its repairs, the experts."""
         if self.models.empty:
             return []
-        numbers = [*self.tasks, "average", "gap_closed", "seconds"]
+        numbers = [*self.tasks, "average", "gap_closed", "of_experts", "seconds"]
         found = []
         for (kind, base, method), lines in self.models.groupby(KEY, sort=False):
             lines, first = lines.sort_values("seed"), lines.iloc[0]
@@ -248,6 +250,10 @@ def gather(runs: Sequence[Run], bases: Sequence[str] = ()) -> Evaluation:
     merge = models["base"].map(merges).where(models["kind"].isin(REPAIRS))
     way = models.loc[models["kind"] == "experts", "average"].max() - merge
     models["gap_closed"] = ((models["average"] - merge) / way).where(way > 0)
+    experts = models.loc[models["kind"] == "experts", tasks]
+    beside_rivals = len(experts) and (models["kind"] == "rival").any()
+    shares = models[tasks] / experts.iloc[0] if beside_rivals else models[[]]
+    models["of_experts"] = shares.mean(axis=1)
     return Evaluation(tasks, models, list(runs))
 
 
