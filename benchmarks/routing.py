@@ -258,13 +258,14 @@ def main() -> None:
         plain = seen.plain(seen.merged)
         rows.append([condition, "Task Arithmetic", "", percent([plain["union"]])])
         numbers[condition] = {"given": given, "plain": plain, "logit": found}
-    average = merge(pool, 1 / len(tasks)).requires_grad_(False)
+    encoders = {"Weight Averaging": merge(pool, 1 / len(tasks)), "pretrained": merge(pool, 0.0)}
     for condition, seen in test.items():
         part = data["test"] if condition == "clean" else pixels(pool, "test", condition)
-        features = batched(average.features, torch.cat([images for images, _ in part.values()]))
-        plain = seen.plain(features)
-        rows.append([condition, "Weight Averaging", "", percent([plain["union"]])])
-        numbers[condition]["weight_averaging"] = plain
+        images = torch.cat([images for images, _ in part.values()])
+        for name, encoder in encoders.items():
+            plain = seen.plain(batched(encoder.features, images))
+            rows.append([condition, name, "", percent([plain["union"]])])
+            numbers[condition][name] = plain
     table(
         ["images", "task", "head of that task", "union of heads"],
         sorted(rows, key=lambda r: list(test).index(r[0])),

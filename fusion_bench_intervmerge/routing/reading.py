@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 # A number that moves less than this share of most others is a constant and its rounding.
 _CONSTANT = 1e-3
@@ -60,9 +61,15 @@ class Reading:
         mean, deviation = rows.mean(0), rows.std(0)
         moves = deviation > _CONSTANT * deviation.quantile(0.75)
         scale = torch.where(moves, 1 / deviation, 0)
-        _, _, axes = torch.linalg.svd((rows - mean) * scale, full_matrices=False)
+        scaled = (rows - mean) * scale
+        # By the eigenvectors of the smaller square: singular vectors take five times as long.
+        few = len(scaled) < scaled.shape[1]
+        _, axes = torch.linalg.eigh(scaled @ scaled.T if few else scaled.T @ scaled)
+        leading = axes.flip(1)[:, : min(components, len(rows) - 1)]
+        if few:
+            leading = normalize(scaled.T @ leading, dim=0)
         # in the precision of the file, so that a saved router routes as it did
-        return cls(mean.float(), (scale[:, None] * axes[:components].T).float())
+        return cls(mean.float(), (scale[:, None] * leading).float())
 
     def __call__(self, rows: Tensor) -> Tensor:
         """(images, dims of a row) -> (images, components), float64."""
