@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fusion_bench.utils import instantiate
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import ConfigCompositionException
@@ -121,7 +122,7 @@ def test_a_key_that_varies_with_others_is_not_for_the_command_line(argument):
 STUDIES = [  # the others in that folder are ways to run them
     path.stem
     for path in sorted((ROOT / "config/experiment").glob("[a-z]*.yaml"))
-    if path.stem != "quick" and not path.stem.startswith("on_")
+    if path.stem not in ("quick", "rivals") and not path.stem.startswith("on_")
 ]
 
 
@@ -319,3 +320,14 @@ def test_coefficients_of_adamerging_are_found_once_a_pool(tmp_path, caplog, monk
         assert merge._read_kept(file) is None, "they are found anew"
     _, kept = run("third", own, "method.coefficients.train=false", "method.resume=never")
     assert not kept
+
+
+def test_the_rivals_are_one_run_of_settings_that_are_accepted():
+    config = compose("+experiment=rivals")
+    comparison = instantiate(config.method)
+    assert {"task_arithmetic", "iso_c", "tsv_m", "adamerging"} < set(comparison.settings.bases)
+    assert {"emr_merging", "tall_masks", "wemoe", "smile"} < set(comparison.settings.rivals)
+    for name in (*comparison.settings.images, *comparison.settings.labels):
+        assert name in {*comparison.settings.bases, *comparison.settings.rivals}
+    for name in comparison.settings.rivals:
+        comparison._rival(name)
