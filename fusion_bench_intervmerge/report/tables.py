@@ -17,7 +17,7 @@ from .runs import REPAIRS, Evaluation, Row
 class Column(NamedTuple):
     """A column behind the accuracies: its value of a row, NaN where it is not known, in words.
 
-    One that does not stand there ``always`` does where a row has a value.
+    One that does not stand there ``always`` does beside rivals, where a row has a value.
     """
 
     title: str
@@ -66,9 +66,10 @@ def cells(evaluation: Evaluation) -> pd.DataFrame:
         return Cell(percent(row.mean[name]), spread, row.mean[name], winner)
 
     found = pd.DataFrame([[cell(row, name) for name in names] for row in rows], columns=names)
+    rivals = any(row.kind == "rival" for row in rows)
     for column in COLUMNS:
         values = [column.value(row) for row in rows]
-        if column.always or not all(map(isnan, values)):
+        if column.always or (rivals and not all(map(isnan, values))):
             texts = [NONE if isnan(v) else column.words(v) for v in values]
             found[column.title] = [Cell(t, "", v) for t, v in zip(texts, values, strict=True)]
     return found
