@@ -628,3 +628,14 @@ def test_a_router_has_its_confusion_drawn(tmp_path: Path) -> None:
         figure = found[0].draw(style.Palette(evaluation.methods), width)
         texts = [text.get_text() for text in figure.axes[0].texts]
         assert texts == ["9", "1", "4", "6"]
+
+
+def test_what_did_not_run_says_why(tmp_path: Path) -> None:
+    run = synthetic.comparison(tmp_path / "run")
+    path = run / "intervmerge.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"problems": {"fisher_merging": "OSError: no room"}}))
+    write_report([run], tmp_path / "report")
+    line = "Fisher Merging did not run (OSError: no room)."
+    assert line in (tmp_path / "report" / "table.md").read_text()
+    assert line in (tmp_path / "report" / "report.html").read_text()

@@ -43,6 +43,7 @@ class Run:
         command, config: the command line, and the composed configuration as YAML, where Hydra's
             files tell.
         analysis: merge -> what was analysed of it.
+        problems: what did not run -> why, in a line.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class Run:
     command: str | None = None
     config: str | None = None
     analysis: dict[str, Analysis] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -216,7 +218,9 @@ def read_run(folder: str | Path) -> Run:
                     raise ValueError(f"{name}: {problem}")
     except (KeyError, TypeError, ValueError) as error:
         raise laid_out_otherwise(folder / REPORT, error) from None
-    return Run(folder, found.tasks, found.models, accuracies, command, config, analysis)
+    return Run(
+        folder, found.tasks, found.models, accuracies, command, config, analysis, found.problems
+    )
 
 
 def gather(runs: Sequence[Run], bases: Sequence[str] = ()) -> Evaluation:

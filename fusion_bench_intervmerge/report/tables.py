@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from math import isnan, nan
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from .formatting import NONE, count, duration, percent
+from .formatting import NONE, count, duration, percent, readable
 from .runs import REPAIRS, Evaluation, Row
 
 
@@ -179,4 +180,7 @@ def caption(evaluation: Evaluation, gap: bool = True) -> str:
     text += ". Extra parameters: beyond one merged model, over all tasks."
     if gap and any(row.mean["gap_closed"] == row.mean["gap_closed"] for row in evaluation.rows):
         text += " Gap closed: the share of the way from the merge to the experts."
+    for run in evaluation.runs:
+        for name, reason in run.problems.items():
+            text += f" {readable(name)} did not run ({shorten(reason, 120, placeholder=' ...')})."
     return text
