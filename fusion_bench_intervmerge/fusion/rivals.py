@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
+from fusion_bench import BaseAlgorithm, BaseModelPool
+from fusion_bench.mixins import LightningFabricMixin
 from fusion_bench.models.modulator import ModulatedModel
 from pydantic import Field
 from torch import Tensor, nn
@@ -18,11 +20,13 @@ from torch import Tensor, nn
 from ..encoders import VisionTower
 from ..errors import ConfigError
 from ..protocols import Repair, TaskConditionalModel
-from ..results import Result
+from ..results import Result, Results
 from ..settings import Settings, nested
 from .experts import ExpertPool
-from .host import plain
+from .host import check_task_pool, split_settings
+from .hosted_models import HostedModel
 from .merge import run_method
+from .screen import host_in_the_log, one_line
 
 
 class Storage(Settings):
@@ -57,21 +61,45 @@ class RivalSettings(Settings):
     take: str | None = None
 
 
-class FusionBenchMethod(Repair):
-    """Any method of FusionBench that merges CLIP vision encoders.
+class Rival(LightningFabricMixin, BaseAlgorithm, Repair):
+    """A method that starts from the experts, whatever merge is repaired beside it.
 
-    The merge that is repaired beside it is not used: the method starts from the experts.
+    It runs alone (``method=rivals/NAME``) as it does in a comparison.
+    """
+
+    @host_in_the_log()
+    @one_line
+    def run(self, modelpool: BaseModelPool) -> nn.Module:
+        """The method's model, for FusionBench's task pools.
+
+        Raises:
+            ConfigError: a pool that does not fit, in one line.
+        """
+        pool = ExpertPool(modelpool)
+        check_task_pool(self._program, pool.family)
+        tower = pool.tower("_pretrained_")
+        model: Any = self.repair(pool, tower)
+        if self.fabric.is_global_zero:
+            name = type(self).__name__
+            result = self.record(model).model_copy(update={"method": name})
+            Results(tasks=pool.tasks, models={name: result}).write(self.log_dir)
+        return HostedModel(model, tower) if isinstance(model, TaskConditionalModel) else model
+
+
+class FusionBenchMethod(Rival):
+    """Any method of FusionBench that merges CLIP vision encoders.
 
     Args:
         settings: as in ``RivalSettings``.
     """
 
     Settings = RivalSettings
-    _program: Any = None
-    _fabric_instance: Any = None
 
+    @one_line
     def __init__(self, **settings: Any):
-        self.settings = RivalSettings.read(plain(settings))
+        settings, host = split_settings(settings)
+        super().__init__(**host)
+        self.settings = RivalSettings.read(settings)
 
     def repair(self, pool: Any, merged: VisionTower) -> nn.Module:
         """What the method returns, ready for a task pool.
@@ -79,7 +107,7 @@ class FusionBenchMethod(Repair):
         Raises:
             ConfigError: it returns no model.
         """
-        fabric, take = self._fabric_instance, self.settings.take
+        fabric, take = self.fabric, self.settings.take
         found = run_method(self.settings.method, pool.pool, fabric, self._program)
         if take is not None and isinstance(found, Mapping):
             found = found.get(take)
@@ -96,7 +124,9 @@ class FusionBenchMethod(Repair):
             kind="rival",
             extra_parameters=self._bytes // 4,
             bytes=self._bytes,
-            needs_task=isinstance(model, TaskConditionalModel),
+            # the latter is FusionBench's own mark of a model that its task pool tells the task
+            needs_task=isinstance(model, TaskConditionalModel)
+            or bool(getattr(model, "is_surgery_model", False)),
             passes=float(self.settings.passes),
         )
 

@@ -9,10 +9,12 @@ from torch import nn
 
 from ..encoders import VisionTower
 from ..merging import TaskVector
-from ..protocols import Repair, TaskConditionalModel
+from ..protocols import TaskConditionalModel
 from ..results import Result
 from ..settings import Settings
-from .rivals import ModelPerTask
+from .host import split_settings
+from .rivals import ModelPerTask, Rival
+from .screen import one_line
 
 
 class TallMaskSettings(Settings):
@@ -25,7 +27,7 @@ class TallMaskSettings(Settings):
     threshold: Annotated[float, Field(ge=0, description="a number, 0 or more")] = 0.6
 
 
-class TallMasks(Repair):
+class TallMasks(Rival):
     """theta_t = theta0 + m_t * tau with m_t = |tau_t| >= lambda |tau - tau_t|, tau = sum of tau_t.
 
     TALL-masks (arXiv 2405.07813, section 4), which stores tau beside theta0, and a bit a number and
@@ -34,7 +36,10 @@ class TallMasks(Repair):
 
     Settings = TallMaskSettings
 
+    @one_line
     def __init__(self, **settings: Any):
+        settings, host = split_settings(settings)
+        super().__init__(**host)
         self.settings = TallMaskSettings.read(settings)
 
     def repair(self, pool: Any, merged: VisionTower) -> nn.Module:

@@ -10,6 +10,7 @@ _KNOWN = {
     "closed_form": "Closed form",
     "layer_wise_adamerging": "layer-wise AdaMerging",
     "task_wise_adamerging": "task-wise AdaMerging",
+    "svc": "Singular Value Calibration",
     "singular_value_calibration": "Singular Value Calibration",
     "weight_averaging": "Weight Averaging",
     "task_arithmetic": "Task Arithmetic",
@@ -45,6 +46,7 @@ _KNOWN = {
     "smile": "SMILE",
     "opcm": "OPCM",
     "dare": "DARE",
+    "dop": "DOP",
     "wudi": "WUDI",
 }
 NONE = "—"
@@ -60,10 +62,10 @@ def readable(name: str) -> str:
 
 def method(name: str, rank: int | None = None, budget: int | None = None) -> str:
     """The same of a method: ``intervmerge_r4`` of rank 4 is ``IntervMerge r=4``."""
-    if rank is not None and name.endswith(f"_r{rank}"):
-        return f"{readable(name.removesuffix(f'_r{rank}'))} r={rank}"
-    if budget is not None and name.endswith(f"_b{budget}"):
-        return f"{readable(name.removesuffix(f'_b{budget}'))} {count(budget)}"
+    if rank is not None:
+        name = re.sub(rf"_r{rank}(?=_|$)", f" r={rank}", name)
+    if budget is not None:
+        name = re.sub(rf"_b{budget}(?=_|$)", f" {count(budget)}", name)
     return readable(name)
 
 

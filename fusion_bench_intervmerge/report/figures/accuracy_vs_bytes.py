@@ -83,7 +83,11 @@ def _draw(of: Evaluation, shown: Sequence[Row], canvas: Canvas) -> Figure:
     panel.plot(*zip(*front, strict=True), color=INK, lw=1.2, drawstyle="steps-post", zorder=2)
     figure = panels.finish(handles)
     best = {(x, y): row for row, x, y in points}
-    named = [(x, y, best[x, y]) for x, y in front]
+    # of points that lie above each other, the highest
+    above = [*[x for x, _ in front[1:]], float("inf")]
+    named = [
+        (x, y, best[x, y]) for (x, y), more in zip(front, above, strict=True) if more > 1.1 * x
+    ]
     named += [(x, y, row) for row, x, y in points if row.kind == "rival" and (x, y) not in front]
     label_points(panel, [(x, y, _name(row), percent(row.mean["average"])) for x, y, row in named])
     return figure
