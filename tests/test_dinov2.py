@@ -62,3 +62,10 @@ def test_repaired_experts_in_the_image_classification_task_pool():
     trained = copy.deepcopy(model)
     distill(trained, experts, images, steps=30, batch_size=16)
     assert before < solved and before + 0.1 < accuracy(trained), (before, solved, accuracy(trained))
+
+
+def test_its_model_card_calls_it_by_its_name(tmp_path):
+    InterventionModel(dinov2_tower(), ["a"], {"attention": {}}).save_pretrained(tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "A merged DINOv2 vision encoder" in card and "CLIP" not in card
+    assert "pipeline_tag: image-feature-extraction" in card and "- dinov2" in card

@@ -21,6 +21,7 @@ from fusion_bench_intervmerge.protocols import Repair, TaskConditionalModel
 from fusion_bench_intervmerge.results import parse_results
 
 TASK_ARITHMETIC = {"_target_": "fusion_bench.method.TaskArithmeticAlgorithm", "scaling_factor": 0.3}
+TALL_MASKS = f"{TallMasks.__module__}.TallMasks"
 EMR = {"_target_": "fusion_bench.method.emr_merging.EMRMerging"}
 
 
@@ -149,10 +150,17 @@ def test_what_does_not_run_is_a_line_where_the_settings_say_so(tmp_path, monkeyp
     [
         ({"rivals": {"x": {"name": ""}}}, "rivals.x: names no method"),
         ({"rivals": {"task_arithmetic": EMR}}, "rivals.task_arithmetic: a base has that name"),
+        (
+            {"rivals": {"x": {"_target_": TALL_MASKS, "keep": 1}}},
+            "rivals.x.keep",
+        ),
+        ({"images": {"gone": {}}}, "images.gone: no such base or rival"),
+        ({"images": {"task_arithmetic": {"splt": "test"}}}, "images.task_arithmetic"),
+        ({"labels": {"gone": 3}}, "labels.gone: no such base or rival"),
         ({"methods": {"x": EMR}}, "methods.x._target_: .*EMRMerging is no repair; allowed: a sub"),
         ({"methods": {"x": {"_target_": "no.such"}}}, "methods.x._target_: "),
         (
-            {"methods": {"x": {"_target_": f"{TallMasks.__module__}.TallMasks", "keep": 1}}},
+            {"methods": {"x": {"_target_": TALL_MASKS, "keep": 1}}},
             "methods.x.keep: no such setting",
         ),
     ],

@@ -15,7 +15,17 @@ PACKAGE = "fusion_bench_intervmerge"
 # From the ground up; a module imports its own floor and those below. What stands in no room is
 # where its name is.
 FLOORS = [
-    ["cache", "errors", "files", "pickles", "precision", "progress", "schema", "settings"],
+    [
+        "cache",
+        "errors",
+        "files",
+        "pickles",
+        "precision",
+        "progress",
+        "registry",
+        "schema",
+        "settings",
+    ],
     ["task_names", "storage", "results", "memory", "images", "checkpoint"],
     ["interventions"],
     ["encoders", "expert_cache", "routes", "hub.names", "hub.card"],

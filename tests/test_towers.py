@@ -104,10 +104,9 @@ def test_the_same_weights_give_the_same_features_in_both_families(images):
     assert relative(theirs, ours) < 1e-5
 
 
+@pytest.mark.parametrize("make_tower", [hf_tower, openclip_tower])
 def test_the_class_token_alone_goes_through_the_last_block_as_among_all(make_tower, images):
     tower = make_tower()
-    if not tower.shortcuts:
-        pytest.skip("whole blocks are run")
     last = tower.num_blocks - 1
     with torch.no_grad():
         states = tower.embed(images)
@@ -117,6 +116,15 @@ def test_the_class_token_alone_goes_through_the_last_block_as_among_all(make_tow
         among = tower.run_block(last, states)[:, :1]
     assert alone.shape == (12, 1, tower.width)
     torch.testing.assert_close(alone, among, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tower_without_shortcuts_says_so(images):
+    tower = dinov2_tower()
+    assert not tower.can_spare([])
+    with pytest.raises(TypeError, match="DINOv2Tower has no shortcuts; run_block goes"):
+        tower.attend(0, tower.embed(images))
+    with pytest.raises(TypeError, match="has no shortcuts"):
+        tower.finish(0, images, images)
 
 
 def test_features_by_the_class_token_are_the_features(make_tower, images):

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import importlib
 import logging
-import pkgutil
 from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from ..registry import names_in
 from ..settings import shown
 
 if TYPE_CHECKING:
@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EXPERT, MERGED = "expert", "merged"
-ANALYSES: tuple[str, ...] = tuple(
-    sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
-)
+ANALYSES = names_in(__path__)
 
 
 def modules() -> dict[str, ModuleType]:

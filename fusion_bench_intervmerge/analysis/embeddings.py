@@ -110,11 +110,25 @@ def _draw(tasks: Mapping[str, Mapping[str, np.ndarray]], canvas: Canvas) -> Figu
             _strokes(panel, own, expert, color=palette[name].colour, lw=0.6 * size, alpha=0.45)
             _strokes(panel, expert, expert, color=canvas.INK, lw=2.6 * size)
             _strokes(panel, own, own, color=palette[name].colour, lw=3.6 * size)
-        panel.text(0.05, -_HIGH * row - 0.05, canvas.readable(task), va="top", zorder=4,
-                   fontsize=7 + canvas.wide, bbox=canvas.PLATE)  # fmt: skip
+        panel.text(
+            0.05,
+            -_HIGH * row - 0.05,
+            canvas.readable(task),
+            va="top",
+            zorder=4,
+            fontsize=7 + canvas.wide,
+            bbox=canvas.PLATE,
+        )
     for column, name in enumerate(names):
-        panel.text(column + 0.5, 0.02, palette[name].label, ha="center", va="bottom",
-                   weight="bold", fontsize=7.5 + canvas.wide)  # fmt: skip
+        panel.text(
+            column + 0.5,
+            0.02,
+            palette[name].label,
+            ha="center",
+            va="bottom",
+            weight="bold",
+            fontsize=7.5 + canvas.wide,
+        )
     return panels.finish()
 
 

@@ -41,6 +41,7 @@ class VisionTower(nn.Module, ABC):
 
     Attributes:
         family: the name under which an artifact remembers whose tower it was: its file's.
+        title, hub_task: what a model card calls it, and what a hub says it is for.
         gives_features: whether ``forward`` gives image features, and not what comes before the
             projection.
         sites: site -> path of its module, where that is none of those that the site itself names.
@@ -52,6 +53,8 @@ class VisionTower(nn.Module, ABC):
     """
 
     family: ClassVar[str]
+    title: ClassVar[str] = "CLIP"
+    hub_task: ClassVar[str] = "zero-shot-image-classification"
     gives_features: ClassVar[bool] = False
     sites: ClassVar[Mapping[str, str]] = {}
     shortcuts: ClassVar[frozenset[str]] = frozenset()
@@ -129,14 +132,14 @@ class VisionTower(nn.Module, ABC):
                 after_block(block, states)
         return self.readout(states)
 
-    # -- shortcuts, for towers that have them ------------------------------------------------------
+    # -- shortcuts, for towers that have them and name them in ``shortcuts`` -----------------------
 
     def attend(self, index: int, states: Tensor) -> Tensor:
         """The class token's self-attention output in a block, before its tap.
 
         (batch, num_tokens, width) -> (batch, 1, width); keys and values are of all tokens.
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no shortcuts; run_block goes through a block")
 
     def finish(self, index: int, state: Tensor, z: Tensor) -> Tensor:
         """The class token on its way through a block, from behind the self-attention.
@@ -149,7 +152,7 @@ class VisionTower(nn.Module, ABC):
         Returns:
             The class token as it leaves the block, (batch, 1, width).
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no shortcuts; run_block goes through a block")
 
     def can_spare(self, edited: Iterable[str]) -> bool:
         """Whether ``attend`` and ``finish`` may stand for a block that is edited at these sites."""

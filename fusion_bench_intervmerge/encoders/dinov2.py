@@ -48,6 +48,8 @@ class DINOv2Tower(VisionTower):
         pooling: ``class`` or ``class and patches``.
     """
 
+    title = "DINOv2"
+    hub_task = "image-feature-extraction"
     sites = {"attention": "layer_scale1", "mlp": "layer_scale2"}  # noqa: RUF012
 
     def __init__(self, model: nn.Module, image_size: int | None = None, pooling: str = "class"):

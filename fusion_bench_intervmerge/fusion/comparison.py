@@ -6,8 +6,9 @@ import copy
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from pydoc import ErrorDuringImport, locate
 from typing import Annotated, Any
 
 from fusion_bench import BaseAlgorithm, BaseModelPool
@@ -24,15 +25,16 @@ from ..encoders import VisionTower
 from ..errors import ConfigError, named, unknown_key
 from ..merging import CoefficientSettings
 from ..model import InterventionModel
-from ..protocols import Repair, TaskConditionalModel
+from ..protocols import Repair
 from ..results import Images, Result, Results
+from ..schema import checked
 from ..settings import Flag, Seed, Settings, whole
 from .algorithm import IntervMergeAlgorithm
 from .analyse import Analyser
 from .expert_per_task import ExpertPerTask
 from .experts import ExpertPool
 from .host import HOST_KEYS, adopted, check_task_pool, split_settings
-from .hosted_models import HostedModel
+from .hosted_models import hosted
 from .hub import warn_if_unreachable
 from .loggers import show
 from .merge import merge_experts, run_adamerging
@@ -119,6 +121,14 @@ class ComparisonSettings(Settings):
             check_method(rival, f"rivals.{name}")
             if name in self.bases:
                 raise ConfigError(f"rivals.{name}", "a base has that name", "another name")
+        for group in ("images", "labels"):
+            for name in getattr(self, group):
+                if name not in {*self.bases, *self.rivals}:
+                    raise unknown_key(name, [*self.bases, *self.rivals], "base or rival").under(
+                        group
+                    )
+        for name, images in self.images.items():
+            checked(Images, images, f"images.{name}")
         for name in self.methods:
             for settings in (self._own(name), self.method(name)):
                 self.repair_class(name).Settings.read(settings, f"methods.{name}")
@@ -186,6 +196,8 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         self.settings = ComparisonSettings.read(settings)
         for method in self.settings.methods:
             self._build(method)  # refused now, not after the merge
+        for rival in self.settings.rivals:
+            self._rival(rival)
 
     @host_in_the_log()
     @one_line
@@ -207,7 +219,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         repairs: list[Repair] = []
         if settings.references:
             models["pretrained"] = pool.raw("_pretrained_")
-            models["experts"] = HostedModel(ExpertPerTask(pool), tower)
+            models["experts"] = hosted(ExpertPerTask(pool), tower)
             about["pretrained"] = Result(kind="pretrained")
             about["experts"] = Result(kind="experts")
         for name in settings.rivals:
@@ -290,9 +302,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
             model: Any = repair.repair(pool, copy.deepcopy(merged))
         seconds = time.perf_counter() - started
         result = repair.record(model).model_copy(update={"seconds": seconds})
-        if isinstance(model, TaskConditionalModel) and not isinstance(model, InterventionModel):
-            model = HostedModel(model, merged)
-        return model, result
+        return hosted(model, merged), result
 
     @contextmanager
     def _going_on(self, name: str) -> Iterator[None]:
@@ -310,7 +320,9 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         config = self.settings.rivals[name]
         repair: Any
         with named(f"rivals.{name}"):
-            found = get_class(config["_target_"]) if "_target_" in config else None
+            found: Any = None
+            with suppress(ErrorDuringImport):  # what cannot be imported fails when it runs
+                found = locate(config.get("_target_", ""))
             if isinstance(found, type) and issubclass(found, Repair):
                 repair = found(**{k: v for k, v in config.items() if k not in _NOT_SETTINGS})
             else:

@@ -118,6 +118,17 @@ class HostedModel(_NamedAfterwards):
         return self.model.extra_parameters()
 
 
+def hosted(model: Any, like: VisionTower) -> Any:
+    """A model as FusionBench's own task pools can evaluate it; one that they can is left as it is.
+
+    Args:
+        model: any model.
+        like: as in ``HostedModel``.
+    """
+    told = isinstance(model, TaskConditionalModel) and not hasattr(model, "is_surgery_model")
+    return HostedModel(model, like) if told else model
+
+
 class OneTask(nn.Module):
     """A task-conditional model while one task is evaluated: images -> that task's features.
 

@@ -24,7 +24,7 @@ from ..results import Result, Results
 from ..settings import Settings, nested
 from .experts import ExpertPool
 from .host import check_task_pool, split_settings
-from .hosted_models import HostedModel
+from .hosted_models import hosted
 from .merge import run_method
 from .screen import host_in_the_log, one_line
 
@@ -65,7 +65,16 @@ class Rival(LightningFabricMixin, BaseAlgorithm, Repair):
     """A method that starts from the experts, whatever merge is repaired beside it.
 
     It runs alone (``method=rivals/NAME``) as it does in a comparison.
+
+    Args:
+        settings: as in the class's ``Settings``.
     """
+
+    @one_line
+    def __init__(self, **settings: Any):
+        settings, host = split_settings(settings)
+        super().__init__(**host)
+        self.settings: Any = self.Settings.read(settings)
 
     @host_in_the_log()
     @one_line
@@ -83,23 +92,13 @@ class Rival(LightningFabricMixin, BaseAlgorithm, Repair):
             name = type(self).__name__
             result = self.record(model).model_copy(update={"method": name})
             Results(tasks=pool.tasks, models={name: result}).write(self.log_dir)
-        return HostedModel(model, tower) if isinstance(model, TaskConditionalModel) else model
+        return hosted(model, tower)
 
 
 class FusionBenchMethod(Rival):
-    """Any method of FusionBench that merges CLIP vision encoders.
-
-    Args:
-        settings: as in ``RivalSettings``.
-    """
+    """Any method of FusionBench that merges CLIP vision encoders."""
 
     Settings = RivalSettings
-
-    @one_line
-    def __init__(self, **settings: Any):
-        settings, host = split_settings(settings)
-        super().__init__(**host)
-        self.settings = RivalSettings.read(settings)
 
     def repair(self, pool: Any, merged: VisionTower) -> nn.Module:
         """What the method returns, ready for a task pool.

@@ -12,9 +12,7 @@ from ..merging import TaskVector
 from ..protocols import TaskConditionalModel
 from ..results import Result
 from ..settings import Settings
-from .host import split_settings
 from .rivals import ModelPerTask, Rival
-from .screen import one_line
 
 
 class TallMaskSettings(Settings):
@@ -35,12 +33,6 @@ class TallMasks(Rival):
     """
 
     Settings = TallMaskSettings
-
-    @one_line
-    def __init__(self, **settings: Any):
-        settings, host = split_settings(settings)
-        super().__init__(**host)
-        self.settings = TallMaskSettings.read(settings)
 
     def repair(self, pool: Any, merged: VisionTower) -> nn.Module:
         theta0 = {n: p.detach() for n, p in pool.tower("_pretrained_").mergeable().items()}

@@ -160,9 +160,17 @@ def _index(tasks: list[str], task: str | None) -> int:
 
 
 class Union:
-    """What the ``..._union`` task pools of both families have in common."""
+    """What the ``..._union`` task pools of both families have in common.
 
-    stream: StreamSettings
+    Args:
+        args, settings: FusionBench's pool's, and those of ``StreamSettings``.
+    """
+
+    @one_line
+    def __init__(self, *args: Any, **settings: Any):
+        own = {k: settings.pop(k) for k in StreamSettings.model_fields if k in settings}
+        self.stream = StreamSettings.read(own, "taskpool")
+        super().__init__(*args, **settings)
 
     def batches(self: Any) -> Iterator[Any]:
         """The stream in batches, spoilt where the settings say so."""
@@ -178,17 +186,7 @@ class Union:
 
 
 class UnionCLIPVisionModelTaskPool(Union, CLIPVisionModelTaskPool):
-    """One stream of all tasks' images, classified among all tasks' classes; Hugging Face.
-
-    Args:
-        args, settings: FusionBench's pool's, and those of ``StreamSettings``.
-    """
-
-    @one_line
-    def __init__(self, *args: Any, **settings: Any):
-        own = {k: settings.pop(k) for k in StreamSettings.model_fields if k in settings}
-        self.stream = StreamSettings.read(own, "taskpool")
-        super().__init__(*args, **settings)
+    """One stream of all tasks' images, classified among all tasks' classes; Hugging Face."""
 
     @one_line
     def evaluate(self, model: Any, name: str | None = None, **kwargs: Any) -> dict[str, Any]:

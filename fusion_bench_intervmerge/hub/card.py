@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..artifact import Artifact
 
 LIBRARY = "fusion-bench-intervmerge"
-TAGS = ["intervmerge", "fusion-bench", "model-merging", "clip"]
+TAGS = ["intervmerge", "fusion-bench", "model-merging"]
 
 
 def model_card(artifact: Artifact, name: str) -> str:
@@ -39,7 +39,7 @@ def model_card(artifact: Artifact, name: str) -> str:
 
 # {name}
 
-A merged CLIP vision encoder with task-specific interventions
+A merged {artifact.tower.title} vision encoder with task-specific interventions
 ([IntervMerge](https://arxiv.org/abs/2412.17023)) for {len(artifact.tasks)} tasks:
 {", ".join(artifact.tasks)}.
 {_trained(known)}
@@ -76,8 +76,8 @@ def _data(artifact: Artifact, name: str) -> ModelCardData:
     ]
     return ModelCardData(
         library_name=LIBRARY,
-        pipeline_tag="zero-shot-image-classification",
-        tags=TAGS,
+        pipeline_tag=artifact.tower.hub_task,
+        tags=[*TAGS, artifact.tower.title.lower()],
         base_model=base if known_to_hubs else None,
         model_name=name.rpartition("/")[2],
         eval_results=results or None,

@@ -27,9 +27,16 @@ from .study import Study, is_study, read_study
 from .style import HUES, NARROW, Palette, to_inline_svg, to_png, to_svg
 
 _PACKAGES = (
-    "fusion-bench-intervmerge", "fusion-bench", "torch", "torchvision", "transformers",
-    "open_clip_torch", "lightning", "hydra-core", "numpy",
-)  # fmt: skip
+    "fusion-bench-intervmerge",
+    "fusion-bench",
+    "torch",
+    "torchvision",
+    "transformers",
+    "open_clip_torch",
+    "lightning",
+    "hydra-core",
+    "numpy",
+)
 
 
 def write_report(
@@ -99,13 +106,22 @@ def _page(
     evaluation: Evaluation, sections: Sequence[tuple[Picture, Any]], title: str, command: str
 ) -> str:
     """The page, as HTML that loads nothing from elsewhere."""
-    environment = Environment(loader=PackageLoader(__package__, "."), autoescape=True,
-                              undefined=StrictUndefined, trim_blocks=True,
-                              lstrip_blocks=True)  # fmt: skip
+    environment = Environment(
+        loader=PackageLoader(__package__, "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     rows, cells = evaluation.rows, tables.cells(evaluation)
     first = ["average", "gap closed", "extra parameters"]
-    cells = cells[[*first, *(head for head in cells if head not in (*first, *evaluation.tasks)),
-                   *evaluation.tasks]]  # fmt: skip
+    cells = cells[
+        [
+            *first,
+            *(head for head in cells if head not in (*first, *evaluation.tasks)),
+            *evaluation.tasks,
+        ]
+    ]
     if len(evaluation.bases) > 1:
         cells.insert(0, "merge", [tables.Cell(readable(row.base) or tables.NONE) for row in rows])
     versions = [("Python", platform.python_version())]
@@ -118,8 +134,10 @@ def _page(
         headline=_headline(evaluation),
         caption=tables.caption(evaluation) if rows else "",
         heads=[readable(head) if head in evaluation.tasks else head.capitalize() for head in cells],
-        lines=[(row, line, i > 0 and row.base != rows[i - 1].base)
-               for i, (row, line) in enumerate(zip(rows, cells.to_numpy().tolist(), strict=True))],
+        lines=[
+            (row, line, i > 0 and row.base != rows[i - 1].base)
+            for i, (row, line) in enumerate(zip(rows, cells.to_numpy().tolist(), strict=True))
+        ],
         sections=sections,
         seen=_seen(evaluation),
         runs=evaluation.runs,
@@ -127,7 +145,7 @@ def _page(
         versions=versions,
         today=datetime.date.today().isoformat(),
         hues=HUES,
-    )  # fmt: skip
+    )
 
 
 def _subtitle(evaluation: Evaluation) -> str:

@@ -157,11 +157,22 @@ class Evaluation:
             lines, first = lines.sort_values("seed"), lines.iloc[0]
             values = lines[numbers].astype(float).reset_index(drop=True)
             found.append(
-                Row(kind, base, method, first["label"], first["family"], first["size"],
-                    lines["seed"].dropna().astype(int).tolist(), first["costs"], first["images"],
+                Row(
+                    kind,
+                    base,
+                    method,
+                    first["label"],
+                    first["family"],
+                    first["size"],
+                    lines["seed"].dropna().astype(int).tolist(),
+                    first["costs"],
+                    first["images"],
                     None if pd.isna(told := first["transductive"]) else bool(told),
-                    values, values.mean(), values.std())
-            )  # fmt: skip
+                    values,
+                    values.mean(),
+                    values.std(),
+                )
+            )
         kinds, bases = ["pretrained", "merge", *REPAIRS, "experts"], [*self.bases, ""]
         bounds = {"pretrained": -1, "experts": len(bases)}
         place = {r: (bounds.get(r.kind, bases.index(r.base)), kinds.index(r.kind)) for r in found}

@@ -270,9 +270,17 @@ class Panels:
         colour, down = (MUTED, -4) if merge else (INK, 4)
         panel.axhline(value, color=colour, lw=1.1, ls=DASHES if merge else "-", zorder=1)
         if text:
-            panel.annotate(f"{row.label}  {value:.1f}", (0, value), xytext=(3, down), fontsize=8,
-                           xycoords=("axes fraction", "data"), textcoords="offset points",
-                           va="top" if merge else "bottom", color=colour, bbox=PLATE)  # fmt: skip
+            panel.annotate(
+                f"{row.label}  {value:.1f}",
+                (0, value),
+                xytext=(3, down),
+                fontsize=8,
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                va="top" if merge else "bottom",
+                color=colour,
+                bbox=PLATE,
+            )
 
     def finish(self, handles: Sequence[Line2D] = (), gap: float = 0.2) -> Figure:
         """A legend above the panels, in as many columns as fit, and the layout settled.
@@ -283,9 +291,15 @@ class Panels:
             longest = max(len(str(handle.get_label())) for handle in handles)
             width = self.figure.get_figwidth() * 72 - 100 * gap + 20
             columns = max(1, min(len(handles), int(width / (4.6 * longest + 32))))
-            self.figure.legend(handles=handles, loc="outside upper left", ncols=columns,
-                               frameon=False, handletextpad=gap, columnspacing=1.4,
-                               borderpad=0.1)  # fmt: skip
+            self.figure.legend(
+                handles=handles,
+                loc="outside upper left",
+                ncols=columns,
+                frameon=False,
+                handletextpad=gap,
+                columnspacing=1.4,
+                borderpad=0.1,
+            )
         self.figure.draw_without_rendering()
         self.figure.set_layout_engine("none")
         return self.figure
@@ -333,12 +347,23 @@ def label_points(panel: Axes, labels: Sequence[tuple[float, float, str, str]]) -
 
     for (x, y, *words), anchor in zip(labels, anchors, strict=True):
         notes = [
-            panel.annotate(word, (x, y), xytext=(0, 0), textcoords="offset points", bbox=PLATE,
-                           annotation_clip=False, in_layout=False, color=colour, zorder=7 - i,
-                           fontsize=8 - i / 2, weight=weight)
+            panel.annotate(
+                word,
+                (x, y),
+                xytext=(0, 0),
+                textcoords="offset points",
+                bbox=PLATE,
+                annotation_clip=False,
+                in_layout=False,
+                color=colour,
+                zorder=7 - i,
+                fontsize=8 - i / 2,
+                weight=weight,
+            )
             for i, (word, colour, weight) in enumerate(
-                zip(words, (INK, MUTED), ("bold", "normal"), strict=True))
-        ]  # fmt: skip
+                zip(words, (INK, MUTED), ("bold", "normal"), strict=True)
+            )
+        ]
         extents = [note.get_window_extent() for note in notes]
         width, height = max(box.width for box in extents), sum(box.height for box in extents)
         places = []
@@ -356,8 +381,14 @@ def label_points(panel: Axes, labels: Sequence[tuple[float, float, str, str]]) -
         near = np.clip(0, (left, bottom), (right, top))
         if np.hypot(*near) > 14:
             arrow = {"arrowstyle": "-", "color": MUTED, "lw": 0.6, "shrinkA": 1, "shrinkB": 5}
-            panel.annotate("", (x, y), xytext=tuple(near), textcoords="offset points", zorder=2,
-                           arrowprops=arrow)  # fmt: skip
+            panel.annotate(
+                "",
+                (x, y),
+                xytext=tuple(near),
+                textcoords="offset points",
+                zorder=2,
+                arrowprops=arrow,
+            )
 
 
 def to_png(figure: Figure) -> bytes:

@@ -35,9 +35,12 @@ COLUMNS = (
     Column("bytes", lambda row: row.costs.get("bytes", nan), count),
     Column("labels a task", lambda row: row.costs.get("labels", nan), lambda v: f"{v:.0f}"),
     Column("passes an image", lambda row: row.costs.get("passes", nan), lambda v: f"{v:g}"),
-    Column("needs the task", lambda row: row.costs.get("needs_task", nan),
-           lambda v: "yes" if v else "no"),
-)  # fmt: skip
+    Column(
+        "needs the task",
+        lambda row: row.costs.get("needs_task", nan),
+        lambda v: "yes" if v else "no",
+    ),
+)
 
 
 class Cell(NamedTuple):

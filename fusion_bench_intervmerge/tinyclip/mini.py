@@ -184,9 +184,7 @@ OTHER_LOOKS: dict[str, Draw] = {
     "mnist": _in_ink(lambda rng, label, split: _scan(rng, "mnist", label, split)),
     "fashion_mnist": _in_ink(lambda rng, label, split: _scan(rng, "fashion_mnist", label, split)),
     "emoji": _emoji,
-    "digits": _in_ink(
-        lambda rng, label, split: tiny.placed_scan(rng, tiny.digit_scans()[split][label])
-    ),
+    "digits": _in_ink(_coarse_scan),
     "letters": _in_ink(lambda rng, label, split: tiny.letter(rng, LETTERS[label])),
     "shapes": _in_ink(lambda rng, label, split: tiny.outline(rng, label)),
     "counting": _in_ink(lambda rng, label, split: tiny.dots(rng, label + 1)),

@@ -6,24 +6,13 @@ from typing import Any
 
 from fusion_bench.utils import count_parameters
 
-from ..corruption import StreamSettings
 from ..screen import one_line
 from ..union import Union, measure
 from .taskpool import OpenCLIPVisionModelTaskPool
 
 
 class UnionOpenCLIPVisionModelTaskPool(Union, OpenCLIPVisionModelTaskPool):
-    """One stream of all tasks' images, classified among all tasks' classes; OpenCLIP.
-
-    Args:
-        args, settings: FusionBench's pool's, and those of ``StreamSettings``.
-    """
-
-    @one_line
-    def __init__(self, *args: Any, **settings: Any):
-        own = {k: settings.pop(k) for k in StreamSettings.model_fields if k in settings}
-        self.stream = StreamSettings.read(own, "taskpool")
-        super().__init__(*args, **settings)
+    """One stream of all tasks' images, classified among all tasks' classes; OpenCLIP."""
 
     @one_line
     def evaluate(self, model: Any, **kwargs: Any) -> dict[str, Any]:

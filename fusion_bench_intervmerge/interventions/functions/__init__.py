@@ -6,18 +6,15 @@ A subclass defined elsewhere is known by its ``name`` once it is imported.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Iterator
 
 import torch
 
 from ...errors import ConfigError, named
+from ...registry import class_in, names_in
 from .base import ACTIVATIONS, Function
 
-FUNCTION_NAMES: tuple[str, ...] = tuple(
-    sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
-)
+FUNCTION_NAMES = names_in(__path__)
 
 
 def function_class(name: str, where: str = "function") -> type[Function]:
@@ -32,15 +29,7 @@ def function_class(name: str, where: str = "function") -> type[Function]:
             return others[name]
         allowed = ", ".join((*FUNCTION_NAMES, *others))
         raise ConfigError(where, f"there is no function {name!r}", allowed)
-    module = importlib.import_module(f"{__name__}.{name}")
-    (found,) = (
-        value
-        for value in vars(module).values()
-        if isinstance(value, type)
-        and issubclass(value, Function)
-        and value.__module__ == module.__name__
-    )
-    return found
+    return class_in(f"{__name__}.{name}", Function)  # type: ignore[type-abstract]
 
 
 def _subclasses(cls: type) -> Iterator[type[Function]]:

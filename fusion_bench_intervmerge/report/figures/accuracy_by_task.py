@@ -35,8 +35,11 @@ def _draw(of: Evaluation, canvas: Canvas) -> Figure:
     order = ["merged", *(name for family in families for name in family), "expert"]
     means, deviations = {}, {}
     for base in of.bases or [""]:
-        rows = {_REFERENCES.get(row.kind, row.method): row for row in of.rows
-                if row.base in (base, "") and row.kind != "pretrained"}  # fmt: skip
+        rows = {
+            _REFERENCES.get(row.kind, row.method): row
+            for row in of.rows
+            if row.base in (base, "") and row.kind != "pretrained"
+        }
         title, shown = readable(base) if len(of.bases) > 1 else "", [n for n in order if n in rows]
         names = [*of.tasks, "average"]
         means[title] = pd.DataFrame({name: 100 * rows[name].mean[names] for name in shown})

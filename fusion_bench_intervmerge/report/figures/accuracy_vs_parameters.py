@@ -34,8 +34,9 @@ def pictures(of: Evaluation) -> Iterator[Picture]:
 def _draw(of: Evaluation, canvas: Canvas) -> Figure:
     bases = [base for base in of.bases if any(row.base == base for row in of.repairs)]
     alone = len(bases) == 1
-    panels = canvas.panels(len(bases), high=3.2 if not alone else 4.3 if canvas.wide else 3.9,
-                           sharey=True)  # fmt: skip
+    panels = canvas.panels(
+        len(bases), high=3.2 if not alone else 4.3 if canvas.wide else 3.9, sharey=True
+    )
     shown = [row for row in of.rows if row.kind != "pretrained"]
     averages = [100 * value for row in shown for value in row.values["average"]]
     low, high = min(averages), max(averages)
@@ -66,15 +67,32 @@ def _scatter(panel: Axes, base: str, of: Evaluation, palette: Palette, labelled:
     repairs = {row.method: row for row in of.repairs if row.base == base and row.extra_parameters}
     labels = []
     for family in palette.families(repairs):
-        points = [(float(repairs[name].extra_parameters or 0), 100 * repairs[name].mean["average"])
-                  for name in family]  # fmt: skip
-        panel.plot(*zip(*points, strict=True), color=palette[family[-1]].colour, lw=1.6, zorder=2,
-                   alpha=0.55)  # fmt: skip
+        points = [
+            (float(repairs[name].extra_parameters or 0), 100 * repairs[name].mean["average"])
+            for name in family
+        ]
+        panel.plot(
+            *zip(*points, strict=True),
+            color=palette[family[-1]].colour,
+            lw=1.6,
+            zorder=2,
+            alpha=0.55,
+        )
         for name, (x, y) in zip(family, points, strict=True):
             look, row = palette[name], repairs[name]
             mean, std = row.mean["average"], row.std["average"]
-            panel.errorbar(x, y, yerr=100 * std, fmt=look.marker, color=look.colour, ms=7.5,
-                           mec=SURFACE, elinewidth=1.4, capsize=3, zorder=4)  # fmt: skip
+            panel.errorbar(
+                x,
+                y,
+                yerr=100 * std,
+                fmt=look.marker,
+                color=look.colour,
+                ms=7.5,
+                mec=SURFACE,
+                elinewidth=1.4,
+                capsize=3,
+                zorder=4,
+            )
             labels.append((x, y, look.label, f"{percent(mean, std)}, {count(x)}"))
     if labelled and labels:
         label_points(panel, labels)

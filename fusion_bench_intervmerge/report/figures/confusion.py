@@ -56,15 +56,26 @@ def draw(counts: pd.DataFrame, canvas: Canvas) -> Figure:
     panel.grid(visible=False)
     panel.set_xlim(-0.6, len(counts.columns) - 0.4)
     turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-    panel.set_xticks(range(len(counts.columns)), list(map(readable, counts)), fontsize=8,
-                     **({} if canvas.wide else turned))  # fmt: skip
+    panel.set_xticks(
+        range(len(counts.columns)),
+        list(map(readable, counts)),
+        fontsize=8,
+        **({} if canvas.wide else turned),
+    )
     for row, (task, of) in enumerate(counts.iterrows()):
         for column, number in enumerate(of):
             if number:
                 corner, share = (column - 0.46, row - 0.46), number / of.sum()
                 square = Rectangle(corner, 0.92, 0.92, color=ACCENT, lw=0, alpha=0.6 * share)
                 panel.add_patch(square)
-                panel.text(column, row, str(number), ha="center", va="center", fontsize=7.5,
-                           weight="bold" if counts.columns[column] == task else "normal",
-                           color=canvas.INK)  # fmt: skip
+                panel.text(
+                    column,
+                    row,
+                    str(number),
+                    ha="center",
+                    va="center",
+                    fontsize=7.5,
+                    weight="bold" if counts.columns[column] == task else "normal",
+                    color=canvas.INK,
+                )
     return panels.finish()

@@ -23,11 +23,13 @@ def pictures(of: Evaluation) -> Iterator[Picture]:
         found = pd.DataFrame(model.features).T
         found.loc["mean"] = found.mean()
         shown = {
-            title: scale * found[[f"{kind}_before", f"{kind}_after"]].set_axis(
-                ["merged", model.method or "repaired"], axis=1)
+            title: scale
+            * found[[f"{kind}_before", f"{kind}_after"]].set_axis(
+                ["merged", model.method or "repaired"], axis=1
+            )
             for title, kind, scale in ((_BIAS, "bias", 1), (_AGREEMENT, "agreement", 100))
             if f"{kind}_after" in found and found[f"{kind}_after"].notna().all()
-        }  # fmt: skip
+        }
         yield Picture(
             f"features-{number}",
             "Distance to the experts" + (f" ({run.name})" if len(measured) > 1 else ""),

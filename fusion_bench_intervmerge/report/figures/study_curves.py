@@ -39,9 +39,18 @@ def _draw(of: Study, names: list[str], canvas: Canvas) -> Figure:
     for name, panel in zip(names, panels.axes, strict=True):
         for label, points in series.items():
             look, rows = palette[label], points.values()
-            panel.errorbar(list(points), [100 * row.mean[name] for row in rows], fmt="-", zorder=3,
-                           yerr=[100 * row.std[name] for row in rows], marker=look.marker,
-                           color=look.colour, mec=SURFACE, mew=0.8, **size)  # fmt: skip
+            panel.errorbar(
+                list(points),
+                [100 * row.mean[name] for row in rows],
+                fmt="-",
+                zorder=3,
+                yerr=[100 * row.std[name] for row in rows],
+                marker=look.marker,
+                color=look.colour,
+                mec=SURFACE,
+                mew=0.8,
+                **size,
+            )
         for row in of.evaluation.references(base):
             panels.reference(panel, row, name, text=average)
         if about["x"] == "extra_parameters":
@@ -54,10 +63,14 @@ def _draw(of: Study, names: list[str], canvas: Canvas) -> Figure:
         panel.margins(y=0.1)
     xlabel = about.get("xlabel") or str(about["x"]).replace("_", " ")
     panels.named(xlabel, "average accuracy over tasks" if average else "accuracy")
-    handles = [look.handle(color=look.colour, marker=look.marker, lw=1.6, ms=5.5)
-               for look in map(palette.__getitem__, series)]  # fmt: skip
+    handles = [
+        look.handle(color=look.colour, marker=look.marker, lw=1.6, ms=5.5)
+        for look in map(palette.__getitem__, series)
+    ]
     handles = handles if len(handles) > 1 else []
     if not average:
-        handles += [Line2D([], [], color=MUTED, lw=1.1, ls=DASHES, label="the merge"),
-                    Line2D([], [], color=INK, lw=1.1, label="the expert")]  # fmt: skip
+        handles += [
+            Line2D([], [], color=MUTED, lw=1.1, ls=DASHES, label="the merge"),
+            Line2D([], [], color=INK, lw=1.1, label="the expert"),
+        ]
     return panels.finish(handles, gap=0.5)

@@ -30,8 +30,15 @@ def _draw(of: Study, canvas: Canvas) -> Figure:
     limit = float(np.nanmax(np.abs(gains))) if np.isfinite(gains).any() else 1.0
     panel.imshow(gains, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
     for (i, j), gain in np.ndenumerate(gains):
-        panel.text(j, i, f"{gain:+.1f}", ha="center", va="center", fontsize=7.5,
-                   color="white" if abs(gain) > 0.6 * limit else INK)  # fmt: skip
+        panel.text(
+            j,
+            i,
+            f"{gain:+.1f}",
+            ha="center",
+            va="center",
+            fontsize=7.5,
+            color="white" if abs(gain) > 0.6 * limit else INK,
+        )
     panel.set_yticks(range(len(repairs)), [row.method for row in repairs])
     panel.set_xticks(range(len(names)), list(map(canvas.readable, names)))
     panel.xaxis.tick_top()

@@ -31,17 +31,41 @@ def _draw(of: Study, canvas: Canvas) -> Figure:
         for row in rows:
             if row.base == base:
                 y, mean, std = names.index(row.method), row.mean["average"], row.std["average"]
-                panel.errorbar(100 * mean, y, xerr=100 * std, fmt="o", color=ACCENT, ms=6.5,
-                               mec=SURFACE, capsize=3, elinewidth=1.3, zorder=3)  # fmt: skip
+                panel.errorbar(
+                    100 * mean,
+                    y,
+                    xerr=100 * std,
+                    fmt="o",
+                    color=ACCENT,
+                    ms=6.5,
+                    mec=SURFACE,
+                    capsize=3,
+                    elinewidth=1.3,
+                    zorder=3,
+                )
                 end = mean if len(row.seeds) < 2 else mean + std
-                panel.annotate(percent(mean, std), (100 * end, y), xytext=(7, 0), va="center",
-                               textcoords="offset points", fontsize=7.5, color=MUTED)  # fmt: skip
+                panel.annotate(
+                    percent(mean, std),
+                    (100 * end, y),
+                    xytext=(7, 0),
+                    va="center",
+                    textcoords="offset points",
+                    fontsize=7.5,
+                    color=MUTED,
+                )
         for row in of.evaluation.references(base):
             value, merge = 100 * row.mean["average"], row.kind == "merge"
             panel.axvline(value, color=MUTED, lw=1.1, ls=DASHES if merge else "-", zorder=1)
-            panel.annotate(f"{row.label} {value:.1f}", (value, 1), xytext=(0, 3), fontsize=7.5,
-                           xycoords=("data", "axes fraction"), textcoords="offset points",
-                           ha="center", color=MUTED)  # fmt: skip
+            panel.annotate(
+                f"{row.label} {value:.1f}",
+                (value, 1),
+                xytext=(0, 3),
+                fontsize=7.5,
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                ha="center",
+                color=MUTED,
+            )
         left, right = panel.get_xlim()
         # room for the last number; there is no accuracy beyond 100
         panel.set_xlim(left, max(right + 0.06 * (right - left), 100) if right > 80 else right * 1.1)

@@ -5,27 +5,15 @@ To add one, put a module beside these with one subclass of ``Router``; nothing e
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-
+from ...registry import class_in, names_in
 from .base import Router
 
-ROUTERS: tuple[str, ...] = tuple(
-    sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
-)
+ROUTERS = names_in(__path__)
 
 
 def router_class(name: str) -> type[Router]:
     """The class of one of ``ROUTERS``."""
-    module = importlib.import_module(f"{__name__}.{name}")
-    (found,) = (
-        value
-        for value in vars(module).values()
-        if isinstance(value, type)
-        and issubclass(value, Router)
-        and value.__module__ == module.__name__
-    )
-    return found
+    return class_in(f"{__name__}.{name}", Router)  # type: ignore[type-abstract]
 
 
 __all__ = ["ROUTERS", "Router", "router_class"]
