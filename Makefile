@@ -16,8 +16,8 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/fusion_bench method=intervmerge/compare modelpool=clip-vit-tiny_TA8 \
-	  taskpool=clip-vit-tiny_TA8 path.log_dir=$(RUN) \
+	$(BIN)/fusion_bench method=intervmerge/compare modelpool=clip-vit-mini_TA8 \
+	  taskpool=clip-vit-mini_TA8 path.log_dir=$(RUN) \
 	  hydra/job_logging=intervmerge print_config=false print_function_call=false
 	$(BIN)/intervmerge report $(RUN) --to $(RUN)/report
 

@@ -98,7 +98,7 @@ COEFFICIENTS: dict[str, tuple[set[str], dict[str, str]]] = {
 METHOD: dict[str, tuple[set[str], dict[str, str]]] = {
     "interventions": ({"empty mapping"}, {"near": "{atention: {}}", "none": "{attention: null}"}),
     "base": ({"mapping", "empty mapping"}, {}),  # a base's own keys are FusionBench's
-    "budget": (NULL, WHOLE | {"zero": "0", "trained": "6192"}),
+    "budget": (NULL, WHOLE | {"zero": "0", "trained": "6192", "near": "rank_0"}),
     "coefficients": (MAPPINGS, {}),
     "loss": (set(), {"near": "block"}),
     "data": ({"empty mapping"}, {}),

@@ -190,7 +190,8 @@ def test_bases_can_be_chosen(tmp_path: Path) -> None:
 
 def test_names_and_numbers_are_written_for_people() -> None:
     assert formatting.method("intervmerge_r4", rank=4) == "IntervMerge r=4"
-    assert formatting.method("closed_form_b6192", budget=6192) == "Closed form 6.2k"
+    for name in ("closed_form_b6192", "closed_form_rank_1"):
+        assert formatting.method(name, budget=6192) == "Closed form 6.2k"
     # a size is told, not read out of a name
     assert formatting.method("mine_r4", rank=2) == formatting.method("mine_r4") == "mine r4"
     assert formatting.readable("surgery_v2") == "SurgeryV2"

@@ -68,6 +68,7 @@ def refused(make, **settings):
         ({"optimizer": {"_target_": "os.getcwd"}}, "optimizer: "),
         ({"budget": 6192}, "budget: only edits in closed form have one; allowed: null, or a site"),
         ({"budget": 0}, "budget: 0; allowed: null, or a whole number, 1 to"),
+        ({"budget": "rank_0"}, "budget: 'rank_0'; allowed: null, or a whole number, 1 to"),
         ({"interventions": None}, "interventions: null; allowed: a mapping"),
         ({"interventions": {"atention": {}}}, "interventions.atention: no such site, did you mean"),
     ],

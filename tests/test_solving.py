@@ -316,6 +316,14 @@ def test_a_budget_gives_unequal_ranks_and_is_not_exceeded(shared_out):
     )
 
 
+def test_a_budget_of_a_rank_is_what_that_rank_takes_everywhere(experts, datasets):
+    at_rank_2, _ = solved_model(experts, datasets, {"block": BLOCK | {"rank": 2}})
+    model, _ = solved_model(experts, datasets, budget="rank_2")
+    allowed = at_rank_2.extra_parameters()["total"]
+    assert allowed - 65 < model.extra_parameters()["total"] <= allowed
+    assert len({r for of in model.ranks().values() for r in of["block"].values()}) > 1
+
+
 @pytest.mark.parametrize("fold", [False, True])
 def test_a_mixed_batch_of_unequal_ranks_equals_one_task_at_a_time(shared_out, datasets, fold):
     model = shared_out[0].fold() if fold else shared_out[0]

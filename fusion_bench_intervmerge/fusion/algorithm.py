@@ -39,6 +39,7 @@ from ..protocols import Experts, Repair
 from ..results import Images, Result, Results
 from ..routing import RouterSettings, fit_router
 from ..solving import solve
+from ..solving.solver import budget_in_numbers
 from ..storage import Storage
 from .diagnosis import diagnose, table
 from .experts import ExpertPool
@@ -80,6 +81,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         self.data = self.settings.data
         sites = read_interventions(self.interventions).values()
         self._solves = any(config.init == "regression" for config in sites)
+        self._budget: int | None = None  # in numbers, once there is a model
         # refused now, not after the merge
         make_optimizer(self.settings.optimizer, [nn.Parameter(torch.zeros(1))])
 
@@ -257,6 +259,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         settings, data = self.settings, self.data
         experts = {task: partial(pool.tower, task) for task in tasks}
         images = {task: pool.images(task, data.split) for task in tasks}
+        self._budget = budget_in_numbers(settings.budget, model, len(tasks))
         run = self._identity(pool, model, tasks)
         # Nothing tells one live model from another, so their runs are not continued.
         resume = settings.resume == "auto" and not pool.pool.has_instance_models
@@ -325,7 +328,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             if self.settings.extend is None  # else the saved model's own hold
             else {site: config.to_dict() for site, config in model.interventions.items()},
             "base": self._base_settings(),
-            "budget": self.settings.budget,
+            "budget": self._budget,
             "coefficients": self.coefficients and self.coefficients.to_dict(),
             "loss": self.settings.loss,
             "router": self.settings.router and self.settings.router.to_dict(),

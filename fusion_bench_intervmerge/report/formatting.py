@@ -61,11 +61,14 @@ def readable(name: str) -> str:
 
 
 def method(name: str, rank: int | None = None, budget: int | None = None) -> str:
-    """The same of a method: ``intervmerge_r4`` of rank 4 is ``IntervMerge r=4``."""
+    """The same of a method: ``intervmerge_r4`` of rank 4 is ``IntervMerge r=4``.
+
+    A budget stands in numbers: ``closed_form_rank_4`` with 24,768 is ``Closed form 24.8k``.
+    """
     if rank is not None:
         name = re.sub(rf"_r{rank}(?=_|$)", f" r={rank}", name)
     if budget is not None:
-        name = re.sub(rf"_b{budget}(?=_|$)", f" {count(budget)}", name)
+        name = re.sub(rf"_(b{budget}|rank_\d+)(?=_|$)", f" {count(budget)}", name)
     return readable(name)
 
 

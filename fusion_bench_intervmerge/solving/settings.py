@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from pydantic import Field
+
 from ..images import RepairSettings
 from ..settings import whole
+
+_MOST = 10**12
+_RANKS = Annotated[str, Field(pattern=r"^rank_[1-9]\d{0,5}$")]
+_ALLOWED = f"null, or a whole number, 1 to {_MOST}, or rank_R: as many as rank R at every place"
 
 
 class SolveSettings(RepairSettings):
@@ -13,7 +19,11 @@ class SolveSettings(RepairSettings):
 
     Args:
         budget: extra parameters over all tasks, given out as ranks where they help most; for
-            ``init: regression``. Null: every edit has the ``rank`` of its site.
+            ``init: regression``. ``rank_4``: as many as rank 4 takes at every place, on any
+            encoder.
+            Null: every edit has the ``rank`` of its site.
     """
 
-    budget: Annotated[int | None, whole(1, 10**12, before="null, or ")] = None
+    budget: Annotated[
+        Annotated[int, whole(1, _MOST)] | _RANKS | None, Field(description=_ALLOWED)
+    ] = None

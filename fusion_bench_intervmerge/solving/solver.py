@@ -16,6 +16,7 @@ from ..encoders import VisionTower, check_expert
 from ..errors import ConfigError
 from ..images import Datasets, choose_images
 from ..interventions import SITES
+from ..interventions.edits import Edits
 from ..interventions.functions import function_class
 from ..model import InterventionModel
 from ..precision import computing_dtype
@@ -88,7 +89,7 @@ def solve(
         Interrupted: on Ctrl-C; the tasks that were finished are kept.
     """
     settings = SolveSettings.of(settings, keywords)
-    data, budget = settings.data, settings.budget
+    data, budget = settings.data, budget_in_numbers(settings.budget, model, len(experts))
     fabric = fabric or L.Fabric(devices=1, accelerator="auto")
     for task in experts:
         model.check_task(task)
@@ -194,16 +195,39 @@ def share_out(
     Raises:
         ConfigError: the budget buys not one rank.
     """
-    task = next(iter(gains))
-    costs = {}
-    for site, block in gains[task]:
-        function = model.set_rank(task, site, block, 1)
-        assert function is not None
-        costs[site] = sum(parameter.numel() for parameter in function.parameters())
-        model.set_rank(task, site, block, 0)
+    costs = _cost_of_a_rank(model)
     flat = {(task, place): g for task, of in gains.items() for place, g in of.items()}
     ranks = allocate(flat, {key: costs[key[1][0]] for key in flat}, budget)
     return {task: {place: ranks[task, place] for place in of} for task, of in gains.items()}
+
+
+def budget_in_numbers(budget: int | str | None, model: InterventionModel, tasks: int) -> int | None:
+    """A budget in numbers: ``rank_4`` is what rank 4 at every solved place takes.
+
+    Args:
+        budget: as ``SolveSettings`` has it.
+        model: whose edits are solved.
+        tasks: how many are solved.
+    """
+    if not isinstance(budget, str):
+        return budget
+    costs = _cost_of_a_rank(model)
+    of_one_task = sum(costs[site] for site, _ in solved_places(model))
+    return int(budget.removeprefix("rank_")) * of_one_task * tasks
+
+
+def _cost_of_a_rank(model: InterventionModel) -> dict[str, int]:
+    """Site -> numbers that each rank of an edit takes there."""
+    ones = {
+        site: {str(placement.blocks[0]): 1}
+        for site, placement in model.placements.items()
+        if model.interventions[site].init == "regression"
+    }
+    edits = Edits(model.interventions, model.placements, ones, seed=0, task="")
+    return {
+        site: sum(parameter.numel() for parameter in function.parameters())
+        for site, _, function in edits.places()
+    }
 
 
 class _Finished:
