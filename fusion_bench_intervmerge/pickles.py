@@ -187,7 +187,7 @@ def _read_zip(stream: Any, content: Buffer, allowed: Collection[str]) -> Any:
     if folder + "byteorder" in entries and record("byteorder").decode() != sys.byteorder:
         raise pickle.UnpicklingError("the bytes of its numbers are in another order")
 
-    def storage(key: Any, numel: int, dtype: torch.dtype) -> Storage:
+    def storage(key: object, numel: int, dtype: torch.dtype) -> Storage:
         start, size = find(f"data/{key}")
         if numel * dtype.itemsize > size:
             raise pickle.UnpicklingError("a storage is larger than its record")
@@ -201,9 +201,9 @@ def _read_legacy(stream: Any, content: Buffer, allowed: Collection[str]) -> Any:
     _, version, system = (_Reader(stream).load() for _ in range(3))
     if version != 1001 or system["little_endian"] != (sys.byteorder == "little"):
         raise pickle.UnpicklingError("the bytes of its numbers are in another order")
-    storages: dict[Any, Storage] = {}
+    storages: dict[object, Storage] = {}
 
-    def storage(key: Any, numel: int, dtype: torch.dtype) -> Storage:
+    def storage(key: object, numel: int, dtype: torch.dtype) -> Storage:
         return storages.setdefault(key, Storage(numel, dtype))
 
     result = _Reader(stream, allowed, storage).load()
@@ -245,7 +245,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
 _CALLS["__builtin__.set"] = _CALLS["builtins.set"]  # its name in protocol 2
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> View:
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: object) -> View:
     """``rest``: whether a gradient is wanted, hooks, and bits such as "negated"."""
     if not isinstance(storage, Storage) or not isinstance(size, tuple | list) or any(rest[2:]):
         raise pickle.UnpicklingError("a tensor of an unknown kind")
@@ -282,13 +282,13 @@ class _Reader(pickle._Unpickler):
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]]
     stack: list[Any]
-    pop_mark: Callable[[], list[Any]]
+    pop_mark: Callable[[], list[object]]
 
     def __init__(
         self,
         stream: Any,
         allowed: Collection[str] = (),
-        storage: Callable[[Any, int, torch.dtype], Storage] | None = None,
+        storage: Callable[[object, int, torch.dtype], Storage] | None = None,
     ):
         super().__init__(stream, encoding="utf-8")
         self._allowed, self._storage = allowed, storage
@@ -337,7 +337,7 @@ class _Reader(pickle._Unpickler):
         value, key = self.stack.pop(), self.stack.pop()
         self._fill([key, value])
 
-    def _fill(self, items: list[Any]) -> None:
+    def _fill(self, items: list[object]) -> None:
         target = self.stack[-1]
         if not isinstance(target, dict):
             raise pickle.UnpicklingError(f"it sets items of a {type(target).__name__}")

@@ -48,7 +48,7 @@ class Experts(Protocol):
     def tower(self, name: str) -> VisionTower:
         """A task's expert, or ``_pretrained_``; a fresh one, which the caller may change."""
 
-    def images(self, task: str, split: str) -> Dataset[Any]:
+    def images(self, task: str, split: str) -> Dataset[object]:
         """A split's images, preprocessed: items are (pixel values, label), -1 for no label."""
 
 

@@ -71,12 +71,12 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
     seeded = True
 
     @one_line
-    def __init__(self, interventions: Any = None, base: Any = None, **settings: Any):
+    def __init__(self, interventions: object = None, base: object = None, **settings: object):
         settings, host = split_settings(settings, interventions=interventions, base=base)
         super().__init__(**host)
         self.settings = MethodSettings.read(settings)
         self.interventions: dict[str, Any] = self.settings.interventions
-        self.base: Any = self.settings.base
+        self.base: object = self.settings.base
         self.coefficients: Any = self.settings.coefficients
         self.data = self.settings.data
         sites = read_interventions(self.interventions).values()
@@ -322,7 +322,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
 
-    def _settings(self, model: InterventionModel) -> dict[str, Any]:
+    def _settings(self, model: InterventionModel) -> dict[str, object]:
         return {
             "interventions": self.interventions
             if self.settings.extend is None  # else the saved model's own hold

@@ -23,6 +23,7 @@ from ..errors import ConfigError
 from ..files import write_json
 from ..model import InterventionModel
 from ..results import Result, Results
+from ..schema import Json
 from ..settings import Folder, Settings, whole
 from .diagnosis import table
 from .experts import ExpertPool
@@ -52,7 +53,7 @@ class Analyser:
     def __init__(self, analyses: Any, images: int, split: str, device: torch.device):
         self.names = read_analyses(analyses)
         self.images, self.split, self.device = images, split, device
-        self.found: dict[str, dict[str, Any]] = {}
+        self.found: dict[str, Json] = {}
 
     def run(
         self,
@@ -61,7 +62,7 @@ class Analyser:
         merged: VisionTower,
         models: Mapping[str, InterventionModel],
         tasks: Sequence[str],
-    ) -> dict[str, Any]:
+    ) -> Json:
         """Analyse one merge and its repairs, a task and so an expert at a time.
 
         Args:
@@ -74,7 +75,7 @@ class Analyser:
         Returns:
             Analysis -> task -> encoder -> value.
         """
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, Json] = {}
         encoders: list[VisionTower | InterventionModel] = [merged, *models.values()]
         before = {encoder: encoder.device for encoder in encoders}
         for encoder in before:
@@ -139,14 +140,14 @@ class AnalyseInterventionModel(LightningFabricMixin, BaseAlgorithm):
     Settings = AnalyseSettings
 
     @one_line
-    def __init__(self, path: Any = None, **settings: Any):
+    def __init__(self, path: object = None, **settings: object):
         settings, host = split_settings(settings, path=path)
         super().__init__(**host)
         self.settings = AnalyseSettings.read(settings)
 
     @host_in_the_log()
     @one_line
-    def run(self, modelpool: BaseModelPool) -> dict[str, Any] | None:
+    def run(self, modelpool: BaseModelPool) -> dict[str, object] | None:
         """Analyse, and hand the merged encoder and the repaired model to the task pool, if any.
 
         Raises:
@@ -180,7 +181,7 @@ class AnalyseInterventionModel(LightningFabricMixin, BaseAlgorithm):
         return {MERGED: merged, name: model}
 
 
-def _rows(found: Mapping[str, Any], name: str) -> dict[str, dict[str, float]]:
+def _rows(found: Mapping[str, Json], name: str) -> dict[str, dict[str, float]]:
     """Task -> the numbers of a diagnosis, before and after the repair."""
     rows: dict[str, dict[str, float]] = {}
     for task, values in found["bias"].items():

@@ -27,7 +27,7 @@ from ..merging import CoefficientSettings
 from ..model import InterventionModel
 from ..protocols import Repair
 from ..results import Images, Result, Results
-from ..schema import checked
+from ..schema import Json, checked
 from ..settings import Flag, Seed, Settings, whole
 from .algorithm import IntervMergeAlgorithm
 from .analyse import Analyser
@@ -75,28 +75,20 @@ class ComparisonSettings(Settings):
         ConfigError: the first setting that does not fit, those of the methods included.
     """
 
-    bases: Annotated[
-        dict[str, Any], Field(min_length=1, description="a FusionBench method or more, by name")
-    ]
+    bases: Annotated[Json, Field(min_length=1, description="a FusionBench method or more, by name")]
     methods: Annotated[
-        dict[str, dict[str, Any]], Field(description="settings of intervmerge or surgery, by name")
+        dict[str, Json], Field(description="settings of intervmerge or surgery, by name")
     ]
-    rivals: Annotated[dict[str, dict[str, Any]], Field(description="methods, by name")] = Field(
-        default={}
-    )
+    rivals: Annotated[dict[str, Json], Field(description="methods, by name")] = Field(default={})
     coefficients: Annotated[
-        dict[str, dict[str, Any]] | None, Field(description="coefficients, by the base's name")
+        dict[str, Json] | None, Field(description="coefficients, by the base's name")
     ] = None
     seeds: Annotated[
         list[Seed], Field(min_length=1, description="a list of whole numbers, 0 or more")
     ] = Field(default=[0])
     steps: Annotated[int | None, whole(0, 10**7, before="null, or ")] = None
-    data: Annotated[
-        dict[str, Any] | None, Field(description="null, or {split: validation, ...}")
-    ] = None
-    images: Annotated[dict[str, dict[str, Any]], Field(description="images, by name")] = Field(
-        default={}
-    )
+    data: Annotated[Json | None, Field(description="null, or {split: validation, ...}")] = None
+    images: Annotated[dict[str, Json], Field(description="images, by name")] = Field(default={})
     labels: Annotated[dict[str, int], Field(description="whole numbers, by name")] = Field(
         default={}
     )
@@ -134,7 +126,7 @@ class ComparisonSettings(Settings):
                 self.repair_class(name).Settings.read(settings, f"methods.{name}")
         return self
 
-    def needs(self, name: str) -> dict[str, Any]:
+    def needs(self, name: str) -> Json:
         """Fields of the result of a base or rival: the images it sees."""
         images = [Images(**self.images[name])] if name in self.images else []
         return {"images": images, "labels": self.labels.get(name, 0)}
@@ -158,7 +150,7 @@ class ComparisonSettings(Settings):
             raise ConfigError(f"methods.{name}._target_", f"{target} is no repair", allowed)
         return found
 
-    def method(self, name: str) -> dict[str, Any]:
+    def method(self, name: str) -> Json:
         """A method's settings, with those that hold for all that have them."""
         own, fields = self._own(name), self.repair_class(name).Settings.model_fields
         if "steps" in fields and self.steps is not None and own.get("steps") != 0:
@@ -167,7 +159,7 @@ class ComparisonSettings(Settings):
             own["data"] = {**own.get("data", {}), **self.data}
         return own
 
-    def _own(self, name: str) -> dict[str, Any]:
+    def _own(self, name: str) -> Json:
         given = self.methods[name]
         return {k: v for k, v in given.items() if k not in _NOT_SETTINGS}
 
@@ -190,7 +182,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
     Settings = ComparisonSettings
 
     @one_line
-    def __init__(self, bases: Any = None, methods: Any = None, **settings: Any):
+    def __init__(self, bases: object = None, methods: object = None, **settings: object):
         settings, host = split_settings(settings, bases=bases, methods=methods)
         super().__init__(**host)
         self.settings = ComparisonSettings.read(settings)
@@ -201,7 +193,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
 
     @host_in_the_log()
     @one_line
-    def run(self, modelpool: BaseModelPool) -> dict[str, Any]:
+    def run(self, modelpool: BaseModelPool) -> dict[str, object]:
         """Returns every model by name."""
         pool = ExpertPool(modelpool)
         check_task_pool(self._program, pool.family)
@@ -214,7 +206,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
             with named(f"methods.{method}"):
                 repair.look_ahead(pool, tower)
         self._problems: dict[str, str] = {}
-        models: dict[str, Any] = {}
+        models: dict[str, object] = {}
         about: dict[str, Result] = {}
         repairs: list[Repair] = []
         if settings.references:
@@ -272,15 +264,13 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
             repair.clear()
         return models
 
-    def _first_seed(self, models: Mapping[str, Any], base: str) -> dict[str, InterventionModel]:
+    def _first_seed(self, models: Mapping[str, object], base: str) -> dict[str, InterventionModel]:
         """Method -> its repair of a merge at the first seed; analyses look into our own alone."""
         names = {m: f"{base}/{m}/seed{self.settings.seeds[0]}" for m in self.settings.methods}
         found = {method: models.get(name) for method, name in names.items()}
         return {m: model for m, model in found.items() if isinstance(model, InterventionModel)}
 
-    def _merge(
-        self, pool: ExpertPool, name: str, base: Any
-    ) -> tuple[VisionTower, dict[str, Any] | None]:
+    def _merge(self, pool: ExpertPool, name: str, base: object) -> tuple[VisionTower, Json | None]:
         """The merged encoder, and the coefficients that stand for it, if any do."""
         start, settings = (self.settings.coefficients or {}).get(name), None
         if start is not None and start.get("init") == "base":
@@ -318,9 +308,9 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
 
     def _rival(self, name: str) -> Repair:
         config = self.settings.rivals[name]
-        repair: Any
+        repair: object
         with named(f"rivals.{name}"):
-            found: Any = None
+            found: object = None
             with suppress(ErrorDuringImport):  # what cannot be imported fails when it runs
                 found = locate(config.get("_target_", ""))
             if isinstance(found, type) and issubclass(found, Repair):
@@ -329,7 +319,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
                 repair = FusionBenchMethod(method=config)
         return adopted(repair, self._program, self.fabric)
 
-    def _build(self, method: str, more: Mapping[str, Any] | None = None) -> Repair:
+    def _build(self, method: str, more: Mapping[str, object] | None = None) -> Repair:
         """A method's repair, with the settings that hold for all."""
         settings = self.settings
         with named(f"methods.{method}"):

@@ -49,7 +49,7 @@ class Corrupted(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, object]:
         item = self.dataset[index]
         image, label = (item["image"], item["label"]) if isinstance(item, dict) else item
         return {"image": self._spoilt(image.convert("RGB"), index), "label": label}

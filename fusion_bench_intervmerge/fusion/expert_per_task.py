@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +53,7 @@ class ExpertPerTask(nn.Module):
         order = torch.tensor([row for rows in parts.values() for row in rows])
         return features[order.argsort()]
 
-    def extra_parameters(self) -> dict[str, Any]:
+    def extra_parameters(self) -> dict[str, int]:
         """All experts but one."""
         own = sum(p.numel() for p in self.tower.mergeable().values())
         return {"total": (len(self.tasks) - 1) * own}

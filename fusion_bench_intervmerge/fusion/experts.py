@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from ..encoders import MissingProjectionError, VisionTower, as_tower
 from ..errors import ConfigError
+from ..schema import Json
 from ..task_names import check_task_name
 from .hub import fetch, watched
 
@@ -163,7 +164,7 @@ class ExpertPool:
             nn.functional.normalize(features.float(), dim=-1).to(weights.device) @ weights.T
         )
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> Json:
         """What a saved model should know of its CLIP to be of use elsewhere, as JSON values.
 
         Returns:
@@ -173,7 +174,7 @@ class ExpertPool:
         """
         from fusion_bench.tasks.clip_classification import get_classnames_and_templates
 
-        found: dict[str, Any] = {}
+        found: Json = {}
         config = self.pool._models.get("_pretrained_")
         if isinstance(config, Mapping):
             config = config.get("pretrained_model_name_or_path")
@@ -246,7 +247,7 @@ class _Items(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Json:
         item = fetch(lambda: self.dataset[index], f"{self.where}[{index}]")
         if isinstance(item, (tuple, list)) and len(item) == 2:
             item = {"image": item[0], "label": item[1]}

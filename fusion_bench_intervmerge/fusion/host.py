@@ -17,7 +17,7 @@ def plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def has_task_pool(program: Any) -> bool:
+def has_task_pool(program: object) -> bool:
     """Whether the program will evaluate what its method returns."""
     pool = getattr(program, "taskpool", None)
     return pool is not None and not isinstance(pool, DummyTaskPool)
@@ -26,7 +26,7 @@ def has_task_pool(program: Any) -> bool:
 T = TypeVar("T")
 
 
-def adopted(method: T, program: Any, fabric: Any) -> T:
+def adopted(method: T, program: object, fabric: object) -> T:
     """A nested method, which gets the program and the fabric that runs it, where it takes them."""
     for name, value in (("_program", program), ("_fabric_instance", fabric), ("_fabric", fabric)):
         if hasattr(method, name):
@@ -34,7 +34,7 @@ def adopted(method: T, program: Any, fabric: Any) -> T:
     return method
 
 
-def check_task_pool(program: Any, family: str) -> None:
+def check_task_pool(program: object, family: str) -> None:
     """Make sure, before the training, that the task pool can evaluate encoders of this family.
 
     Raises:
@@ -58,7 +58,9 @@ def check_task_pool(program: Any, family: str) -> None:
         )
 
 
-def split_settings(given: Mapping[str, Any], **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_settings(
+    given: Mapping[str, object], **more: object
+) -> tuple[dict[str, object], dict[str, Any]]:
     """What a method was given: its settings as plain containers, and the host's own keys."""
     settings = {key: plain(value) for key, value in (more | dict(given)).items()}
     return settings, {key: settings.pop(key) for key in HOST_KEYS if key in settings}

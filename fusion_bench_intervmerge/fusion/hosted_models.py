@@ -114,7 +114,7 @@ class HostedModel(_NamedAfterwards):
     def encode(self, images: Tensor, task: str | Sequence[str] | None = None) -> Tensor:
         return self.model.encode(images, task)
 
-    def extra_parameters(self) -> Mapping[str, Any]:
+    def extra_parameters(self) -> Mapping[str, object]:
         return self.model.extra_parameters()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from fusion_bench import BaseAlgorithm, BaseModelPool
 from fusion_bench.mixins import LightningFabricMixin
@@ -44,7 +44,7 @@ class LoadInterventionModel(LightningFabricMixin, BaseAlgorithm):
     Settings = LoadSettings
 
     @one_line
-    def __init__(self, path: Any = None, **settings: Any):
+    def __init__(self, path: object = None, **settings: object):
         settings, host = split_settings(settings, path=path)
         super().__init__(**host)
         self.settings = LoadSettings.read(settings)

@@ -6,20 +6,20 @@ came to the experts', and analyses.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 
 from ..results import Result
+from ..schema import Json
 
 
 def show(
     fabric: L.Fabric,
     models: Iterable[Result],
     base: str = "",
-    analysis: Mapping[str, Any] | None = None,
+    analysis: Json | None = None,
 ) -> None:
     """The models so far: their losses, and their features' distance to the experts'.
 

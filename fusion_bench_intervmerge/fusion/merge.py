@@ -36,10 +36,10 @@ log = logging.getLogger(__name__)
 
 def merge_experts(
     pool: ExpertPool,
-    base: Any,
+    base: object,
     coefficients: CoefficientSettings | None,
     fabric: Fabric,
-    program: Any = None,
+    program: object = None,
     keep: bool = True,
 ) -> tuple[VisionTower, Mixture | None]:
     """The merged encoder, and the mixture it came from where ``coefficients`` are set.
@@ -72,10 +72,10 @@ def merge_experts(
 
 def _by_coefficients(
     pool: ExpertPool,
-    base: Any,
+    base: object,
     settings: CoefficientSettings,
     fabric: Fabric,
-    program: Any,
+    program: object,
     keep: bool,
 ) -> tuple[VisionTower, Mixture]:
     tower, start = pool.tower("_pretrained_"), settings.init
@@ -90,7 +90,7 @@ def _by_coefficients(
         raise
 
 
-def run_base(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -> nn.Module:
+def run_base(config: object, pool: BaseModelPool, fabric: Fabric, program: object) -> nn.Module:
     """Run a nested method on a pool and return the merged model.
 
     Args:
@@ -221,7 +221,9 @@ def run_adamerging(
         return found
 
 
-def _find_coefficients(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -> Tensor:
+def _find_coefficients(
+    config: object, pool: BaseModelPool, fabric: Fabric, program: object
+) -> Tensor:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "merging_weights.pt"
         run_base(
@@ -251,7 +253,7 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _kept_coefficients(config: Any, pool: Any) -> Path:
+def _kept_coefficients(config: object, pool: Any) -> Path:
     """The file for what a method finds on a pool: the name tells of everything it depends on."""
     facts = [
         OmegaConf.to_yaml(config, resolve=True),

@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from ..distillation import Distillation, MethodSettings
 from ..model import InterventionModel
 from ..results import Images, Result
-from ..schema import checked
+from ..schema import Json, checked
 
 
 def images_used(settings: MethodSettings, steps: int, solved: bool) -> Images:
@@ -39,7 +39,7 @@ def repaired(
     model: InterventionModel,
     done: Distillation,
     images: list[Images],
-    settings: Mapping[str, Any],
+    settings: Json,
     **more: Any,
 ) -> Result:
     """What is known of a repaired model.
@@ -105,7 +105,7 @@ def method_name(result: Result) -> str:
     return name if result.rank is None else f"{name}_r{result.rank}"
 
 
-def base_name(base: Any) -> str:
+def base_name(base: object) -> str:
     """What a base method is called on the command line; in Python, the name of its class."""
     if chosen := _choices().get("method@method.base"):
         return str(chosen).replace("/", "_")
@@ -120,7 +120,7 @@ def _choices() -> dict[str, str]:
     return {key: str(name) for key, name in HydraConfig.get().runtime.choices.items() if name}
 
 
-def _sizes(model: InterventionModel) -> dict[str, Any]:
+def _sizes(model: InterventionModel) -> Json:
     extra = model.extra_parameters()
     return {
         "extra_parameters": extra["total"],

@@ -55,7 +55,7 @@ class RivalSettings(Settings):
         take: which model, of a method that gives several by name.
     """
 
-    method: dict[str, Any]
+    method: dict[str, object]
     storage: Annotated[Storage, nested(Storage)] | None = None
     passes: Annotated[float, Field(gt=0, description="a number above 0")] = 1
     take: str | None = None
@@ -71,7 +71,7 @@ class Rival(LightningFabricMixin, BaseAlgorithm, Repair):
     """
 
     @one_line
-    def __init__(self, **settings: Any):
+    def __init__(self, **settings: object):
         settings, host = split_settings(settings)
         super().__init__(**host)
         self.settings: Any = self.Settings.read(settings)
@@ -118,7 +118,7 @@ class FusionBenchMethod(Rival):
             self._bytes = max(0, _bytes(model) - 4 * one)
         return model
 
-    def record(self, model: Any) -> Result:
+    def record(self, model: object) -> Result:
         return Result(
             kind="rival",
             extra_parameters=self._bytes // 4,
@@ -130,7 +130,7 @@ class FusionBenchMethod(Rival):
         )
 
 
-def as_task_conditional(found: Any, pool: ExpertPool) -> nn.Module:
+def as_task_conditional(found: object, pool: ExpertPool) -> nn.Module:
     """A method's result as a module that a task pool evaluates.
 
     Args:
@@ -178,7 +178,7 @@ class _OneAtATime(nn.Module):
             raise ValueError(f"{task!r} is none of the model's tasks: {', '.join(self._tasks)}")
         return self.tower_for(task).to(images.device).features(images)
 
-    def extra_parameters(self) -> dict[str, Any]:
+    def extra_parameters(self) -> dict[str, int]:
         """All that the modules hold beyond one encoder."""
         one = sum(p.numel() for p in self.tower_for(self._tasks[0]).mergeable().values())
         return {"total": sum(p.numel() for p in self.parameters()) - one}

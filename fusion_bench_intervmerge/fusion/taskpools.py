@@ -7,6 +7,7 @@ from typing import Any
 from fusion_bench.models.hf_clip import HFCLIPClassifier
 from fusion_bench.taskpool import CLIPVisionModelTaskPool as HostCLIPVisionModelTaskPool
 
+from ..schema import Json
 from .hosted_models import OneTask, by_task
 
 
@@ -17,7 +18,7 @@ class CLIPVisionModelTaskPool(HostCLIPVisionModelTaskPool):
     a task-conditional model costs one forward pass instead of two.
     """
 
-    def evaluate(self, model: Any, name: str | None = None, **kwargs: Any) -> dict[str, Any]:
+    def evaluate(self, model: Any, name: str | None = None, **kwargs: Any) -> Json:
         """FusionBench's report: per task, and on average, accuracy and loss.
 
         Raises:

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from ..images import generator_of
 from ..protocols import TaskConditionalModel
+from ..schema import Json
 from .corruption import Corrupted, StreamSettings
 from .screen import one_line
 from .taskpools import CLIPVisionModelTaskPool
@@ -68,7 +69,7 @@ class Tally:
         sums = self.right.setdefault(name, torch.zeros_like(self.images))
         sums += torch.bincount(of[right.cpu()], minlength=len(self.tasks))
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Json:
         """Task -> its numbers; ``average``; ``confusion``, task -> told task -> images."""
         seen = self.images > 0
         shares = {name: (right / self.images)[seen] for name, right in self.right.items()}
@@ -76,7 +77,7 @@ class Tally:
         shown = next(name for name in ("routed", "given", "union") if name in shares)
         shares = {"accuracy": shares[shown], **shares}
         named = [task for task, at in zip(self.tasks, seen.tolist(), strict=True) if at]
-        found: dict[str, Any] = {
+        found: Json = {
             task: {name: float(share[row]) for name, share in shares.items()}
             for row, task in enumerate(named)
         }
@@ -96,7 +97,7 @@ def measure(
     heads: Mapping[str, Head],
     batches: Iterator[tuple[Tensor, Tensor, Tensor]],
     device: torch.device,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Evaluate a model on a stream.
 
     Args:
@@ -167,7 +168,7 @@ class Union:
     """
 
     @one_line
-    def __init__(self, *args: Any, **settings: Any):
+    def __init__(self, *args: object, **settings: object):
         own = {k: settings.pop(k) for k in StreamSettings.model_fields if k in settings}
         self.stream = StreamSettings.read(own, "taskpool")
         super().__init__(*args, **settings)
@@ -189,7 +190,7 @@ class UnionCLIPVisionModelTaskPool(Union, CLIPVisionModelTaskPool):
     """One stream of all tasks' images, classified among all tasks' classes; Hugging Face."""
 
     @one_line
-    def evaluate(self, model: Any, name: str | None = None, **kwargs: Any) -> dict[str, Any]:
+    def evaluate(self, model: Any, name: str | None = None, **kwargs: object) -> Json:
         """As ``measure``, with ``model_info``."""
         if not self._is_setup:
             self.setup()

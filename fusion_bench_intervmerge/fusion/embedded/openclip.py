@@ -33,9 +33,9 @@ class EmbeddedOpenCLIPVisionModelPool(OpenCLIPVisionModelPool):
     def __init__(
         self,
         seed: int = 0,
-        models: Mapping[str, Any] | None = None,
+        models: Mapping[str, object] | None = None,
         pool: str = TINY.name,
-        **kwargs: Any,
+        **kwargs: object,
     ):
         check_keys(kwargs, type(self))
         settings = PoolSettings.read({"seed": seed, "pool": pool}, "modelpool")
@@ -62,14 +62,14 @@ def load_encoder(name: str, seed: int = 0, pool: str = TINY.name) -> ImageEncode
     folder = _folders(Pool.named(pool).tasks)[name]
     vision = CLIPVisionModel.from_pretrained(ensure_pool(seed, pool) / folder)
     tower = HuggingFaceTower(vision, load_clip(seed, pool).visual_projection)
-    processor: Any = load_processor(seed, pool)
+    processor: object = load_processor(seed, pool)
     images = processor.image_processor
     return ImageEncoder(to_openclip(tower, images.image_mean, images.image_std))
 
 
 def load_head(task: str, seed: int = 0, pool: str = TINY.name) -> ClassificationHead:
     """A task's zero-shot head in the task-vectors paper's form: with the logit scale in it."""
-    classifier: Any = HFCLIPClassifier(load_clip(seed, pool), load_processor(seed, pool))
+    classifier: object = HFCLIPClassifier(load_clip(seed, pool), load_processor(seed, pool))
     info = Pool.named(pool).tasks[task]
     classifier.set_classification_task(list(info.classnames), info.templates)
     scale = classifier.clip_model.logit_scale.detach().exp()
@@ -80,5 +80,5 @@ def _folders(tasks: Iterable[str]) -> dict[str, str]:
     return {"_pretrained_": "pretrained", **{name: f"experts/{name}" for name in tasks}}
 
 
-def _target(function: Any, **arguments: Any) -> dict[str, Any]:
+def _target(function: object, **arguments: object) -> dict[str, object]:
     return {"_target_": f"{function.__module__}.{function.__qualname__}", **arguments}

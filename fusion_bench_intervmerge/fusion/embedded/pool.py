@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from fusion_bench.modelpool import CLIPVisionModelPool
@@ -56,9 +56,9 @@ class EmbeddedCLIPVisionModelPool(CLIPVisionModelPool):
         self,
         seed: int = 0,
         tasks: Sequence[str] | None = None,
-        models: Mapping[str, Any] | None = None,
+        models: Mapping[str, object] | None = None,
         pool: str = TINY.name,
-        **kwargs: Any,
+        **kwargs: object,
     ):
         check_keys(kwargs, type(self))
         settings = PoolSettings.read({"seed": seed, "tasks": tasks, "pool": pool}, "modelpool")
@@ -77,10 +77,10 @@ class EmbeddedCLIPVisionModelPool(CLIPVisionModelPool):
             )
             for key, split in zip(("train", "val", "test"), SPLITS, strict=True)
         }
-        arguments: dict[str, Any] = {"processor": own["_pretrained_"], **datasets, **kwargs}
+        arguments: dict[str, object] = {"processor": own["_pretrained_"], **datasets, **kwargs}
         super().__init__({**own, **(models or {})}, **arguments)
 
-    def _dataset(self, task: str, split: str) -> dict[str, Any]:
+    def _dataset(self, task: str, split: str) -> dict[str, object]:
         target = f"{load_dataset.__module__}.{load_dataset.__qualname__}"
         return {"_target_": target, "task": task, "split": split, "seed": self.seed} | (
             {} if self.pool == TINY.name else {"pool": self.pool}
@@ -115,7 +115,7 @@ class EmbeddedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, object]:
         return {"image": Image.fromarray(self.images[index]), "label": int(self.labels[index])}
 
 

@@ -192,7 +192,7 @@ def _convert(path: Path, where: str) -> _File:
     raise ConfigError(where, f"{path} {reason}", allowed)
 
 
-def _kept(unpickled: Any, limit: int) -> _File:
+def _kept(unpickled: object, limit: int) -> _File:
     """The vision tower of an encoder under the paper's names, or all of a head."""
     views = dict(_named_views(unpickled))
     vision = {
@@ -207,10 +207,10 @@ def _kept(unpickled: Any, limit: int) -> _File:
     return _File(copy_out(views, limit), {"normalize": json.dumps(normalize)})
 
 
-def _named_views(unpickled: Any) -> Iterator[tuple[str, View]]:
+def _named_views(unpickled: object) -> Iterator[tuple[str, View]]:
     """The tensors of a state dict, or of a module that came as a stand-in, each module once."""
     seen: set[int] = set()
-    modules: list[tuple[str, Any]] = [("", unpickled)]
+    modules: list[tuple[str, object]] = [("", unpickled)]
     while modules:
         prefix, module = modules.pop()
         if id(module) in seen:

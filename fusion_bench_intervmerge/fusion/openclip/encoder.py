@@ -48,7 +48,7 @@ class ImageEncoder(nn.Module):
         return self.model.visual(images)  # type: ignore[operator]
 
 
-def named_spec(model_name: str, where: str) -> dict[str, Any]:
+def named_spec(model_name: str, where: str) -> dict[str, object]:
     """The sizes of one of OpenCLIP's plain vision transformers, with OpenAI's activation.
 
     Args:
@@ -78,7 +78,7 @@ def named_spec(model_name: str, where: str) -> dict[str, Any]:
     )
 
 
-def fitting_spec(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def fitting_spec(weights: Mapping[str, Tensor]) -> dict[str, object]:
     """The sizes that an OpenAI vision transformer's tensors tell, for files that name no model.
 
     Args:
@@ -136,6 +136,6 @@ def told_spec(told: str, fitting: Mapping[str, Any]) -> dict[str, Any]:
     return spec
 
 
-def _spec(**sizes: Any) -> dict[str, Any]:
+def _spec(**sizes: object) -> dict[str, object]:
     # OpenAI trained with QuickGELU; OpenCLIP's configs say so only under names of their own.
     return sizes | {"family": "openclip", "quick_gelu": True, "mean": list(MEAN), "std": list(STD)}

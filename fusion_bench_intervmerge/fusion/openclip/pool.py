@@ -48,7 +48,7 @@ class OpenCLIPVisionModelPool(HostOpenCLIPVisionModelPool):
         if isinstance(config, DictConfig):
             config = OmegaConf.to_container(config, resolve=True)
 
-        encoder: Any
+        encoder: object
         if isinstance(config, str):
             encoder = load_encoder(config, where=where)
         elif isinstance(config, nn.Module):
@@ -89,7 +89,7 @@ class OpenCLIPVisionModelPool(HostOpenCLIPVisionModelPool):
             config = heads[config]
         return read_head(config, where, *args, **kwargs)
 
-    def save_model(self, model: nn.Module, path: str, *args: Any, **kwargs: Any) -> None:
+    def save_model(self, model: nn.Module, path: str, *args: object, **kwargs: object) -> None:
         """Save a model: a repaired one as its artifact, a plain encoder as safetensors."""
         if isinstance(model, InterventionModel):
             model.save_pretrained(path)

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
 from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.schema import Json
 
 from ..hosted_models import OneTask, by_task
 from ..screen import one_line
@@ -29,7 +30,7 @@ class OpenCLIPVisionModelTaskPool(HostOpenCLIPVisionModelTaskPool):
     """
 
     @one_line
-    def evaluate(self, model: Any, **kwargs: Any) -> dict[str, Any]:
+    def evaluate(self, model: Any, **kwargs: Any) -> Json:
         """Evaluate an encoder on every task.
 
         Args:

@@ -6,6 +6,8 @@ from typing import Any
 
 from fusion_bench.utils import count_parameters
 
+from fusion_bench_intervmerge.schema import Json
+
 from ..screen import one_line
 from ..union import Union, measure
 from .taskpool import OpenCLIPVisionModelTaskPool
@@ -15,7 +17,7 @@ class UnionOpenCLIPVisionModelTaskPool(Union, OpenCLIPVisionModelTaskPool):
     """One stream of all tasks' images, classified among all tasks' classes; OpenCLIP."""
 
     @one_line
-    def evaluate(self, model: Any, **kwargs: Any) -> dict[str, Any]:
+    def evaluate(self, model: Any, **kwargs: object) -> Json:
         """As ``measure``, with ``model_info``."""
         self.processor = model.val_preprocess
         if not self._is_setup:
