@@ -4,10 +4,10 @@
 #     examples/compare.sh                                # the embedded pool, three seeds
 #     examples/compare.sh clip-vit-b32_TA8 method.steps=1000
 #
-# The first word is the pool, the others go to fusion_bench. On the embedded pool it takes one
-# to two minutes on two CPU cores, and as long again at the very first use, which builds the pool.
+# The first word is the pool, the others go to fusion_bench. On the embedded pool it takes two to
+# three minutes on two CPU cores.
 set -euo pipefail
-pool=${1:-clip-vit-tiny_TA8}
+pool=${1:-clip-vit-mini_TA8}
 run=${RUN:-outputs/compare}
 
 fusion_bench method=intervmerge/compare modelpool="$pool" taskpool="$pool" \

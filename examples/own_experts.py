@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of the repair, a task")
     parser.add_argument("--images", type=int, default=512, help="a data set")
     options = parser.parse_args()
-    pretrained = options.pretrained or str(ensure_pool() / "pretrained")
+    pretrained = options.pretrained or str(ensure_pool(pool="clip-vit-mini_TA8") / "pretrained")
     torch.manual_seed(0)
     set_print_function_call_permeanent(False)  # FusionBench would print all it instantiates
 

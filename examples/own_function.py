@@ -40,7 +40,7 @@ class Scale(Function):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pool", default="clip-vit-tiny_TA8", help="name of a model pool")
+    parser.add_argument("--pool", default="clip-vit-mini_TA8", help="name of a model pool")
     parser.add_argument("--steps", type=int, default=200, help="of training, a task")
     options = parser.parse_args()
 

@@ -8,7 +8,7 @@
 # told otherwise. On the embedded pool that training takes half a minute on one CPU core; starting
 # the command twice and evaluating come on top.
 set -euo pipefail
-pool=${1:-clip-vit-tiny_TA8}
+pool=${1:-clip-vit-mini_TA8}
 dropped=${2:-digits}
 run=${RUN:-outputs/save_and_load}
 quiet=(print_config=false print_function_call=false)

@@ -11,7 +11,7 @@
 # was with the same command.
 set -euo pipefail
 study=${1:-tokens}
-pool=${2:-clip-vit-tiny_TA8}
+pool=${2:-clip-vit-mini_TA8}
 name=${study#[}
 quick=$([[ $study == *quick* ]] && echo quick/ || true)
 

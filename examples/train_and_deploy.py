@@ -7,8 +7,7 @@ the task of the last expert, as if it had come later.
     python examples/train_and_deploy.py                # the embedded pool: no download
     python examples/train_and_deploy.py --pool clip-vit-b32_TA8 --steps 1000
 
-On the embedded pool it takes about a minute on one CPU core, and two minutes more at the very
-first use, which builds the pool.
+On the embedded pool it takes about a minute on one CPU core.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from fusion_bench_intervmerge.merging import mix
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pool", default="clip-vit-tiny_TA8", help="name of a model pool")
+    parser.add_argument("--pool", default="clip-vit-mini_TA8", help="name of a model pool")
     parser.add_argument("--steps", type=int, default=200, help="of training, a task")
     parser.add_argument("--rank", type=int, default=4, help="of the edits")
     parser.add_argument("--images", type=int, default=256, help="of a task, to look at")

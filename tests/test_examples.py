@@ -16,13 +16,13 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 # name -> arguments, and a line that it ends with
 SCRIPTS = {
-    "train_and_deploy.py": (["--steps=3", "--images=16", "--save-to=saved"], "dropped digits"),
+    "train_and_deploy.py": (["--steps=3", "--images=16", "--save-to=saved"], "dropped mnist"),
     "own_experts.py": (["--steps=3", "--expert-steps=3", "--images=64"], "  corners"),
-    "own_function.py": (["--steps=3"], "read back: scale, 3,072 extra parameters"),
+    "own_function.py": (["--steps=3"], "read back: scale, 6,144 extra parameters"),
 }
 SHELL = {
-    "compare.sh": ["clip-vit-tiny_TA8", "method.seeds=[0]", "fast_dev_run=true"],
-    "save_and_load.sh": ["clip-vit-tiny_TA8", "digits", "fast_dev_run=true"],
+    "compare.sh": ["clip-vit-mini_TA8", "method.seeds=[0]", "fast_dev_run=true"],
+    "save_and_load.sh": ["clip-vit-mini_TA8", "digits", "fast_dev_run=true"],
 }
 # Stands for a command on the PATH, and writes down what it was given.
 RECORDER = """#!/bin/sh
@@ -101,8 +101,8 @@ def test_a_shell_example(name, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "folder"),
     [
-        ([], "outputs/studies/clip-vit-tiny_TA8/tokens"),
-        (["[blocks,quick]"], "outputs/studies/quick/clip-vit-tiny_TA8/blocks"),
+        ([], "outputs/studies/clip-vit-mini_TA8/tokens"),
+        (["[blocks,quick]"], "outputs/studies/quick/clip-vit-mini_TA8/blocks"),
         (["data", "clip-vit-b32_TA8", "method.steps=1"], "outputs/studies/clip-vit-b32_TA8/data"),
     ],
 )

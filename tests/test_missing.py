@@ -100,7 +100,7 @@ def test_an_expert_that_only_the_base_loads():
     pool.pool._models["ants"] = experts["ants"]
     line = told(IntervMergeAlgorithm({"attention": {}}, SimpleAverageAlgorithm()).merge, pool)
     assert line.startswith("modelpool.models.ants: could not be loaded (401 Client Error: gated")
-    assert "modelpool=clip-vit-tiny_TA8" in line
+    assert "modelpool=clip-vit-mini_TA8" in line
 
 
 class GivesNone:

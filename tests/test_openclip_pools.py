@@ -399,7 +399,7 @@ def test_a_missing_file_is_named_with_its_config_key(key):
     with pytest.raises(ConfigError) as error:
         OpenCLIPVisionModelPool({"svhn": config}).load_model("svhn")
     assert str(error.value).startswith(f"{where}: no file gone/finetuned.pt; ")
-    assert "modelpool=openclip-vit-tiny_TA8, which needs no download" in str(error.value)
+    assert "modelpool=openclip-vit-mini_TA8, which needs no download" in str(error.value)
 
 
 def test_a_missing_head_is_named_with_its_config_key(encoder):

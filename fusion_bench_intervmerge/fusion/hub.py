@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-OFFLINE_POOL = "modelpool=clip-vit-tiny_TA8 taskpool=clip-vit-tiny_TA8 need no download"
+OFFLINE_POOL = "modelpool=clip-vit-mini_TA8 taskpool=clip-vit-mini_TA8 need no download"
 PROBE_SECONDS = 5
 
 # What of a pool reads files or a hub -> the config group that says where these are.

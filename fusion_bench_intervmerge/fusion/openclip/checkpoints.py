@@ -32,7 +32,7 @@ from fusion_bench_intervmerge.pickles import ForbiddenName, StandIn, View, copy_
 
 from .encoder import ImageEncoder, fitting_spec, named_spec, told_spec
 
-NO_DOWNLOAD = "modelpool=openclip-vit-tiny_TA8, which needs no download"
+NO_DOWNLOAD = "modelpool=openclip-vit-mini_TA8, which needs no download"
 
 
 def load_encoder(
