@@ -317,7 +317,7 @@ def test_a_save_that_fails_leaves_the_old_model(folder, monkeypatch):
     monkeypatch.setattr(
         "fusion_bench_intervmerge.artifact.model_card",
         lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")),
-    )  # a disk that fills up cannot be had in a test
+    )  # a test has no disk that fills up
     with pytest.raises(ConfigError, match="No space left on device"):
         model.save_pretrained(folder)
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before

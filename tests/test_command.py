@@ -479,7 +479,7 @@ def test_live_models_stay_as_they_are():
     models |= {task: load().model for task, load in fine_tuned(hf_tower).items()}
     before = {n: {k: t.clone() for k, t in m.state_dict().items()} for n, m in models.items()}
     pool = ExpertPool(BaseModelPool(dict(models)))
-    pool._projection = hf_tower().projection  # of a live `_pretrained_` it cannot be had
+    pool._projection = hf_tower().projection  # a live `_pretrained_` has none
     method = IntervMergeAlgorithm(
         {"attention": {}}, base=TaskArithmeticAlgorithm(scaling_factor=0.3)
     )

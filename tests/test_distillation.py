@@ -590,7 +590,7 @@ def test_a_full_disk_is_reported_and_training_goes_on(
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)  # a full disk cannot be had in a test
+    monkeypatch.setattr(checkpoint, "save_file", full)  # a test has no full disk
     with caplog.at_level(logging.WARNING):
         model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
         done = distill(

@@ -82,6 +82,10 @@ def test_emr_merging_by_its_formula(images):
         for name, parameter in tower.mergeable().items():
             parameter.data += means[0] / means[1] * masks[task][name] * unified[name]
         torch.testing.assert_close(model.encode(images, task), tower.features(images))
+    mixed = [TASKS[i % 3] for i in range(len(images))]  # as the union task pools ask
+    of = {task: model.encode(images, task) for task in TASKS}
+    wanted = torch.stack([of[task][row] for row, task in enumerate(mixed)])
+    torch.testing.assert_close(model.encode(images, mixed), wanted)
     with pytest.raises(ValueError, match="'dogs' is none of the model's tasks: ants, bees, cats"):
         model.encode(images, "dogs")
     numbers = sum(t.numel() for t in zero.values())

@@ -31,7 +31,7 @@ from ..schema import Json, checked
 from ..settings import Flag, Seed, Settings, whole
 from .algorithm import IntervMergeAlgorithm
 from .analyse import Analyser
-from .expert_per_task import ExpertPerTask
+from .encoder_per_task import ExpertPerTask
 from .experts import ExpertPool
 from .host import HOST_KEYS, adopted, check_task_pool, split_settings
 from .hosted_models import hosted

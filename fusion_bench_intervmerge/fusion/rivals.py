@@ -6,22 +6,21 @@ its task. Each becomes something that a task pool can evaluate on the same footi
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any
 
-import torch
 from fusion_bench import BaseAlgorithm, BaseModelPool
 from fusion_bench.mixins import LightningFabricMixin
 from fusion_bench.models.modulator import ModulatedModel
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from ..encoders import VisionTower
 from ..errors import ConfigError
 from ..protocols import Repair, TaskConditionalModel
 from ..results import Result, Results
 from ..settings import Settings, nested
+from .encoder_per_task import ModelPerTask, ToldItsTask
 from .experts import ExpertPool
 from .host import check_task_pool, split_settings
 from .hosted_models import hosted
@@ -150,73 +149,6 @@ def as_task_conditional(found: object, pool: ExpertPool) -> nn.Module:
     if isinstance(found, nn.Module):
         return found
     raise ConfigError("method", f"gives a {type(found).__name__}", "a model, or one a task")
-
-
-class _OneAtATime(nn.Module):
-    """Encodes for one task at a time."""
-
-    def __init__(self, tasks: Sequence[str]):
-        super().__init__()
-        self._tasks = list(tasks)
-
-    @property
-    def tasks(self) -> list[str]:
-        return self._tasks
-
-    @abstractmethod
-    def tower_for(self, task: str) -> VisionTower:
-        """The task's encoder."""
-
-    @torch.no_grad()
-    def encode(self, images: Tensor, task: str | Sequence[str] | None = None) -> Tensor:
-        """Image features (batch, projection_dim) for a task.
-
-        Raises:
-            ValueError: not one task of the model's.
-        """
-        if not isinstance(task, str) or task not in self._tasks:
-            raise ValueError(f"{task!r} is none of the model's tasks: {', '.join(self._tasks)}")
-        return self.tower_for(task).to(images.device).features(images)
-
-    def extra_parameters(self) -> dict[str, int]:
-        """All that the modules hold beyond one encoder."""
-        one = sum(p.numel() for p in self.tower_for(self._tasks[0]).mergeable().values())
-        return {"total": sum(p.numel() for p in self.parameters()) - one}
-
-
-class ModelPerTask(_OneAtATime):
-    """One encoder a task.
-
-    Args:
-        models: task -> vision model.
-        pool: the experts that they were made of.
-    """
-
-    def __init__(self, models: Mapping[str, nn.Module], pool: ExpertPool):
-        super().__init__(pool.tasks)
-        towers = [pool.wrap(models[task]).requires_grad_(False).eval() for task in pool.tasks]
-        self.towers = nn.ModuleList(towers)
-
-    def tower_for(self, task: str) -> VisionTower:
-        return self.towers[self._tasks.index(task)]  # type: ignore[return-value]
-
-
-class ToldItsTask(_OneAtATime):
-    """FusionBench's ``ModulatedModel``, whose weights become a task's own in place.
-
-    Args:
-        model: the model.
-        pool: the experts that it was made of.
-    """
-
-    def __init__(self, model: Any, pool: ExpertPool):
-        super().__init__(pool.tasks)
-        self.model = model
-        self.tower = pool.wrap(model.backbone).requires_grad_(False).eval()
-
-    def tower_for(self, task: str) -> VisionTower:
-        self.model.set_task(task)
-        return self.tower
 
 
 def _bytes(model: nn.Module) -> int:

@@ -12,7 +12,8 @@ from ..merging import TaskVector
 from ..protocols import TaskConditionalModel
 from ..results import Result
 from ..settings import Settings
-from .rivals import ModelPerTask, Rival
+from .encoder_per_task import ModelPerTask
+from .rivals import Rival
 
 
 class TallMaskSettings(Settings):

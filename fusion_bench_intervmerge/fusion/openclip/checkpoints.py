@@ -48,7 +48,7 @@ def load_encoder(
         where: the config key that named the file.
 
     Raises:
-        ConfigError: the file is missing, asks for a class that does not belong into a checkpoint,
+        ConfigError: the file is missing, asks for a class that does not belong in a checkpoint,
             or holds no such encoder.
     """
     file = _read(Path(path), where)
@@ -184,7 +184,7 @@ def _convert(path: Path, where: str) -> _File:
     try:
         return _kept(_unpickle(path), path.stat().st_size)
     except ForbiddenName as error:
-        reason = f"{error}, which does not belong into a checkpoint, and was not unpickled"
+        reason = f"{error}, which does not belong in a checkpoint, and was not unpickled"
     # There are many ways to be broken, each with an exception of its own.
     except Exception as error:
         said = f": {error}" if isinstance(error, pickle.UnpicklingError) else ""
