@@ -11,7 +11,9 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +54,8 @@ class GridSweeper(Sweeper):
     """Runs the product of some axes, each job in a folder named after what varies.
 
     A job whose folder holds the report of the very same configuration is not run again, so the
-    command that started a grid also continues it, with any launcher. Choices on the command line
+    command that started a grid also continues it, with any launcher. A study takes such a run over
+    from another study in the folder beside its own. Choices on the command line
     (``method.seed=0,1``) are axes too. Which folder holds which job is written to ``study.json``.
 
     Args:
@@ -91,6 +94,7 @@ class GridSweeper(Sweeper):
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         jobs = self.jobs(arguments)
+        self._elsewhere = _finished_runs(folder.parent.glob(f"*/*/{REPORT}")) if self.study else {}
         index = {"study": self.study, "jobs": [{"folder": j.folder, **j._asdict()} for j in jobs]}
         from fusion_bench_intervmerge.files import write_json
 
@@ -170,16 +174,29 @@ class GridSweeper(Sweeper):
         config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
         with open_dict(config):
             del config["hydra"]
-        report = folder / job.folder / REPORT
-        try:
-            json.loads(report.read_text(encoding="utf-8"))
-            if (report.parent / CONFIG).read_text(encoding="utf-8") == OmegaConf.to_yaml(config):
-                return None
-        except (OSError, ValueError):
-            pass
+        run, wanted = folder / job.folder, OmegaConf.to_yaml(config)
+        if wanted in _finished_runs([run / REPORT]):
+            return None
+        if wanted in self._elsewhere:
+            log.info("%s is the same run as %s", job.folder, self._elsewhere[wanted])
+            shutil.rmtree(run, ignore_errors=True)
+            part = run.with_name(f".{run.name}.part")
+            shutil.copytree(self._elsewhere[wanted], part, dirs_exist_ok=True)
+            part.rename(run)
+            return None
         # Of another configuration, or torn: nobody must take it for this job's.
-        report.unlink(missing_ok=True)
+        (run / REPORT).unlink(missing_ok=True)
         return overrides
+
+
+def _finished_runs(reports: Iterable[Path]) -> dict[str, Path]:
+    """Configuration -> folder of the run, for those whose report is whole."""
+    found = {}
+    for report in reports:
+        with suppress(OSError, ValueError):
+            json.loads(report.read_text(encoding="utf-8"))
+            found[(report.parent / CONFIG).read_text(encoding="utf-8")] = report.parent
+    return found
 
 
 def _plain(value: Any) -> dict[str, Any]:

@@ -444,7 +444,7 @@ def test_an_error_is_one_line_that_says_where(overrides, message, tmp_path, monk
         in_process("method=intervmerge", "fast_dev_run=true", *chosen, *overrides, folder=tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
     if "could not be loaded" in message:
-        assert "modelpool=clip-vit-tiny_TA8" in str(error.value)
+        assert "modelpool=clip-vit-mini_TA8" in str(error.value)
         assert "openai/clip-vit-base-patch32" in str(error.value)
 
 

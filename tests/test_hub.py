@@ -196,9 +196,9 @@ def test_train_push_and_classify_elsewhere(hub, tmp_path, capfd):
     from transformers import CLIPModel
 
     from fusion_bench_intervmerge.fusion.embedded import load_processor
-    from fusion_bench_intervmerge.tinyclip.tasks import TASKS as EMBEDDED
+    from fusion_bench_intervmerge.tinyclip.pools import MINI
 
-    drawn, _ = EMBEDDED["shapes"].images(0, "test", 6)
+    drawn, _ = MINI.tasks["shapes"].images(0, "test", 6)
     files = [str(tmp_path / f"{index}.png") for index in range(len(drawn))]
     for file, image in zip(files, drawn, strict=True):
         Image.fromarray(image).save(file)
@@ -225,7 +225,8 @@ def test_train_push_and_classify_elsewhere(hub, tmp_path, capfd):
     model = InterventionModel.from_pretrained("me/repaired")
     clip = CLIPModel.from_pretrained(model.metadata["base_model"])
     described = {"shapes": model.metadata["classes"]["shapes"]}
-    head = zero_shot_heads(clip, load_processor().tokenizer, described)["shapes"]
+    tokenizer = load_processor(pool=MINI.name).tokenizer
+    head = zero_shot_heads(clip, tokenizer, described)["shapes"]
     pictures = [Image.open(file) for file in files]
     pixels = image_processor(model)(pictures, return_tensors="pt")["pixel_values"]
     with torch.no_grad():

@@ -215,7 +215,7 @@ def study(tmp_path_factory):
     """The quick form of a study, with its references, in two tasks."""
     cwd = tmp_path_factory.mktemp("study")
     chosen = ["hydra.sweep.dir=part_size", "method.interventions.attention.rank=2"]
-    fusion_bench("+experiment=[part_size,quick]", *chosen, *SMALL[2:], cwd=cwd)
+    fusion_bench("+experiment=[part_size,quick]", *chosen, *SMALL, cwd=cwd)
     return cwd / "part_size"
 
 
@@ -247,6 +247,21 @@ def test_a_study_holds_what_its_runs_reported(study):
     assert row.extra_parameters == 2 * 6 * (2 * 2 * 4 + 2)
     found = table(grid)
     assert list(found) == ["setting", *TASKS, "average", "extra parameters"] and len(found) == 8
+
+
+def test_a_run_of_another_study_is_taken_over(study):
+    """The same settings under another name, all but one of which are there already."""
+    chosen = ["hydra.sweep.dir=again", "hydra.sweeper.study.name=again", "method.seed=0,1"]
+    chosen.append("method.interventions.attention.part={size: 0.5, shift: true}")
+    rank = "method.interventions.attention.rank=2"
+    command = ["+experiment=[part_size,quick]", *chosen, rank, *SMALL]
+    shown = " ".join(fusion_bench(*command, cwd=study.parent).stdout.split())
+    assert "2 of 3 runs are finished" in shown  # seed 0 and the references
+    again = study.parent / "again"
+    (copy,) = again.glob("*seed=0/program_report.json")
+    original = study / "size=0.5,seed=0/program_report.json"
+    assert copy.read_bytes() == original.read_bytes()
+    assert read_study(again).finished == 3 and not list(again.glob(".*.part"))
 
 
 def test_a_half_finished_study_says_so(study, tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -110,6 +111,8 @@ def read_study(folder: str | Path) -> Study:
         runs.append(run)
     if not runs:
         raise ConfigError(str(folder), "no run of the grid is finished", f"{len(jobs)} runs")
+    if not all(_is_number(label.get(about.get("x"), "0")) for label in labels.values()):
+        del about["x"]  # the command line may put any values in the place of an axis' numbers
     return Study(about, gather(runs), labels, len(runs), len(jobs))
 
 
@@ -191,6 +194,12 @@ def _finished(report: Path) -> bool:
     """Whether a run's report is there, and whole: FusionBench may be killed as it writes it."""
     with suppress(ConfigError):
         return read_json(report) is not None
+    return False
+
+
+def _is_number(label: str) -> bool:
+    with suppress(ValueError):
+        return math.isfinite(float(label))
     return False
 
 
