@@ -59,11 +59,9 @@ class Repair(ABC):
 
     Attributes:
         Settings: what a config may set; ``steps`` and ``data`` among them follow a comparison's.
-        seeded: whether ``seed`` is among them, so that several seeds make sense.
     """
 
     Settings: ClassVar[type[Settings]] = Settings
-    seeded: ClassVar[bool] = False
 
     @abstractmethod
     def repair(self, pool: Experts, merged: VisionTower) -> nn.Module:
@@ -76,6 +74,10 @@ class Repair(ABC):
         Returns:
             A ``TaskConditionalModel``.
         """
+
+    def seeded(self, pool: Experts) -> bool:
+        """Whether a setting ``seed`` decides anything, so that several make sense."""
+        return False
 
     def look_ahead(self, pool: Experts, tower: VisionTower) -> None:  # noqa: B027 (may be nothing)
         """Refuse now what would fail after the merge: what is missing, or does not fit.

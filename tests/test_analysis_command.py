@@ -54,8 +54,13 @@ def test_an_analysis_of_all_images_says_what_the_task_pool_says(compared):
     assert (analysis["images"], analysis["split"], analysis["tasks"]) == (480, "test", TASKS)
     stitching = analysis["merges"]["task_arithmetic"]["stitching"]
     names = {"merged": "task_arithmetic"} | {
-        method: f"task_arithmetic/{method}/seed0"
-        for method in ("surgery_r16", "intervmerge_r4", "closed_form_rank_1", "closed_form_rank_4")
+        method: f"task_arithmetic/{method}{seed}"
+        for method, seed in (
+            ("surgery_r16", "/seed0"),
+            ("intervmerge_r4", "/seed0"),
+            ("closed_form_rank_1", ""),
+            ("closed_form_rank_4", ""),
+        )
     }
     for task in TASKS:
         assert set(stitching[task]) == set(names)

@@ -394,6 +394,9 @@ def test_a_comparison_evaluates_every_model_alike(comparison, seeds):
     prefix = "task_arithmetic/intervmerge_r4/seed"
     repairs = [name for name in about if name.startswith(prefix)]
     assert repairs == [f"{prefix}{seed}" for seed in seeds]
+    # solved on all images: no seed decides anything
+    solved = [name for name in about if "closed_form_rank_4" in name]
+    assert solved == ["task_arithmetic/closed_form_rank_4"]
     for name in repairs:
         assert average[name] > average["task_arithmetic"]
         assert about[name]["extra_parameters"] == 8 * 6 * (2 * 64 * 4 + 4)

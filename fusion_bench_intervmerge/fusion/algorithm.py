@@ -68,7 +68,6 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
     """
 
     Settings = MethodSettings
-    seeded = True
 
     @one_line
     def __init__(self, interventions: object = None, base: object = None, **settings: object):
@@ -81,6 +80,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         self.data = self.settings.data
         sites = read_interventions(self.interventions).values()
         self._solves = any(config.init == "regression" for config in sites)
+        self._draws = any(config.init == "reference" for config in sites)
         self._budget: int | None = None  # in numbers, once there is a model
         # refused now, not after the merge
         make_optimizer(self.settings.optimizer, [nn.Parameter(torch.zeros(1))])
@@ -150,6 +150,13 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         seen["images"] = [*([before] if isinstance(before, str) else before), images[-1]]
         seen["transductive"] = seen.get("transductive", False) or now["transductive"]
         seen["extended"] = [*seen.get("extended", []), {"tasks": list(done.images), **now}]
+
+    def seeded(self, pool: Experts) -> bool:
+        """A seed decides initial edits, the order of a training's images, and which are taken."""
+        data = self.data
+        sizes = [len(pool.images(task, data.split)) for task in pool.tasks]  # type: ignore[arg-type]
+        every_image = data.fraction == 1 and (data.images is None or data.images >= max(sizes))
+        return self._draws or self.settings.steps > 0 or not every_image
 
     def look_ahead(self, pool: Experts, tower: VisionTower) -> None:
         """Refuse edits that do not fit the encoder, and images that are not found."""

@@ -59,7 +59,7 @@ class ComparisonSettings(Settings):
         coefficients: name of a base -> the coefficients that stand for it: ``granularity``,
             ``init``, ``task_vectors``; with ``init: base`` the base is an AdaMerging method, run
             once. Bases without are left out for methods that train coefficients.
-        seeds: seeds of the repairs.
+        seeds: seeds of the repairs; what no seed decides (edits solved on all images) is run once.
         steps: override every method's, so that all have the same; a method with ``steps: 0`` is
             solved, not trained, and keeps it.
         data: override every method's, so that all have the same.
@@ -244,7 +244,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
                     if start is None:
                         continue
                     given = {"coefficients": {**start, "train": True}}
-                for seed in settings.seeds if settings.repair_class(method).seeded else [None]:
+                for seed in settings.seeds if self._build(method).seeded(pool) else [None]:
                     name = "/".join([base_name, method] + [f"seed{seed}"] * (seed is not None))
                     log.info("repairing: %s", name)
                     repair = self._build(method, given if seed is None else {"seed": seed, **given})
@@ -266,8 +266,11 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
 
     def _first_seed(self, models: Mapping[str, object], base: str) -> dict[str, InterventionModel]:
         """Method -> its repair of a merge at the first seed; analyses look into our own alone."""
-        names = {m: f"{base}/{m}/seed{self.settings.seeds[0]}" for m in self.settings.methods}
-        found = {method: models.get(name) for method, name in names.items()}
+        found = {
+            method: models.get(f"{base}/{method}/seed{self.settings.seeds[0]}")
+            or models.get(f"{base}/{method}")
+            for method in self.settings.methods
+        }
         return {m: model for m, model in found.items() if isinstance(model, InterventionModel)}
 
     def _merge(self, pool: ExpertPool, name: str, base: object) -> tuple[VisionTower, Json | None]:
