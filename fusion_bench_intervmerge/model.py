@@ -249,22 +249,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
         Raises:
             ConfigError: the folder cannot be written to.
         """
-        edits = {task: self.edits_of(task).tensors() for task in self.tasks}
-        artifact.write(
-            artifact.Artifact(
-                self.tower,
-                self.interventions,
-                self.seed,
-                edits,
-                self._unequal_ranks(),
-                self.extra_parameters(),
-                self.metadata,
-                self.router,
-                self.storage,
-            ),
-            Path(folder),
-            (model_card_kwargs or {}).get("name"),
-        )
+        artifact.write(self, Path(folder), (model_card_kwargs or {}).get("name"))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -281,10 +266,11 @@ class InterventionModel(nn.Module, ModelHubMixin):
             ArtifactError: what does not fit, in one line.
         """
         saved = artifact.read(local_folder(folder, **hub))
-        try:
-            model = cls(saved.tower, [], saved.interventions, saved.seed)
+        config = saved.config
+        with artifact.misfits_in(folder):
+            model = cls(saved.tower, [], config.interventions, config.seed)
             for task, tensors in saved.edits.items():
-                ranks = model._same_ranks() if saved.ranks is None else saved.ranks.get(task, {})
+                ranks = model._same_ranks() if config.ranks is None else config.ranks.get(task, {})
                 with torch.device("meta"):  # no memory is taken before the sizes are known to fit
                     edits = Edits(model.interventions, model.placements, ranks, model.seed, task)
                 check_fit(edits.tensors(), tensors, f"interventions/{task}.safetensors")
@@ -292,10 +278,8 @@ class InterventionModel(nn.Module, ModelHubMixin):
                 edits.load(tensors)
             if saved.router is not None:
                 check_reading(model, saved.router)
-        except artifact.MISFITS as error:
-            raise artifact.misfit(folder, error) from None
         model.metadata, model.router = saved.metadata, saved.router
-        model.storage = saved.storage
+        model.storage = config.storage
         return model
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -335,8 +319,8 @@ class InterventionModel(nn.Module, ModelHubMixin):
 
         return to_clip_model(self, task, clip)
 
-    def _unequal_ranks(self) -> dict[str, dict[str, dict[str, int]]] | None:
-        """``ranks``, where they are not all as the settings say."""
+    def unequal_ranks(self) -> dict[str, dict[str, dict[str, int]]] | None:
+        """Task -> site -> block -> rank, where they are not all as the settings say; else None."""
         found, same = {t: self.edits_of(t).ranks() for t in self.tasks}, self._same_ranks()
         return None if all(ranks == same for ranks in found.values()) else found
 
