@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from .errors import ConfigError
 
@@ -99,7 +98,7 @@ def write_files(folder: Path, content: Mapping[str, str | bytes]) -> None:
             temporary.write_bytes(value if isinstance(value, bytes) else value.encode())
 
 
-def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+def write_json(path: Path, value: object, indent: int | None = 2) -> None:
     """Write a JSON file, whole or not at all."""
     write_files(path.parent, {path.name: json.dumps(value, indent=indent) + "\n"})
 
