@@ -163,14 +163,10 @@ def misfits_in(place: str | Path) -> Iterator[None]:
 
 
 def check_place(folder: Path, where: str) -> None:
-    """Raise unless a model may be saved in a folder: nothing but a saved model may be replaced.
-
-    Args:
-        folder: absent, empty, or a saved model and nothing else.
-        where: config key to name in errors.
+    """Make sure that a folder is absent, empty, or a saved model and nothing else.
 
     Raises:
-        ConfigError: what is in the way, in one line.
+        ConfigError: what is in the way, in one line; it names the config key ``where``.
     """
     allowed = "a new or empty folder, or that of a saved model"
     if folder.is_dir():
@@ -193,7 +189,7 @@ def check_place(folder: Path, where: str) -> None:
 
 
 def _own_entries(folder: Path) -> set[str]:
-    """What belongs to the saved model in a folder; nothing where there is no saved model."""
+    """The files and folders of the saved model in a folder; none if there is no saved model."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if config["format"] == FORMAT and isinstance(config["interventions"], dict):

@@ -143,8 +143,7 @@ class StateFolder:
             optimizer: of these tensors, before its first step.
 
         Returns:
-            Where the run stands now: ``start`` when there is no sound state, and then tensors and
-            optimizer are as they were.
+            Where the run stands now. Without a sound state it is ``start``, and nothing is changed.
         """
         state = self._newest_sound(lambda state: state.check(start, steps, trained, optimizer))
         if state is None:
@@ -153,7 +152,7 @@ class StateFolder:
         return state.progress
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the newest sound state of this run; none where there is no such state."""
+        """The tensors of the newest sound state of this run; none if there is no such state."""
         state = self._newest_sound(lambda state: None)
         return {} if state is None else state.trained
 
@@ -162,12 +161,10 @@ class StateFolder:
         return next((int(path.stem.removeprefix(f"{self.kind}-")) for path in self._files()), None)
 
     def clear(self) -> None:
-        """Remove the states of every kind, once what the run was for is kept elsewhere."""
+        """Remove the states of every kind, once the run's result is kept elsewhere."""
         for kind in KINDS:
-            # also what a killed process was in the middle of writing
-            for pattern in (f"{kind}-*.safetensors", f".{kind}-*"):
-                for path in self.folder.glob(pattern):
-                    path.unlink(missing_ok=True)
+            for path in self.of(kind)._files():
+                path.unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 

@@ -2,7 +2,7 @@
 
 One pass over a task's images, with its expert in memory, gives the expert's features and the
 states at which the loop starts. States are kept up to a limit of memory; images beyond it are read
-again when their turn comes.
+again when they are needed.
 """
 
 from __future__ import annotations
