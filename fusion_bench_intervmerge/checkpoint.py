@@ -1,9 +1,9 @@
 """The state of a run on disk: how a run that was stopped goes on.
 
 A state is one safetensors file with the trained tensors, the optimizer's tensors and, in its
-header, the step, what run it belongs to, and a digest of all of it. It appears whole or not at all;
-the one before is kept until the next is in place, and is used when the newest turns out torn. A
-state is checked as a whole before anything is taken over from it.
+header, the step, the run it belongs to, and a digest of all of it. The state before is kept until
+the next is in place, and is used when the newest is torn. A state is checked as a whole before
+anything is taken from it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -91,7 +90,7 @@ class StateFolder:
     Args:
         folder: where they are kept.
         run: what identifies the run; a state of another run is not taken.
-        kind: of which of the run's parts they are, one of ``KINDS``; each has its own files.
+        kind: the part of the run, one of ``KINDS``; each has its own files.
     """
 
     def __init__(self, folder: Path, run: str, kind: str = "step"):
@@ -118,11 +117,9 @@ class StateFolder:
                 numbers[name] = value
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         header = {"run": self.run, "step": str(progress.step), "numbers": json.dumps(numbers)}
-        header["digest"] = digest_of(header, tensors)
         path = self.folder / f"{self.kind}-{progress.step:08d}.safetensors"
         try:
-            with whole_file(path) as temporary:
-                save_file(tensors, temporary, header)
+            write_tensors(path, tensors, header)
         except (ConfigError, SafetensorError, OSError) as error:
             log.warning("the state of step %d was not kept: %s", progress.step, error)
             return None
@@ -146,8 +143,7 @@ class StateFolder:
             optimizer: of these tensors, before its first step.
 
         Returns:
-            Where the run stands now: ``start`` when there is no sound state, and then tensors and
-            optimizer are as they were.
+            Where the run stands now. Without a sound state it is ``start``, and nothing is changed.
         """
         state = self._newest_sound(lambda state: state.check(start, steps, trained, optimizer))
         if state is None:
@@ -156,7 +152,7 @@ class StateFolder:
         return state.progress
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the newest sound state of this run; none where there is no such state."""
+        """The tensors of the newest sound state of this run; none if there is no such state."""
         state = self._newest_sound(lambda state: None)
         return {} if state is None else state.trained
 
@@ -165,12 +161,10 @@ class StateFolder:
         return next((int(path.stem.removeprefix(f"{self.kind}-")) for path in self._files()), None)
 
     def clear(self) -> None:
-        """Remove the states of every kind, once what the run was for is kept elsewhere."""
+        """Remove the states of every kind, once the run's result is kept elsewhere."""
         for kind in KINDS:
-            # also what a killed process was in the middle of writing
-            for pattern in (f"{kind}-*.safetensors", f".{kind}-*"):
-                for path in self.folder.glob(pattern):
-                    path.unlink(missing_ok=True)
+            for path in self.of(kind)._files():
+                path.unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
@@ -189,11 +183,7 @@ class StateFolder:
         return sorted(self.folder.glob(f"{self.kind}-*.safetensors"), reverse=True)
 
     def _read(self, path: Path) -> _State:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if header.pop("digest", None) != digest_of(header, tensors):
-            raise ValueError("its digest is not that of its content")
+        tensors, header = read_tensors(path)
         if header["run"] != self.run:
             raise ValueError("it belongs to another run")
         losses = tensors.pop("losses")
@@ -277,8 +267,32 @@ def _compare(found: Mapping[str, object], expected: Mapping[str, object]) -> Non
             raise ValueError(f"its {name} is {_kind(found[name])}, not {_kind(expected[name])}")
 
 
-def _kind(value: object) -> Any:
+def _kind(value: object) -> object:
     return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else type(value)
+
+
+# -- a file with a digest --------------------------------------------------------------------------
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write a safetensors file with a digest in its header, whole or not at all."""
+    with whole_file(path) as temporary:
+        digest = digest_of(header, tensors)
+        save_file(dict(tensors), temporary, {**header, "digest": digest})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What ``write_tensors`` was given.
+
+    Raises:
+        ValueError: the digest is not that of the content.
+    """
+    with safe_open(path, framework="pt") as file:
+        header, names = file.metadata() or {}, file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
+    if header.pop("digest", None) != digest_of(header, tensors):
+        raise ValueError("its digest is not that of its content")
+    return tensors, header
 
 
 def digest_of(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

@@ -1,8 +1,7 @@
 """Experts' representations on disk: what one method computed, the next one reads.
 
-An entry is taken only for the very same numbers: the expert's weights, the images' pixels, their
-order and batches, precision, processor and library all count, so that a hit or a miss never
-changes a bit of what follows.
+An entry is used only where computing it again would give the same bits: the expert's weights, the
+images' pixels, their order and batches, precision, processor and library all count.
 """
 
 from __future__ import annotations
@@ -14,24 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
-from .checkpoint import digest_of
+from .checkpoint import read_tensors, write_tensors
 from .errors import ConfigError
-from .files import whole_file
 
 log = logging.getLogger(__name__)
 
 
 class ExpertCache:
-    """A folder of entries; the ones not used for longest make room.
-
-    Args:
-        folder: where they are.
-        limit: bytes that all of them may take.
-    """
+    """A folder of entries, at most ``limit`` bytes; those not used for longest are removed."""
 
     def __init__(self, folder: Path, limit: float = 2 * 2**30):
         self.folder, self.limit = folder, limit
@@ -51,11 +43,7 @@ class ExpertCache:
         """An entry's tensors and its images' digest; None where there is no sound entry."""
         path = self._path(key)
         try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if header.pop("digest", None) != digest_of(header, tensors):
-                raise ValueError("its digest is not that of its content")
+            tensors, header = read_tensors(path)
             os.utime(path)
             return tensors, header["images"]
         except FileNotFoundError:
@@ -68,11 +56,8 @@ class ExpertCache:
         """Keep an entry, unless it alone is over the limit or the disk is full."""
         if sum(t.numel() * t.element_size() for t in tensors.values()) > self.limit:
             return
-        header = {"images": images}
-        header["digest"] = digest_of(header, tensors)
         try:
-            with whole_file(self._path(key)) as temporary:
-                save_file(dict(tensors), temporary, header)
+            write_tensors(self._path(key), tensors, {"images": images})
             self._make_room()
         except (ConfigError, SafetensorError, OSError) as error:
             log.warning("experts' features were not kept: %s", error)

@@ -1,8 +1,8 @@
-"""Files and folders that appear whole or not at all, whoever reads or writes beside.
+"""Files and folders that appear whole or not at all, also while others read or write them.
 
-What is being written lies in a hidden folder beside its place. Its owner holds a lock on that
-folder, which ends with the process; so what a killed process left behind can be told from what
-another one is writing, and the next one that writes there removes it. Modes are the umask's.
+What is being written is in a hidden folder beside its place, locked by the process that writes it.
+The lock ends with the process, so the next one that writes there can tell what a killed process
+left behind, and removes it. Modes are the umask's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from .errors import ConfigError
 
@@ -99,7 +98,7 @@ def write_files(folder: Path, content: Mapping[str, str | bytes]) -> None:
             temporary.write_bytes(value if isinstance(value, bytes) else value.encode())
 
 
-def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+def write_json(path: Path, value: object, indent: int | None = 2) -> None:
     """Write a JSON file, whole or not at all."""
     write_files(path.parent, {path.name: json.dumps(value, indent=indent) + "\n"})
 
@@ -112,16 +111,15 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
         for abandoned in path.parent.glob(f"{PREFIX}*"):
             _remove(abandoned, mine=False)
         folder, handle = _new_folder(path.parent)
+        try:
+            yield folder
+        finally:
+            if handle is not None:
+                os.close(handle)
+            _remove(folder, mine=True)
     except OSError as error:
-        raise _unwritable(path, error) from None
-    try:
-        yield folder
-    except OSError as error:
-        raise _unwritable(path, error) from None
-    finally:
-        if handle is not None:
-            os.close(handle)
-        _remove(folder, mine=True)
+        problem = f"cannot be written ({error.strerror or error})"
+        raise ConfigError(str(path), problem, "a writable folder") from None
 
 
 def _new_folder(parent: Path) -> tuple[Path, int | None]:
@@ -196,9 +194,3 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
-
-
-def _unwritable(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        str(path), f"cannot be written ({error.strerror or error})", "a writable folder"
-    )

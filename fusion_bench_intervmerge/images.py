@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, cast
 
 import torch
 from pydantic import Field
@@ -71,8 +71,8 @@ def choose_images(
 ) -> list[int]:
     """Indices of the images that may be seen, in random order.
 
-    They follow from (seed, task, number of images) alone, so every method sees the same ones at a
-    seed; a smaller share is the beginning of a larger one.
+    They follow from (seed, task, number of images) alone, so that every method sees the same ones;
+    a smaller share is the beginning of a larger one.
 
     Args:
         task: the task's name.
@@ -95,13 +95,13 @@ def choose_images(
 
 
 def generator_of(seed: int, purpose: str, task: str) -> torch.Generator:
-    """Random numbers for one purpose and task, the same whatever else is drawn."""
+    """Random numbers for one purpose and task, whatever else is drawn."""
     digest = hashlib.sha256(f"{seed} {purpose} {task}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 # task -> its images: pixel values, or (pixel values, anything)
-Datasets = Mapping[str, Dataset[Any]]
+Datasets = Mapping[str, Dataset[object]]
 
 
 class Pixels(Dataset[Tensor]):
@@ -112,7 +112,7 @@ class Pixels(Dataset[Tensor]):
 
     def __getitem__(self, key: tuple[str, int]) -> Tensor:
         item = self.datasets[key[0]][key[1]]
-        return item[0] if isinstance(item, (tuple, list)) else item
+        return cast(Tensor, item[0] if isinstance(item, (tuple, list)) else item)
 
 
 def read_images(

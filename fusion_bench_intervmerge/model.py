@@ -95,18 +95,18 @@ class InterventionModel(nn.Module, ModelHubMixin):
 
         Args:
             images: (batch, 3, image_size, image_size).
-            task: the task of all images, or one task an image, in one forward pass; ``auto`` lets
-                the router tell each image's, in the same pass. ``None`` gives the merged encoder's
-                features, and so does ``auto`` for images of no known task.
+            task: the task of all images, or a list with the task of each image, in one forward
+                pass; ``auto``: the router finds the task of each image. ``None`` gives the merged
+                encoder's features, and so does ``auto`` for images of no known task.
 
         Returns:
             (batch, projection_dim), after the visual projection, not normalised.
 
         Raises:
-            ValueError: a task the model has no edits for, not one task an image, or ``auto`` and
-                there is no router.
+            ValueError: a task without edits, a list of another length than the batch, or ``auto``
+                without a router.
         """
-        if isinstance(task, str) and task == "auto":
+        if task == "auto":
             return encode_routed(self, images)
         with self.for_task(task, len(images)):
             return self.tower.features(images)
@@ -118,7 +118,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
             images: (batch, 3, image_size, image_size).
 
         Returns:
-            A name an image; None, where the router has a threshold, for images of no known task.
+            A task for each image; None for images of no known task, if the router has a threshold.
 
         Raises:
             ValueError: the model has no router.
@@ -128,12 +128,11 @@ class InterventionModel(nn.Module, ModelHubMixin):
     def add_task(self, task: str) -> None:
         """Give a task edits at their starting values; ``distill`` trains them.
 
-        Where ``init`` is ``regression`` there are none until ``solve`` finds them. A router knows
-        the task after ``fit_router(model, {task: images})``.
+        Sites whose ``init`` is ``regression`` have no edits until ``solve`` finds them. A router
+        knows the task after ``fit_router(model, {task: images})``.
         """
         check_task_name(task, self.tasks)
         ranks = {
-            # What is solved in closed form has no start: it is not there before.
             site: of if self.interventions[site].init != "regression" else {}
             for site, of in self._same_ranks().items()
         }
@@ -141,31 +140,18 @@ class InterventionModel(nn.Module, ModelHubMixin):
         self.edits[task] = edits.to(self.tower.device)
 
     def edits_of(self, task: str) -> Edits:
-        """A task's edits.
-
-        Raises:
-            ValueError: the model has no such task.
-        """
+        """A task's edits; ValueError if the model has no such task."""
         self.check_task(task)
         return cast(Edits, self.edits[task])
 
+    def check_task(self, task: str) -> None:
+        """Raise ValueError unless the model has edits for the task."""
+        if task not in self.edits:
+            raise ValueError(f"no edits for task {task!r}; the model has: {', '.join(self.tasks)}")
+
     def set_rank(self, task: str, site: str, block: int, rank: int) -> Function | None:
-        """Replace one edit by a fresh one of another rank; the other edits stay.
-
-        Args:
-            task, site, block: which edit.
-            rank: 1 to the width of the part, or 0: no edit there.
-
-        Returns:
-            The new edit, at its published start; None at rank 0.
-
-        Raises:
-            ValueError: a task, site or block that is not edited, or a rank that does not fit.
-        """
-        edits = self.edits_of(task)
-        if site not in self.placements or block not in self.placements[site].blocks:
-            raise ValueError(f"block {block} is not edited at the site {site!r}")
-        function = edits.set_rank(site, block, rank)
+        """Replace one edit by a fresh one of another rank, at its published start; 0: no edit."""
+        function = self.edits_of(task).set_rank(site, block, rank)
         return None if function is None else function.to(self.tower.device)
 
     def ranks(self) -> dict[str, dict[str, dict[int, int]]]:
@@ -186,7 +172,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
             self.router.drop(task)
 
     def fold(self) -> InterventionModel:
-        """The same model in the form that needs least at inference; outputs are unchanged.
+        """A copy in the form that needs least at inference; outputs are unchanged.
 
         R'b becomes one vector, W1 - W2 one matrix (eq 3.4, Table 7).
         """
@@ -202,7 +188,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
         return folded
 
     def store_as(self, storage: Storage) -> None:
-        """Round the edits to what fewer bits hold, and save them so: a model is what its file says.
+        """Round the edits to a type that takes fewer bytes, in which they are saved.
 
         Args:
             storage: ``float32``, ``float16``, or ``int8`` with a scale a row.
@@ -219,16 +205,18 @@ class InterventionModel(nn.Module, ModelHubMixin):
         """What inference needs beyond one merged model.
 
         Returns:
-            ``total`` over all tasks as trained, ``per_task``, ``folded``: the total after ``fold``,
-            and ``bytes``, as saved. These are the edits'; ``router``: how many numbers the router
-            is, if any.
+            Of the edits: ``total`` over all tasks as trained, ``per_task``, ``folded``: the total
+            after ``fold``, and ``bytes``, as saved. ``router``: how many numbers the router has,
+            if there is one.
         """
-        per_task = {task: _count(edits) for task, edits in self.edits.items()}
-        functions = [f for task in self.tasks for _, _, f in self.edits_of(task).places()]
-        folded = sum(_count(function.folded()) for function in functions)
-        counts: Json = {"total": sum(per_task.values()), "per_task": per_task, "folded": folded}
-        edits = [self.edits_of(task).tensors() for task in self.tasks]
-        counts["bytes"] = sum(stored_size(tensors, self.storage) for tensors in edits)
+        edits = {task: self.edits_of(task) for task in self.tasks}
+        per_task = {task: _count(of) for task, of in edits.items()}
+        counts: Json = {
+            "total": sum(per_task.values()),
+            "per_task": per_task,
+            "folded": sum(_count(f.folded()) for of in edits.values() for _, _, f in of.places()),
+            "bytes": sum(stored_size(of.tensors(), self.storage) for of in edits.values()),
+        }
         return counts if self.router is None else counts | {"router": self.router.count()}
 
     def save_pretrained(  # type: ignore[override]
@@ -241,39 +229,24 @@ class InterventionModel(nn.Module, ModelHubMixin):
         """Write the artifact: plain files, safetensors and JSON, whole or not at all.
 
         Args:
-            folder: where to; a finished model there is replaced.
-            config: given by ``huggingface_hub``, and not used: the artifact has its own.
-            model_card_kwargs: ``name``, what the model card calls the model, the folder's name
-                where it is not given.
+            folder: where to; a saved model there is replaced.
+            config: not used; ``huggingface_hub`` gives it.
+            model_card_kwargs: ``name``, the model's name on the model card; the folder's name if
+                not given.
 
         Raises:
             ConfigError: the folder cannot be written to.
         """
-        edits = {task: self.edits_of(task).tensors() for task in self.tasks}
-        artifact.write(
-            artifact.Artifact(
-                self.tower,
-                self.interventions,
-                self.seed,
-                edits,
-                self._unequal_ranks(),
-                self.extra_parameters(),
-                self.metadata,
-                self.router,
-                self.storage,
-            ),
-            Path(folder),
-            (model_card_kwargs or {}).get("name"),
-        )
+        artifact.write(self, Path(folder), (model_card_kwargs or {}).get("name"))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, folder: str | Path, **hub: Any
+        cls, folder: str | Path, **hub: object
     ) -> InterventionModel:
         """Read an artifact.
 
         Args:
-            folder: where it lies, or its id on the hub, ``owner/model``.
+            folder: a folder, or an id on the hub, ``owner/model``.
             hub: for the hub: ``revision``, ``token``, ``cache_dir``, ``force_download``,
                 ``local_files_only``.
 
@@ -281,10 +254,11 @@ class InterventionModel(nn.Module, ModelHubMixin):
             ArtifactError: what does not fit, in one line.
         """
         saved = artifact.read(local_folder(folder, **hub))
-        try:
-            model = cls(saved.tower, [], saved.interventions, saved.seed)
+        config = saved.config
+        with artifact.misfits_in(folder):
+            model = cls(saved.tower, [], config.interventions, config.seed)
             for task, tensors in saved.edits.items():
-                ranks = model._same_ranks() if saved.ranks is None else saved.ranks.get(task, {})
+                ranks = model._same_ranks() if config.ranks is None else config.ranks.get(task, {})
                 with torch.device("meta"):  # no memory is taken before the sizes are known to fit
                     edits = Edits(model.interventions, model.placements, ranks, model.seed, task)
                 check_fit(edits.tensors(), tensors, f"interventions/{task}.safetensors")
@@ -292,17 +266,15 @@ class InterventionModel(nn.Module, ModelHubMixin):
                 edits.load(tensors)
             if saved.router is not None:
                 check_reading(model, saved.router)
-        except artifact.MISFITS as error:
-            raise artifact.misfit(folder, error) from None
         model.metadata, model.router = saved.metadata, saved.router
-        model.storage = saved.storage
+        model.storage = config.storage
         return model
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Put the artifact on the hub; ``intervmerge push`` adds what other programs need.
 
         Args:
-            repo_id: ``owner/model``; it is made where it is missing.
+            repo_id: ``owner/model``; it is created if it does not exist.
             options: as ``huggingface_hub.ModelHubMixin.push_to_hub`` takes them.
 
         Returns:
@@ -321,8 +293,8 @@ class InterventionModel(nn.Module, ModelHubMixin):
 
         Args:
             task: whose edits to build in.
-            clip: the CLIP that the experts started from, whose text tower it takes: an id, a folder
-                or a model; by default the one in ``metadata``.
+            clip: the pretrained CLIP, whose text tower it takes: an id, a folder or a model; by
+                default the one in ``metadata``.
 
         Returns:
             transformers' ``CLIPModel`` for a Hugging Face encoder, ``open_clip``'s for the other.
@@ -335,8 +307,8 @@ class InterventionModel(nn.Module, ModelHubMixin):
 
         return to_clip_model(self, task, clip)
 
-    def _unequal_ranks(self) -> dict[str, dict[str, dict[str, int]]] | None:
-        """``ranks``, where they are not all as the settings say."""
+    def unequal_ranks(self) -> dict[str, dict[str, dict[str, int]]] | None:
+        """Task -> site -> block -> rank, where they are not all as the settings say; else None."""
         found, same = {t: self.edits_of(t).ranks() for t in self.tasks}, self._same_ranks()
         return None if all(ranks == same for ranks in found.values()) else found
 
@@ -354,7 +326,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
     ) -> AbstractContextManager[None]:
         """Apply a task's edits in every forward pass inside; ``None``: the merged encoder.
 
-        It holds for the running thread alone; a thread that is started inside knows no task.
+        It holds for the running thread alone.
         """
         route = Route.of(self.apply_edit, task, batch, self.tower.device)
         for name in route.tasks:
@@ -362,21 +334,16 @@ class InterventionModel(nn.Module, ModelHubMixin):
         return _ROUTES.saying(self._key, route)
 
     def without_edit(self, site: str, block: int) -> AbstractContextManager[None]:
-        """Leave one edit out in every forward pass inside, for all tasks; the others stay.
+        """Leave one place unedited in every forward pass inside, for all tasks.
 
         Args:
-            site: an edited site.
-            block: an edited block there; 0 at the site ``output``.
+            site, block: where; block 0 at the site ``output``.
         """
         return _LEFT_OUT.saying(self._key, (site, block))
 
     @property
     def _route(self) -> Route | None:
         return _ROUTES.get(self._key)
-
-    def check_task(self, task: str) -> None:
-        if task not in self.edits:
-            raise ValueError(f"no edits for task {task!r}; the model has: {', '.join(self.tasks)}")
 
     def apply_edit(self, site: str, block: int, z: Tensor) -> Tensor:
         """A site's tensor, edited for the tasks of the running forward pass; z is left alone."""
@@ -401,7 +368,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
             task: as in ``encode``; it may be left out inside ``for_task``.
 
         Raises:
-            ValueError: no task is named, or edits come behind what the tower gives.
+            ValueError: no task is named, or the edits come after what the tower returns.
         """
         if task is not None:
             with self.for_task(task, len(pixel_values)):
@@ -425,7 +392,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
         return self._route is not None
 
     @property
-    def config(self) -> Any:
+    def config(self) -> object:
         """The tower's own configuration."""
         return getattr(self.tower, "config", None)
 
@@ -438,13 +405,12 @@ class InterventionModel(nn.Module, ModelHubMixin):
         return self.tower.dtype
 
     @property
-    def train_preprocess(self) -> Any:
-        """The images' preprocessing, where the tower carries one (OpenCLIP)."""
+    def train_preprocess(self) -> object:
+        """The images' preprocessing, of towers that have one (OpenCLIP)."""
         return self.tower.train_preprocess
 
     @property
-    def val_preprocess(self) -> Any:
-        """The images' preprocessing, where the tower carries one (OpenCLIP)."""
+    def val_preprocess(self) -> object:
         return self.tower.val_preprocess
 
 

@@ -121,10 +121,10 @@ class Features(Prefix):
 
 
 def prefix_of(model: InterventionModel, *, moving: bool = False, blocks: bool = False) -> Prefix:
-    """As much of a model's forward pass as is the same at every step.
+    """As much of a model's forward pass as is the same at every step of a training.
 
     Args:
-        model: whose edits are trained.
+        model: the model.
         moving: whether its weights move too.
         blocks: whether the loss reads every block's output.
     """

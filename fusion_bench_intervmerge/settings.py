@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 from typing_extensions import Self
 
 from .errors import ConfigError, named, unknown_key
+from .schema import Json
 
 # Hydra's and FusionBench's own, which any config may carry.
 HOST_KEYS = ("_recursive_", "_usage_", "_version_")
@@ -60,7 +61,7 @@ class Settings(BaseModel):
                     raise unknown_key(key, cls.model_fields)
             return cls(**given)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """The settings as plain JSON values."""
         return plain(self.model_dump())
 
@@ -80,7 +81,7 @@ class Settings(BaseModel):
         return ConfigError(key, shown(given[key]), allowed)
 
 
-def nested(cls: type[Settings]) -> Any:
+def nested(cls: type[Settings]) -> BeforeValidator:
     """Lets a field of settings be written as a mapping."""
     return BeforeValidator(lambda value: value if isinstance(value, cls) else cls.read(value))
 
@@ -107,13 +108,13 @@ def _plain_words(error: ErrorDetails) -> str:
     return choices.replace("'", "").replace(" or ", ", ") if choices else words
 
 
-def whole(low: int, high: int | None = None, before: str = "") -> Any:
+def whole(low: int, high: int | None = None, before: str = "") -> object:
     """A whole number from ``low``; ``high`` stops what cannot be meant."""
     span = f"{low} or more" if high is None else f"{low} to {high}"
     return Field(ge=low, le=high, description=f"{before}a whole number, {span}")
 
 
-def _folder(value: object) -> Any:
+def _folder(value: object) -> object:
     text = str(value) if isinstance(value, Path) else value
     if isinstance(text, str) and (not text.strip() or "\0" in text):
         raise ConfigError("", shown(text), "the path of a folder")
@@ -125,7 +126,7 @@ Seed = Annotated[int, whole(0, 2**63 - 1)]
 Flag = Annotated[bool, Field(description="true, false")]
 
 
-def check_arguments(cls: Callable[..., Any], given: Mapping[str, object], where: str) -> None:
+def check_arguments(cls: Callable[..., object], given: Mapping[str, object], where: str) -> None:
     """Check a config's arguments of a class that checks few of them itself.
 
     Raises:

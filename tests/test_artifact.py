@@ -136,32 +136,6 @@ def test_a_loaded_model_trains_as_the_saved_one(tmp_path, images):
     torch.testing.assert_close(R @ R.mT, torch.eye(3), rtol=0, atol=1e-5)
 
 
-def as_format_1(model, folder):
-    """The artifact as version 1 of the format had it: modules' state dicts, one digest."""
-    model.save_pretrained(folder)
-    for task, edits in model.edits.items():
-        tensors = {name: t.contiguous() for name, t in edits.state_dict().items()}
-        save_file(tensors, folder / "interventions" / f"{task}.safetensors")
-    config = json.loads((folder / "config.json").read_text())
-    keys = ("tower", "tasks", "interventions", "seed", "metadata")
-    old = {"format": 1} | {key: config[key] for key in keys}
-    old["merged_digest"] = model.tower.digest()
-    (folder / "config.json").write_text(json.dumps(old, indent=2) + "\n")
-
-
-@pytest.mark.parametrize("sites", [EVERY_R, {"attention": {}}], ids=["R", "noreft"])
-def test_the_first_format_is_still_read(make_tower, sites, tmp_path, images):
-    model = trained(InterventionModel(make_tower(), TASKS, sites, seed=5))
-    as_format_1(model, tmp_path / "m")
-    edits = load_file(tmp_path / "m" / "interventions" / "ants.safetensors")
-    assert ("attention.0.parametrizations.R.original" in edits) == (sites is EVERY_R)
-    again = InterventionModel.from_pretrained(tmp_path / "m")
-    assert again.seed == 5
-    with torch.no_grad():
-        for task in (None, *TASKS):
-            assert torch.equal(again.encode(images, task), model.encode(images, task))
-
-
 def test_transformers_itself_reads_the_merged_encoder(images, tmp_path):
     InterventionModel(hf_tower(), TASKS, {"attention": {}}).save_pretrained(tmp_path / "m")
     stock = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "m" / "merged").eval()
@@ -183,9 +157,10 @@ def change(folder, **entries):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_another_format(folder):
-    change(folder, format=99)
-    with pytest.raises(ArtifactError, match="format 99; this version reads formats 1 and 2"):
+@pytest.mark.parametrize("found", [1, 99])
+def test_another_format(folder, found):
+    change(folder, format=found)
+    with pytest.raises(ArtifactError, match=f"format {found}; this version reads format 2"):
         InterventionModel.from_pretrained(folder)
 
 
@@ -373,12 +348,6 @@ def test_what_may_be_replaced(folder, tmp_path):
         assert InterventionModel.from_pretrained(place).tasks == small_model().tasks
     assert (tmp_path / "link").is_symlink()
     assert not list(tmp_path.glob(".*"))
-
-
-def test_the_first_format_may_be_replaced(tmp_path):
-    as_format_1(small_model(), tmp_path / "m")
-    small_model(2).save_pretrained(tmp_path / "m")
-    assert InterventionModel.from_pretrained(tmp_path / "m").seed == 2
 
 
 def test_a_reader_goes_on_with_the_model_it_opened(folder):

@@ -10,7 +10,7 @@ import pytest
 from conftest import hf_tower
 
 from fusion_bench_intervmerge import InterventionModel, SolveSettings
-from fusion_bench_intervmerge.distillation import DistillSettings, MethodSettings
+from fusion_bench_intervmerge.distillation import DistillSettings
 from fusion_bench_intervmerge.errors import ConfigError
 from fusion_bench_intervmerge.fusion import (
     AnalyseInterventionModel,
@@ -18,6 +18,7 @@ from fusion_bench_intervmerge.fusion import (
     IntervMergeAlgorithm,
     LoadInterventionModel,
 )
+from fusion_bench_intervmerge.fusion.settings import MethodSettings
 
 ADAM = {"_target_": "torch.optim.Adam"}
 INF, NAN = float("inf"), float("nan")

@@ -5,7 +5,7 @@ from .loop import Distillation, DistillationError, distill
 from .losses import LOSSES
 from .optimizer import ThriceAdam
 from .schedule import Schedule
-from .settings import DistillSettings, MethodSettings
+from .settings import DistillSettings
 
 __all__ = [
     "LOSSES",
@@ -13,7 +13,6 @@ __all__ = [
     "DistillSettings",
     "Distillation",
     "DistillationError",
-    "MethodSettings",
     "Schedule",
     "ThriceAdam",
     "distill",

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import lightning as L
 import torch
@@ -56,7 +55,7 @@ class Distillation:
         images: task -> dataset indices of the images seen, in the order of first use.
         seconds: wall-clock time of ``features`` (reading images, experts' features) and ``steps``.
         expert_features: task -> (images seen, projection_dim).
-        resumed_at: the step a stopped run went on from, 0 for a fresh one.
+        resumed_at: the step at which a stopped run went on, 0 for a fresh one.
         states: the run's states on disk, if it kept any; see ``clear``.
     """
 
@@ -80,8 +79,8 @@ class Distillation:
         if not len(self.losses):
             return {}
         return {
-            task: [round(float(loss), 6) for loss in self.losses[:, column]]
-            for column, task in enumerate(self.images)
+            task: [round(loss, 6) for loss in column]
+            for task, column in zip(self.images, self.losses.T.tolist(), strict=True)
         }
 
 
@@ -99,23 +98,23 @@ def distill(
 ) -> Distillation:
     """Train a model's edits by distillation, without labels (eq 3.2 of the paper).
 
-    Each step every task shows one batch of its images; the loss is the sum over tasks of the mean
-    L1 between the repaired encoder's image features and the expert's. With frozen coefficients no
-    term depends on another task's edits, so one optimizer over all of them gives the same numbers
-    as one task after the other.
+    At each step every task sees one batch of its images; the loss is the sum over tasks of the mean
+    L1 distance between the repaired encoder's image features and the expert's. With frozen
+    coefficients no term depends on another task's edits, so that one optimizer over all of them
+    gives the same numbers as one task after the other.
 
     Args:
         model: the model to train, in place.
         experts: task -> function that loads the expert; one expert is in memory at a time. The
             tasks trained are these; others of the model stay as they are.
         images: task -> dataset of pixel values, or of (pixel values, anything).
-        settings: how, as the method's config file says it.
+        settings: the settings of the method's config file.
         mixture: merging coefficients to train along with the edits.
         fabric: device, precision, processes and loggers; one device by default.
         states: where to keep the state of a run that may be stopped; None: nowhere. It is kept
             after the last step as well, until ``Distillation.clear``.
         cache: where experts' representations are kept for the next method; None: nowhere.
-        keywords: in place of ``settings`` its fields, and those of its ``data``: ``steps=200,
+        keywords: instead of ``settings``, its fields and those of its ``data``: ``steps=200,
             batch_size=8``.
 
     Returns:
@@ -124,37 +123,23 @@ def distill(
     Raises:
         ConfigError: settings that do not fit.
         DistillationError: the loss is not finite; with ``states`` the last good one is kept.
-        Interrupted: on Ctrl-C; while it trains, after the step's end and with its state kept. A
-            second Ctrl-C does not wait for that.
+        Interrupted: on Ctrl-C. During training the current step is finished and its state kept;
+            a second Ctrl-C does not wait for that.
     """
     settings = DistillSettings.of(settings, keywords)
     fabric = fabric or L.Fabric(devices=1, accelerator="auto")
-    data, tasks = settings.data, list(experts)
-    for task in tasks:
+    for task in experts:
         model.check_task(task)
         if task not in images:
             raise ConfigError("modelpool", f"no images for task {task!r}")
-    schedules = {
-        task: Schedule(
-            task,
-            len(images[task]),  # type: ignore[arg-type]
-            steps=settings.steps,
-            batch_size=data.batch_size,
-            fraction=data.fraction,
-            at_most=data.images,
-            seed=settings.seed,
-        )
-        for task in tasks
-    }
-    trainer = _Trainer(model, tasks, schedules, settings, mixture, fabric)
-    store = ImageStore(images, schedules, data.cache_gb * 2**30, data.num_workers)
+    trainer = _Trainer(model, list(experts), images, settings, mixture, fabric)
     with ExitStack() as stack:
         stack.enter_context(trainer.on_device())
         if fabric.device.type == "cpu":
             stack.enter_context(keep_freed_memory())
         started = time.perf_counter()
         with interruptible("reading the experts' features", states):
-            targets = trainer.read_experts(experts, store, cache)
+            targets = trainer.read_experts(experts, cache)
         ready = time.perf_counter()
         trained = trainer.trained()
         if not trained:
@@ -163,21 +148,21 @@ def distill(
                 "there are no edits to train",
                 "other inits, or solve(...) before it where init is regression",
             )
-        optim = make_optimizer(settings.optimizer, list(trained.values()))
-        progress = Progress(0, torch.empty(0, len(tasks)))
+        optimizer = make_optimizer(settings.optimizer, list(trained.values()))
+        progress = Progress(0, torch.empty(0, len(experts)))
         if states is not None:
-            progress = states.load(progress, settings.steps, trained, optim)
+            progress = states.load(progress, settings.steps, trained, optimizer)
         if progress.step:
             log.info("going on from step %d of %d", progress.step, settings.steps)
         resumed_at = progress.step
         with interruptible("training", states):
-            trainer.run(optim, trained, store, targets, progress, states)
+            trainer.run(optimizer, trained, targets, progress, states)
         finished = time.perf_counter()
     if mixture is not None:
         mixture.write(model.tower)
     return Distillation(
         losses=progress.losses,
-        images={task: schedule.unique for task, schedule in schedules.items()},
+        images={task: schedule.unique for task, schedule in trainer.schedules.items()},
         seconds={"features": ready - started, "steps": finished - ready},
         expert_features={task: t["output"].float() for task, t in targets.items()},
         resumed_at=resumed_at,
@@ -186,37 +171,49 @@ def distill(
 
 
 class _Trainer:
-    """The parts of a run that share the model, the device and the precision."""
+    """The parts of a run that share the model, the images, the device and the precision."""
 
     def __init__(
         self,
         model: InterventionModel,
         tasks: list[str],
-        schedules: Mapping[str, Schedule],
+        images: Datasets,
         settings: DistillSettings,
         mixture: Mixture | None,
         fabric: L.Fabric,
     ):
-        self.model, self.tasks, self.schedules = model, tasks, schedules
-        self.settings = settings
-        self.loss = LOSSES[settings.loss]
+        self.model, self.tasks, self.settings = model, tasks, settings
         self.mixture, self.fabric = mixture, fabric
-        self.dtype = computing_dtype(fabric)
+        data = settings.data
+        self.schedules = {
+            task: Schedule(
+                task,
+                len(images[task]),  # type: ignore[arg-type]
+                steps=settings.steps,
+                batch_size=data.batch_size,
+                fraction=data.fraction,
+                at_most=data.images,
+                seed=settings.seed,
+            )
+            for task in tasks
+        }
+        self.store = ImageStore(images, self.schedules, data.cache_gb * 2**30, data.num_workers)
+        self.loss, self.dtype = LOSSES[settings.loss], computing_dtype(fabric)
         self.prefix = prefix_of(model, moving=mixture is not None, blocks=self.loss.reads_blocks)
-        batch = next(iter(schedules.values())).rows.shape[1]
-        self.mine = slice(fabric.global_rank, batch, fabric.world_size)
-        if batch % fabric.world_size:
+        processes = fabric.world_size
+        if data.batch_size % processes:
             raise ConfigError(
                 "data.batch_size",
-                f"{batch} images do not divide among {fabric.world_size} processes",
-                f"a multiple of {fabric.world_size}",
+                f"{data.batch_size} images do not divide among {processes} processes",
+                f"a multiple of {processes}",
             )
-        self.groups = self._groups(batch // fabric.world_size)
+        self.mine = slice(fabric.global_rank, None, processes)
+        self.groups = self._groups(data.batch_size // processes)
 
     def _groups(self, images_per_task: int) -> list[list[str]]:
         """Tasks that share a forward pass: as many as keep the activations within bounds.
 
-        Whatever the grouping, the numbers are the same; larger passes only amortise overheads.
+        The grouping does not change the numbers; larger passes only have less overhead.
         """
         tower = self.model.tower
         # about 16 tensors of the states' size are kept for a block's backward pass
@@ -230,9 +227,9 @@ class _Trainer:
     @contextmanager
     def compiled(self) -> Iterator[None]:
         """The blocks compiled, where the settings say so; afterwards as they were."""
-        tower, start = self.model.tower, getattr(self.prefix, "first", 0)
-        modules = [tower.block(b) for b in range(start, tower.num_blocks)]
-        modules = modules if self.settings.compile else []
+        tower, first = self.model.tower, getattr(self.prefix, "first", 0)
+        trained = range(first, tower.num_blocks if self.settings.compile else 0)
+        modules = [tower.block(index) for index in trained]
         for module in modules:
             module.compile()
         try:
@@ -244,27 +241,27 @@ class _Trainer:
     @contextmanager
     def on_device(self) -> Iterator[None]:
         """The model on the device and in the precision of the run; afterwards as it was."""
-        model, device = self.model, self.fabric.device
-        home = model.tower.device
-        model.to(device)
-        if self.mixture is not None:
-            self.mixture.to_device(device)
+        model, home = self.model, self.model.tower.device
+        self._move(self.fabric.device)
         # What is trained is never kept in less than fp32.
-        moving = [*self.trained().values()] if self.dtype == torch.float64 else []
-        types = [parameter.dtype for parameter in moving]
+        wide = self.trained().values() if self.dtype == torch.float64 else ()
+        types = {parameter: parameter.dtype for parameter in wide}
         try:
-            for parameter in moving:
+            for parameter in types:
                 parameter.data = parameter.data.double()
             with model.tower.in_dtype(self.dtype), model.tower.fused_activations():
                 yield
         finally:
-            for parameter, dtype in zip(moving, types, strict=True):
+            for parameter, dtype in types.items():
                 parameter.grad = None
                 parameter.data = parameter.data.to(dtype)
             model.tower.requires_grad_(False)
-            model.to(home)
-            if self.mixture is not None:
-                self.mixture.to_device(home)
+            self._move(home)
+
+    def _move(self, device: torch.device) -> None:
+        self.model.to(device)
+        if self.mixture is not None:
+            self.mixture.to_device(device)
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """Everything that moves, by name."""
@@ -280,65 +277,51 @@ class _Trainer:
     # -- before the loop ---------------------------------------------------------------------------
 
     def read_experts(
-        self, experts: Experts, store: ImageStore, cache: ExpertCache | None
+        self, experts: Experts, cache: ExpertCache | None
     ) -> dict[str, Representations]:
         """The experts' representations of every image seen, one expert in memory at a time."""
         targets = {}
-        # On a CPU the widest tensors should be small enough for freed memory to be kept.
-        at_once = 32 if self.fabric.device.type == "cpu" else 64
-        total = sum(len(self.schedules[task].unique) for task in self.tasks)
+        total = sum(len(schedule.unique) for schedule in self.schedules.values())
         with bar(self.fabric, "experts' features", total) as shown:
             for task in self.tasks:
                 expert = experts[task]()
                 check_expert(task, expert, self.model.tower)
                 expert = expert.to(self.fabric.device).eval()
                 with torch.no_grad(), expert.in_dtype(self.dtype), expert.fused_activations():
-                    targets[task] = self._representations(task, expert, store, at_once, cache)
+                    targets[task] = self._representations(task, expert, cache)
                 shown.update(len(self.schedules[task].unique))
                 del expert
         return targets
 
     def _representations(
-        self,
-        task: str,
-        expert: VisionTower,
-        store: ImageStore,
-        at_once: int,
-        cache: ExpertCache | None,
+        self, task: str, expert: VisionTower, cache: ExpertCache | None
     ) -> Representations:
-        """One expert's, from the cache where it has them."""
+        """One expert's, from the cache where it has them; the images are read in any case."""
+        # On a CPU the widest tensors should be small enough for freed memory to be kept.
+        at_once = 32 if self.fabric.device.type == "cpu" else 64
+
+        def read(expert: VisionTower | None) -> tuple[Representations, str]:
+            parts: list[Representations] = []
+            digest = hashlib.sha256()
+            for images in self.store.first_pass(task, at_once, self.prefix.of):
+                if cache is not None:
+                    digest.update(images.contiguous().numpy().data)
+                if expert is not None:
+                    pixels = images.to(self.fabric.device, self.dtype)
+                    found = self.loss.read(partial(_expert_features, expert, pixels))
+                    parts.append({name: tensor.cpu() for name, tensor in found.items()})
+            names = parts[0] if parts else ()
+            return {n: torch.cat([part[n] for part in parts]) for n in names}, digest.hexdigest()
+
         if cache is None:
-            return self._read(task, expert, store, at_once)
+            return read(expert)[0]
         seen = self.schedules[task].unique
         key = cache.key(expert.digest(), seen, at_once, self.dtype, self.settings.loss)
-        kept, pixels = cache.get(key), hashlib.sha256()
-        found = self._read(task, expert if kept is None else None, store, at_once, pixels)
-        if kept is not None:
-            if kept[1] == pixels.hexdigest():
-                return kept[0]
-            found = self._read(task, expert, store, at_once)
-        cache.put(key, found, pixels.hexdigest())
-        return found
-
-    def _read(
-        self,
-        task: str,
-        expert: VisionTower | None,
-        store: ImageStore,
-        at_once: int,
-        digest: Any = None,
-    ) -> Representations:
-        """Read a task's images, for the loop and, where they are given, an expert and a digest."""
-        parts: list[Representations] = []
-        for _, images in store.first_pass(task, at_once, self.prefix.of):
-            if digest is not None:
-                digest.update(images.contiguous().numpy())
-            if expert is not None:
-                pixels = images.to(self.fabric.device, self.dtype)
-                read = self.loss.read(partial(_expert_features, expert, pixels))
-                parts.append({name: tensor.cpu() for name, tensor in read.items()})
-        names = parts[0] if parts else {}
-        return {n: torch.cat([p[n] for p in parts]) for n in names}
+        kept = cache.get(key)
+        if kept is not None and kept[1] == read(None)[1]:
+            return kept[0]
+        cache.put(key, *(found := read(expert)))
+        return found[0]
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -346,72 +329,56 @@ class _Trainer:
         self,
         optimizer: torch.optim.Optimizer,
         trained: Mapping[str, torch.nn.Parameter],
-        store: ImageStore,
         targets: Mapping[str, Representations],
         progress: Progress,
         states: StateFolder | None,
     ) -> None:
-        """Steps from ``progress.step`` to the end of the schedule; ``progress`` is kept current."""
-        steps = len(self.schedules[self.tasks[0]].rows)
+        """Steps from ``progress.step`` to the last; ``progress`` is kept current."""
+        steps, start = self.settings.steps, progress.step
         plan = [
             {task: self.schedules[task].rows[step][self.mine] for task in group}
-            for step in range(progress.step, steps)
+            for step in range(start, steps)
             for group in self.groups
         ]
-        passes = zip(plan, store.stream(plan, self.prefix.of), strict=True)
-        history = list(progress.losses)
+        passes = zip(plan, self.store.stream(plan, self.prefix.of), strict=True)
+        history = torch.cat([progress.losses, torch.empty(steps - start, len(self.tasks))])
         keep = states if self.fabric.is_global_zero else None
-        saved = progress.step
-
-        def current(step: int) -> Progress:
-            progress.step, progress.losses = (
-                step,
-                torch.stack(history) if history else progress.losses,
-            )
-            return progress
-
         with (
             stop_requested() as stopped,
             self.compiled(),
-            bar(self.fabric, "distillation", steps, progress.step) as shown,
+            bar(self.fabric, "distillation", steps, start) as shown,
         ):
-            for step in range(progress.step, steps):
+            for step in range(start, steps):
                 losses = self._step(passes, targets, optimizer, trained)
                 if not torch.isfinite(losses).all():
-                    bad = self.tasks[int((~torch.isfinite(losses)).nonzero()[0])]
-                    if keep is not None and step > saved:
-                        keep.save(current(step), trained, optimizer)
                     where = ""
                     if keep is not None and step > 0:
+                        if keep.newest() != step:
+                            keep.save(progress, trained, optimizer)
                         where = f"; the state before it is kept in {keep.folder}"
+                    bad = self.tasks[int((~torch.isfinite(losses)).nonzero()[0])]
                     raise DistillationError(
                         f"the loss of task {bad!r} is not finite at step {step}{where}; "
                         "a smaller optimizer.lr may help"
                     )
                 optimizer.step()
-                history.append(losses)
+                done = step + 1
+                history[step] = losses
+                progress.step, progress.losses = done, history[:done]
                 mean = float(losses.mean())
                 shown.set_postfix_str(f"loss {mean:.4f}", refresh=False)
                 shown.update()
-                if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
-                    scalars = {
-                        f"loss/{t}": float(v) for t, v in zip(self.tasks, losses, strict=True)
-                    }
-                    self.fabric.log_dict({"loss/mean": mean, **scalars}, step=step + 1)
-                due = (
-                    (step + 1) % self.settings.save_every == 0
-                    or step + 1 == steps
-                    or stopped.is_set()
-                )
+                if done % LOG_EVERY == 0 or done == steps:
+                    of_tasks = zip(self.tasks, losses.tolist(), strict=True)
+                    scalars = {f"loss/{task}": loss for task, loss in of_tasks}
+                    self.fabric.log_dict({"loss/mean": mean, **scalars}, step=done)
+                due = done % self.settings.save_every == 0 or done == steps or stopped.is_set()
                 if keep is not None and due:
-                    keep.save(current(step + 1), trained, optimizer)
-                    saved = step + 1
+                    keep.save(progress, trained, optimizer)
                 if stopped.is_set():
-                    current(step + 1)
-                    kept = keep is not None and keep.newest() == step + 1
+                    kept = keep is not None and keep.newest() == done
                     where = "; the same command goes on from there" if kept else ""
-                    raise Interrupted(f"stopped after step {step + 1} of {steps}{where}")
-        current(steps)
+                    raise Interrupted(f"stopped after step {done} of {steps}{where}")
 
     def _step(
         self,
@@ -436,7 +403,10 @@ class _Trainer:
                 )
                 for name in next(iter(targets.values()))
             }
-            student = self._student(entry, inputs.to(self.fabric.device, non_blocking=True))
+            inputs = inputs.to(self.fabric.device, non_blocking=True)
+            names = [task for task, rows in entry.items() for _ in rows]
+            with self.model.for_task(names, len(inputs)):
+                student = self.loss.read(partial(self.prefix.features, inputs))
             group = self.loss.of(student, expert, len(entry))
             if group.requires_grad:  # a budget may leave all tasks of a group without an edit
                 (group.sum() * scale).backward()
@@ -449,22 +419,17 @@ class _Trainer:
             for gradient in gradients:
                 gradient.div_(scale)
         if self.fabric.world_size > 1:
-            result = self._average(gradients, result)
+            self._average([result, *gradients])
         return result.cpu().float()
 
-    def _student(self, entry: Mapping[str, Tensor], inputs: Tensor) -> Representations:
-        names = [task for task, rows in entry.items() for _ in rows]
-        with self.model.for_task(names, len(inputs)):
-            return self.loss.read(partial(self.prefix.features, inputs))
-
-    def _average(self, gradients: list[Tensor], losses: Tensor) -> Tensor:
-        """Means over the processes: each saw an equal share of every task's batch."""
-        flat = torch.cat([losses, *(g.flatten() for g in gradients)])
-        reduced: Any = self.fabric.all_reduce(flat, reduce_op="mean")
-        parts = reduced.split([losses.numel(), *(g.numel() for g in gradients)])
-        for gradient, part in zip(gradients, parts[1:], strict=True):
-            gradient.copy_(part.view_as(gradient))
-        return parts[0]
+    def _average(self, tensors: list[Tensor]) -> None:
+        """In place, the mean over processes, which see equal shares of every task's batch."""
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        mean = self.fabric.all_reduce(flat, reduce_op="mean")
+        assert isinstance(mean, Tensor)
+        parts = mean.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def _expert_features(expert: VisionTower, images: Tensor, after_block: AfterBlock | None) -> Tensor:

@@ -20,8 +20,8 @@ class Loss:
     """A loss, and which representations it compares.
 
     Attributes:
-        of: repaired encoder's, experts', number of tasks -> a value a task, (tasks,).
-            Images follow one another in equal groups, one a task.
+        of: (repaired encoder's, experts', number of tasks) -> the loss of each task, (tasks,). The
+            batch holds equal numbers of images of one task after the other.
         reads_blocks: whether it compares every block's output.
     """
 
@@ -29,11 +29,7 @@ class Loss:
     reads_blocks: bool = False
 
     def read(self, encode: Callable[[AfterBlock | None], Tensor]) -> Representations:
-        """The representations of a forward pass.
-
-        Args:
-            encode: runs it, and calls its argument with each block's index and output states.
-        """
+        """The representations of the forward pass ``encode(after_block)``."""
         if not self.reads_blocks:
             return {"output": encode(None)}
         means: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""The allocator's manners while the loop runs on a CPU."""
+"""The memory allocator while the loop runs on a CPU."""
 
 from __future__ import annotations
 
@@ -15,16 +15,13 @@ MMAP_CEILING, TRIM_CEILING = 32 * MIB, 64 * MIB
 
 @contextmanager
 def keep_freed_memory() -> Iterator[None]:
-    """Freed activations stay with the process inside, for the next step's; afterwards they go back.
+    """Keep freed activations for the next step while inside, and give them back afterwards.
 
-    By default glibc returns large blocks to the system as soon as they are free, and every step
-    pays for each page anew: a tenth of a step's time at ViT-B/32. Elsewhere than on Linux with
-    glibc nothing happens.
+    By default glibc returns large blocks to the system as soon as they are free, and each step
+    pays for every page again: a tenth of a step's time at ViT-B/32. Without glibc nothing happens.
 
-    What was before cannot be put back: glibc tells nobody its thresholds, and setting one ends
-    their adjustment. Left to itself it raises them as mapped blocks are freed, never lowers them,
-    and stops at two ceilings. That is where they are left, so the process goes on like any other
-    that has once freed a tensor of 32 MiB.
+    glibc does not tell the thresholds it had, so they are left at the ceilings that it reaches by
+    itself in any process that has freed a tensor of 32 MiB.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")

@@ -22,15 +22,10 @@ MakeOptimizer = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
 def make_optimizer(
     settings: Json | MakeOptimizer, parameters: Sequence[nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """The optimizer of some parameters.
-
-    Args:
-        settings: ``_target_``, the path of a torch optimizer's class, and its arguments; or a
-            function of the parameters.
-        parameters: what it moves.
+    """The optimizer that settings name, or make where they are a function of the parameters.
 
     Raises:
-        ConfigError: no optimizer is named, or an argument does not fit.
+        ConfigError: ``_target_`` is not the path of a torch optimizer, or an argument does not fit.
     """
     if not isinstance(settings, dict):
         return settings(parameters)
@@ -57,8 +52,8 @@ def make_optimizer(
 class ThriceAdam(torch.optim.Adam):
     """Adam that takes each of its steps three times, on the same gradients.
 
-    The published code lists every parameter three times in one group, and Adam goes through the
-    list: moments, step count and parameter move on at each mention.
+    The published code lists every parameter three times in one group, and Adam updates moments,
+    step count and parameter at each mention.
     """
 
     def step(self, closure: Any = None) -> Any:

@@ -15,13 +15,13 @@ class Schedule:
     """One task's images, step by step.
 
     It follows from (seed, task, number of images) alone: every method sees the same images at a
-    seed, and a task the same ones whatever tasks stand beside it.
+    seed, whatever other tasks there are.
 
     Args:
         task: the task's name.
         num_images: how many images the task's split has.
-        steps: number of steps; with 0 all images that may be seen are, and no step is made.
-        batch_size: images a step.
+        steps: number of steps; with 0, ``unique`` has every image that may be seen.
+        batch_size: images per step.
         fraction, at_most: which images may be seen, as in ``choose_images``.
         seed: any integer.
 
@@ -44,8 +44,7 @@ class Schedule:
         at_most: int | None = None,
         seed: int = 0,
     ):
-        for where, value in (("steps", steps), ("data.batch_size", batch_size)):
-            least = 0 if where == "steps" else 1
+        for where, value, least in (("steps", steps, 0), ("data.batch_size", batch_size, 1)):
             if not isinstance(value, int) or value < least:
                 raise ConfigError(where, f"{value!r}", f"a whole number from {least}")
         subset = torch.tensor(
@@ -58,7 +57,6 @@ class Schedule:
             for _ in range(math.ceil(needed / len(subset)))
         ]
         seen = torch.cat(epochs)[:needed]
-        self.task = task
         self.subset_size = len(subset)
         self.unique: list[int] = list(dict.fromkeys(seen.tolist()))
         position = {image: row for row, image in enumerate(self.unique)}

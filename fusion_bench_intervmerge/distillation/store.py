@@ -2,7 +2,7 @@
 
 One pass over a task's images, with its expert in memory, gives the expert's features and the
 states at which the loop starts. States are kept up to a limit of memory; images beyond it are read
-again when their turn comes.
+again when they are needed.
 """
 
 from __future__ import annotations
@@ -39,34 +39,31 @@ class ImageStore:
         self._limit = limit / max(1, len(schedules))
         self._kept: dict[str, Tensor] = {}
 
-    def first_pass(
-        self, task: str, batch_size: int, prepare: Prepare
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def first_pass(self, task: str, batch_size: int, prepare: Prepare) -> Iterator[Tensor]:
         """Read a task's images once; keep what ``prepare`` makes of them while there is room.
 
         Yields:
-            Positions in the schedule's ``unique`` and the images (batch, 3, height, width).
+            The images of the schedule's ``unique``, (batch, 3, height, width) at a time.
         """
         unique = self.schedules[task].unique
-        rows = torch.arange(len(unique)).split(batch_size)
-        batches = [[(task, unique[row]) for row in part.tolist()] for part in rows]
-        room: int | None = None
-        for part, images in zip(
-            rows, read_images(self.datasets, batches, self.num_workers), strict=True
+        starts = range(0, len(unique), batch_size)
+        batches = [[(task, index) for index in unique[i : i + batch_size]] for i in starts]
+        room = len(unique)
+        for start, images in zip(
+            starts, read_images(self.datasets, batches, self.num_workers), strict=True
         ):
-            if room is None or int(part[0]) < room:
+            if start < room:
                 states = prepare(images)
-                if room is None:
-                    fits = int(self._limit // (states[0].numel() * states.element_size()))
-                    room = min(fits, len(unique))
+                if start == 0:
+                    room = min(int(self._limit // states[0].nbytes), room)
                     shape = (room, *states.shape[1:])
                     self._kept[task] = torch.empty(shape, dtype=states.dtype)
-                fitting = part[part < room]
-                self._kept[task][fitting] = states[: len(fitting)].cpu()
-            yield part, images
+                place = self._kept[task][start : start + batch_size]
+                place.copy_(states[: len(place)])
+            yield images
 
     def stream(self, plan: Sequence[Mapping[str, Tensor]], prepare: Prepare) -> Iterator[Tensor]:
-        """States for one forward pass after another.
+        """States for one forward pass after another, once ``first_pass`` read every task.
 
         Args:
             plan: for each pass task -> rows (positions in that task's ``unique``).
@@ -75,33 +72,22 @@ class ImageStore:
         Yields:
             (images of the pass, ...) in the order of the plan's tasks and rows.
         """
-        missing = [self._missing(entry) for entry in plan]
+        missing = [
+            [
+                (task, self.schedules[task].unique[row])
+                for task, rows in entry.items()
+                for row in rows[rows >= len(self._kept[task])].tolist()
+            ]
+            for entry in plan
+        ]
         reader = read_images(self.datasets, [keys for keys in missing if keys], self.num_workers)
         for entry, keys in zip(plan, missing, strict=True):
-            fresh = prepare(next(reader)) if keys else None
-            yield self._assemble(entry, fresh)
-
-    def _missing(self, entry: Mapping[str, Tensor]) -> list[tuple[str, int]]:
-        return [
-            (task, self.schedules[task].unique[row])
-            for task, rows in entry.items()
-            for row in rows[rows >= len(self._kept.get(task, ()))].tolist()
-        ]
-
-    def _assemble(self, entry: Mapping[str, Tensor], fresh: Tensor | None) -> Tensor:
-        parts, used = [], 0
-        for task, rows in entry.items():
-            kept = self._kept.get(task)
-            if fresh is None:
-                assert kept is not None
-                parts.append(kept[rows])
+            kept = [(self._kept[task], rows) for task, rows in entry.items()]
+            if not keys:
+                yield torch.cat([states[rows] for states, rows in kept])
                 continue
-            states = torch.empty(len(rows), *fresh.shape[1:], dtype=fresh.dtype)
-            old = rows < (0 if kept is None else len(kept))
-            if kept is not None:
-                states[old] = kept[rows[old]]
-            count = int((~old).sum())
-            states[~old] = fresh[used : used + count].cpu()
-            used += count
-            parts.append(states)
-        return torch.cat(parts)
+            old = torch.cat([rows < len(states) for states, rows in kept])
+            known = torch.cat([states[rows[rows < len(states)]] for states, rows in kept])
+            found = known.new_empty(len(old), *known.shape[1:])
+            found[old], found[~old] = known, prepare(next(reader)).cpu()
+            yield found

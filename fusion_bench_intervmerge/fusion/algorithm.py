@@ -27,7 +27,7 @@ from torch.utils.data import Subset
 from ..artifact import check_place
 from ..cache import cache_root
 from ..checkpoint import StateFolder, interruptible
-from ..distillation import Distillation, MethodSettings, distill
+from ..distillation import Distillation, distill
 from ..distillation.optimizer import make_optimizer
 from ..encoders import VisionTower
 from ..errors import ConfigError
@@ -50,6 +50,7 @@ from .loggers import show
 from .merge import merge_experts
 from .records import base_name, images_used, method_name, remembered_images, repaired
 from .screen import host_in_the_log, one_line
+from .settings import MethodSettings
 
 log = logging.getLogger(__name__)
 

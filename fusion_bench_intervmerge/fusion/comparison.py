@@ -20,7 +20,6 @@ from typing_extensions import Self
 
 from ..analysis import read_analyses
 from ..distillation import DataSettings
-from ..distillation.settings import check_method
 from ..encoders import VisionTower
 from ..errors import ConfigError, named, unknown_key
 from ..merging import CoefficientSettings
@@ -40,6 +39,7 @@ from .loggers import show
 from .merge import merge_experts, run_adamerging
 from .rivals import FusionBenchMethod
 from .screen import host_in_the_log, one_line
+from .settings import check_method
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from ..distillation import Distillation, MethodSettings
+from ..distillation import Distillation
 from ..model import InterventionModel
 from ..results import Images, Result
 from ..schema import Json, checked
+from .settings import MethodSettings
 
 
 def images_used(settings: MethodSettings, steps: int, solved: bool) -> Images:

@@ -11,37 +11,37 @@ from ..results import in_words
 from .names import is_hub_id
 
 if TYPE_CHECKING:
-    from ..artifact import Artifact
+    from ..model import InterventionModel
 
 LIBRARY = "fusion-bench-intervmerge"
 TAGS = ["intervmerge", "fusion-bench", "model-merging"]
 
 
-def model_card(artifact: Artifact, name: str) -> str:
+def model_card(model: InterventionModel, name: str) -> str:
     """The card as Markdown behind its metadata.
 
     Args:
-        artifact: its ``metadata`` may tell ``images`` (what the edits were found on),
+        model: its ``metadata`` may tell ``images`` (what the edits were found on),
             ``transductive``, ``base_model`` and ``results`` (task -> accuracy on the test split).
         name: what ``from_pretrained`` takes: a folder or a hub's id.
     """
-    known = artifact.metadata
+    known, equal = model.metadata, model.unequal_ranks() is None
     settings = "\n".join(
-        f"| {site} | {config.function} | {config.rank if artifact.ranks is None else 'by place'} "
+        f"| {site} | {config.function} | {config.rank if equal else 'by place'} "
         f"| {config.blocks} | {config.tokens} | {config.part} |"
-        for site, config in artifact.interventions.items()
+        for site, config in model.interventions.items()
     )
-    extra = artifact.extra_parameters
-    example = artifact.tasks[0] if artifact.tasks else "..."
+    extra = model.extra_parameters()
+    example = model.tasks[0] if model.tasks else "..."
     return f"""---
-{_data(artifact, name).to_yaml()}
+{_data(model, name).to_yaml()}
 ---
 
 # {name}
 
-A merged {artifact.tower.title} vision encoder with task-specific interventions
-([IntervMerge](https://arxiv.org/abs/2412.17023)) for {len(artifact.tasks)} tasks:
-{", ".join(artifact.tasks)}.
+A merged {model.tower.title} vision encoder with task-specific interventions
+([IntervMerge](https://arxiv.org/abs/2412.17023)) for {len(model.tasks)} tasks:
+{", ".join(model.tasks)}.
 {_trained(known)}
 {extra["total"]:,} extra parameters over all tasks ({extra["folded"]:,} when folded).
 
@@ -58,8 +58,8 @@ features = model.encode(images, task="{example}")
 {_results(known)}"""
 
 
-def _data(artifact: Artifact, name: str) -> ModelCardData:
-    known = artifact.metadata
+def _data(model: InterventionModel, name: str) -> ModelCardData:
+    known = model.metadata
     base = known.get("base_model")
     # A folder of this machine is no model that a hub knows.
     known_to_hubs = isinstance(base, str) and is_hub_id(base) and not Path(base).exists()
@@ -76,8 +76,8 @@ def _data(artifact: Artifact, name: str) -> ModelCardData:
     ]
     return ModelCardData(
         library_name=LIBRARY,
-        pipeline_tag=artifact.tower.hub_task,
-        tags=[*TAGS, artifact.tower.title.lower()],
+        pipeline_tag=model.tower.hub_task,
+        tags=[*TAGS, model.tower.title.lower()],
         base_model=base if known_to_hubs else None,
         model_name=name.rpartition("/")[2],
         eval_results=results or None,

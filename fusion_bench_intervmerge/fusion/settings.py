@@ -1,0 +1,96 @@
+"""Settings of a whole repair, as ``method.KEY`` writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+from typing_extensions import Self
+
+from ..distillation import DistillSettings
+from ..errors import ConfigError
+from ..interventions import read_interventions
+from ..merging import CoefficientSettings
+from ..routing import RouterSettings
+from ..routing.settings import read_settings
+from ..settings import Folder, Settings, nested
+from ..solving.settings import SolveSettings
+from ..storage import Storage
+
+OPTIONAL_FOLDER = Field(description="null, or the path of a folder")
+
+
+class MergeSettings(Settings):
+    """What is merged, and where it is edited.
+
+    Args:
+        interventions: site -> edit settings (``InterventionConfig``).
+        base: config of the FusionBench method that merges the experts, any of them:
+            ``method@method.base=ties_merging``; a ``_merged_`` model in the pool wins over it, and
+            ``coefficients`` over both.
+        coefficients: merge by task vectors with these coefficients instead
+            (``CoefficientSettings``).
+    """
+
+    interventions: Any
+    base: object = None
+    coefficients: Annotated[CoefficientSettings, nested(CoefficientSettings)] | None = None
+
+
+class MethodSettings(DistillSettings, SolveSettings, MergeSettings):
+    """The settings of ``method=intervmerge``, ``surgery`` and ``surgery_v2``.
+
+    Args:
+        storage: of the edits: ``float32``, ``float16``, or ``int8`` with a scale a row. They are
+            rounded once they are found, so that what is evaluated is what is saved.
+        router: what tells an image's task where nobody does, fitted on the same images: a name, or
+            ``RouterSettings``.
+        save_to: folder for the artifact; ``{log_dir}`` stands for the run's log folder.
+        resume: ``auto`` continues a run of the same settings that was stopped, and takes from the
+            cache folder the coefficients that an earlier run of AdaMerging found on the pool and
+            the experts' features of the same images (2 GiB at most are kept); ``never`` does not.
+        extend: folder of a saved model, to which the pool's new tasks are added; nothing is merged
+            and its own ``interventions`` hold.
+
+    Raises:
+        ConfigError: the first setting that does not fit.
+    """
+
+    storage: Storage = "float32"
+    router: Annotated[
+        RouterSettings | None,
+        BeforeValidator(lambda value: None if value is None else read_settings(value)),
+    ] = None
+    save_to: Annotated[Folder | None, OPTIONAL_FOLDER] = None
+    resume: Literal["auto", "never"] = "auto"
+    extend: Annotated[Folder | None, OPTIONAL_FOLDER] = None
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        sites = read_interventions(self.interventions)
+        if self.budget is not None and all(c.init != "regression" for c in sites.values()):
+            raise ConfigError(
+                "budget",
+                "only edits in closed form have one",
+                "null, or a site with init: regression",
+            )
+        if self.save_to is not None:
+            try:
+                self.save_to.format(log_dir="")
+            except (LookupError, ValueError):
+                allowed = "a folder; {log_dir} stands for the run's log folder"
+                raise ConfigError("save_to", repr(self.save_to), allowed) from None
+        check_method(self.base, "base")
+        return self
+
+
+def check_method(config: object, where: str) -> None:
+    """Raise ConfigError unless it is null, a method object, or a config that names a method."""
+    named = isinstance(config, Mapping) and any(
+        isinstance(config.get(key), str) and config[key] for key in ("_target_", "name")
+    )
+    if not (named or config is None or hasattr(config, "run")):
+        raise ConfigError(
+            where, "names no method", f"method@method.{where}=task_arithmetic, or another"
+        )
