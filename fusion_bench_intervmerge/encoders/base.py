@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,10 @@ from typing_extensions import Self
 
 from ..errors import ConfigError
 from ..interventions.sites import SITES
-from ..schema import Json
+from ..schema import Count, Json, Size, Strict
 from .activation import FusedQuickGELU
 
+Output: TypeAlias = "Tensor | tuple[Tensor, ...]"  # of a module
 AfterBlock = Callable[[int, Tensor], None]  # told a block's index and output states
 
 # What CLIP's activation function is called in the families' libraries.
@@ -31,6 +32,17 @@ QUICK_GELU = ("QuickGELU", "QuickGELUActivation")
 
 class MissingProjectionError(TypeError):
     """A vision model that comes without CLIP's visual projection."""
+
+
+class Sizes(Strict, from_attributes=True):
+    """Of a config of transformers, which itself takes anything."""
+
+    hidden_size: Size
+    num_hidden_layers: Count
+    num_attention_heads: Size
+    num_channels: Size
+    image_size: Size
+    patch_size: Size
 
 
 class VisionTower(nn.Module, ABC):
@@ -216,15 +228,19 @@ class VisionTower(nn.Module, ABC):
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
-        """Every tensor by its name in the family's usual checkpoint."""
+        """Every tensor, not a copy of it, by its name in the family's usual checkpoint."""
 
-    @abstractmethod
+    @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take over all tensors.
 
         Raises:
             ValueError: a tensor is missing, unknown or of another shape.
         """
+        own = self.weights()
+        check_fit(own, weights, "the vision model's weights file")
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
 
     def library_config(self) -> Json | None:
         """The config that stands beside the weights in the library's checkpoints, if any."""
@@ -263,19 +279,15 @@ class VisionTower(nn.Module, ABC):
     @contextmanager
     def fused_activations(self) -> Iterator[None]:
         """CLIP's activation functions in a form that is cheaper to train through, for a while."""
-        found = [
-            (module, name, child)
-            for module in self.modules()
-            for name, child in module.named_children()
-            if type(child).__name__ in QUICK_GELU
-        ]
+        modules = self.named_modules(remove_duplicate=False)
+        found = {name: m for name, m in modules if type(m).__name__ in QUICK_GELU}
         try:
-            for module, name, _ in found:
-                setattr(module, name, FusedQuickGELU())
+            for name in found:
+                self.set_submodule(name, FusedQuickGELU())
             yield
         finally:
-            for module, name, child in found:
-                setattr(module, name, child)
+            for name, module in found.items():
+                self.set_submodule(name, module)
 
     @property
     def device(self) -> torch.device:
@@ -286,24 +298,18 @@ class VisionTower(nn.Module, ABC):
         return next(self.parameters()).dtype
 
 
-def first(output: Any) -> Tensor:
+def first(output: Output) -> Tensor:
     """A module's output tensor, alone or before other outputs."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def through(tap: nn.Module, module: nn.Module, args: object, output: Any) -> Any:
+def through(tap: nn.Module, module: nn.Module, args: object, output: Output) -> Output | None:
     """A forward hook: a module's output tensor goes through a tap."""
     z = first(output)
     edited = tap(z)
     if edited is z:
         return None
     return (edited, *output[1:]) if isinstance(output, tuple) else edited
-
-
-def fill(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
-    """``load_state_dict`` that says in one line what does not fit."""
-    check_fit(module.state_dict(), weights, what)
-    module.load_state_dict(dict(weights))
 
 
 def check_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], what: str) -> None:

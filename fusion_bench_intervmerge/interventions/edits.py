@@ -73,8 +73,8 @@ class Edits(nn.ModuleDict):
 
     def at(self, site: str, block: int | str) -> Function | None:
         """The edit at a place; None where there is none."""
-        blocks = cast("Mapping[str, Function]", self[site])
-        return blocks[str(block)] if str(block) in blocks else None
+        blocks = cast("nn.ModuleDict", self[site])
+        return cast(Function, blocks[str(block)]) if str(block) in blocks else None
 
     def put(self, site: str, block: int | str, function: Function | None) -> None:
         """Replace the edit at a place; None: no edit there."""
