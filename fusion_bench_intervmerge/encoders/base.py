@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,7 @@ class VisionTower(nn.Module, ABC):
         prefix_tokens: how many tokens stand before the patches.
         reads_patches: whether the readout reads the patch tokens as well as the class token.
         output: the site ``output``: image features go through it.
+        model: the family's own module, as its library makes it.
     """
 
     family: ClassVar[str]
@@ -77,6 +78,7 @@ class VisionTower(nn.Module, ABC):
     num_blocks: int
     num_tokens: int
     projection_dim: int
+    model: Any
 
     def __init_subclass__(cls) -> None:
         if "family" not in vars(cls):
@@ -95,6 +97,10 @@ class VisionTower(nn.Module, ABC):
         Raises:
             MissingProjectionError: the family's models need ``projection`` beside them.
         """
+
+    def forward(self, pixel_values: Tensor, **kwargs: object) -> object:
+        """The model's own output: before the projection, as FusionBench's CLIP pools expect it."""
+        return self.model(pixel_values, **kwargs)
 
     # -- the three stages --------------------------------------------------------------------------
 
@@ -154,15 +160,12 @@ class VisionTower(nn.Module, ABC):
         raise TypeError(f"{type(self).__name__} has no shortcuts; run_block goes through a block")
 
     def finish(self, index: int, state: Tensor, z: Tensor) -> Tensor:
-        """The class token on its way through a block, from behind the self-attention.
+        """The class token as it leaves a block, (batch, 1, width).
 
         Args:
             index: of the block.
             state: the class token as it enters the block, (batch, 1, width).
             z: its self-attention output, (batch, 1, width), which goes through its tap here.
-
-        Returns:
-            The class token as it leaves the block, (batch, 1, width).
         """
         raise TypeError(f"{type(self).__name__} has no shortcuts; run_block goes through a block")
 
@@ -226,9 +229,9 @@ class VisionTower(nn.Module, ABC):
     def from_spec(cls, spec: Mapping[str, object]) -> Self:
         """A tower of that architecture with weights yet to be loaded."""
 
-    @abstractmethod
     def weights(self) -> dict[str, Tensor]:
         """Every tensor, not a copy of it, by its name in the family's usual checkpoint."""
+        return dict(self.model.state_dict())
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -246,9 +249,9 @@ class VisionTower(nn.Module, ABC):
         """The config that stands beside the weights in the library's checkpoints, if any."""
         return None
 
-    @abstractmethod
     def library_model(self) -> nn.Module:
         """The vision model of the family's own library, as task pools take it."""
+        return self.model
 
     def mergeable(self) -> dict[str, nn.Parameter]:
         """The parameters that experts have of their own, in ``named_parameters()`` order."""
@@ -269,8 +272,7 @@ class VisionTower(nn.Module, ABC):
         originals = [(parameter, parameter.data) for parameter in self.parameters()]
         try:
             for parameter, data in originals:
-                if data.dtype != dtype:
-                    parameter.data = data.to(dtype)
+                parameter.data = data.to(dtype)
             yield
         finally:
             for parameter, data in originals:

@@ -46,7 +46,7 @@ class DINOv2Tower(VisionTower):
 
     def __init__(self, model: nn.Module, image_size: int | None = None, pooling: str = "class"):
         super().__init__()
-        self.model: Any = model
+        self.model = model
         config = self.config
         self.image_size = image_size or config.image_size
         self.pooling, self.reads_patches = pooling, pooling != "class"
@@ -66,10 +66,6 @@ class DINOv2Tower(VisionTower):
     @property
     def config(self) -> Any:
         return self.model.config
-
-    def forward(self, pixel_values: Tensor, **kwargs: object) -> object:
-        """The model's own output."""
-        return self.model(pixel_values, **kwargs)
 
     def embed(self, images: Tensor) -> Tensor:
         states = self.model.embeddings(images)
@@ -109,12 +105,6 @@ class DINOv2Tower(VisionTower):
     def library_config(self) -> Json:
         architecture = f"{_MODELS[self.config.model_type]}Model"
         return {**self.spec()["config"], "architectures": [architecture]}
-
-    def weights(self) -> dict[str, Tensor]:
-        return dict(self.model.state_dict())
-
-    def library_model(self) -> nn.Module:
-        return self.model
 
 
 # model type -> how transformers' classes of it begin

@@ -42,7 +42,7 @@ class HuggingFaceTower(VisionTower):
 
     def __init__(self, model: nn.Module, projection: nn.Linear):
         super().__init__()
-        self.model: Any = model
+        self.model = model
         self.projection = projection
         config = self.config
         self.width = config.hidden_size
@@ -77,10 +77,6 @@ class HuggingFaceTower(VisionTower):
     @property
     def _root(self) -> Any:
         return getattr(self.model, "vision_model", self.model)
-
-    def forward(self, pixel_values: Tensor, **kwargs: object) -> object:
-        """The vision model's own output, before the projection, as FusionBench expects it."""
-        return self.model(pixel_values, **kwargs)
 
     def embed(self, images: Tensor) -> Tensor:
         return self._root.pre_layrnorm(self._root.embeddings(images))
@@ -154,9 +150,6 @@ class HuggingFaceTower(VisionTower):
         own = {name: tensor for name, tensor in weights.items() if name.startswith(parts)}
         # position_ids: a constant that older releases kept among the weights
         super().load_weights({n: t for n, t in own.items() if not n.endswith("position_ids")})
-
-    def library_model(self) -> nn.Module:
-        return self.model
 
 
 def _takes_two_masks(layer: nn.Module) -> bool:

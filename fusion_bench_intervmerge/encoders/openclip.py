@@ -77,7 +77,7 @@ class OpenCLIPTower(VisionTower):
 
         return image_transform(self.visual.image_size, is_train, mean=self.mean, std=self.std)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
         """Image features: what FusionBench's OpenCLIP pools take an encoder's output for."""
         return self.features(images)
 

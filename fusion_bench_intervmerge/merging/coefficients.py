@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, Field
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -99,15 +100,10 @@ class CoefficientSettings(Settings):
 def _read_coefficients(path: Path, where: str) -> Tensor:
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)["coefficients"]
         return read_tensor(path)
     except FileNotFoundError:
-        raise ConfigError(
-            where, f"there is no file {path}", "a number or an existing file"
-        ) from None
+        problem, allowed = f"there is no file {path}", "a number or an existing file"
     except Exception as error:
-        raise ConfigError(
-            where, f"{path} holds no coefficients ({error})", ".pt or .safetensors"
-        ) from None
+        problem, allowed = f"{path} holds no coefficients ({error})", ".pt or .safetensors"
+    raise ConfigError(where, problem, allowed)
