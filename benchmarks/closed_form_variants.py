@@ -193,10 +193,10 @@ def weighed(bench: Bench, fit: bool, share: bool, last: bool) -> Iterator[None]:
 
     placed = sweep.Sweep._place
 
-    def place(self, site, block, moments, ranks):
+    def place(self, site, block, moments):
         images = int(moments.count[0]) // (1 if block == 5 else self.tower.num_tokens)
         at.update(task=self.task, block=block, images=images)
-        return placed(self, site, block, moments, ranks)
+        return placed(self, site, block, moments)
 
     sweep.Sweep._place, sweep.Regression = place, Weighed
     try:

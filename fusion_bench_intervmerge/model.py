@@ -184,7 +184,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
                 form = function.folded()
                 edits.put(site, block, form)
                 config = self.interventions[site].to_dict() | {"function": form.name}
-                folded.interventions[site] = InterventionConfig.from_mapping(config)
+                folded.interventions[site] = InterventionConfig.read(config)
         return folded
 
     def store_as(self, storage: Storage) -> None:

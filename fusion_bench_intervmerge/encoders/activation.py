@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.nn import functional as F
 
 SLOPE = 1.702
@@ -24,12 +23,12 @@ class FusedQuickGELU(nn.Module):
 
 class _QuickGELU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
         scaled = SLOPE * x
         ctx.save_for_backward(scaled)
         return F.silu(scaled).div_(SLOPE)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: BackwardCFunction, gradient: Tensor) -> Tensor:
         (scaled,) = ctx.saved_tensors
         return torch.ops.aten.silu_backward(gradient, scaled)

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,10 @@ from typing_extensions import Self
 
 from ..errors import ConfigError
 from ..interventions.sites import SITES
-from ..schema import Json
+from ..schema import Count, Json, Size, Strict
 from .activation import FusedQuickGELU
 
+Output: TypeAlias = "Tensor | tuple[Tensor, ...]"  # of a module
 AfterBlock = Callable[[int, Tensor], None]  # told a block's index and output states
 
 # What CLIP's activation function is called in the families' libraries.
@@ -31,6 +32,17 @@ QUICK_GELU = ("QuickGELU", "QuickGELUActivation")
 
 class MissingProjectionError(TypeError):
     """A vision model that comes without CLIP's visual projection."""
+
+
+class Sizes(Strict, from_attributes=True):
+    """Of a config of transformers, which itself takes anything."""
+
+    hidden_size: Size
+    num_hidden_layers: Count
+    num_attention_heads: Size
+    num_channels: Size
+    image_size: Size
+    patch_size: Size
 
 
 class VisionTower(nn.Module, ABC):
@@ -50,6 +62,7 @@ class VisionTower(nn.Module, ABC):
         prefix_tokens: how many tokens stand before the patches.
         reads_patches: whether the readout reads the patch tokens as well as the class token.
         output: the site ``output``: image features go through it.
+        model: the family's own module, as its library makes it.
     """
 
     family: ClassVar[str]
@@ -65,6 +78,7 @@ class VisionTower(nn.Module, ABC):
     num_blocks: int
     num_tokens: int
     projection_dim: int
+    model: Any
 
     def __init_subclass__(cls) -> None:
         if "family" not in vars(cls):
@@ -83,6 +97,10 @@ class VisionTower(nn.Module, ABC):
         Raises:
             MissingProjectionError: the family's models need ``projection`` beside them.
         """
+
+    def forward(self, pixel_values: Tensor, **kwargs: object) -> object:
+        """The model's own output: before the projection, as FusionBench's CLIP pools expect it."""
+        return self.model(pixel_values, **kwargs)
 
     # -- the three stages --------------------------------------------------------------------------
 
@@ -142,15 +160,12 @@ class VisionTower(nn.Module, ABC):
         raise TypeError(f"{type(self).__name__} has no shortcuts; run_block goes through a block")
 
     def finish(self, index: int, state: Tensor, z: Tensor) -> Tensor:
-        """The class token on its way through a block, from behind the self-attention.
+        """The class token as it leaves a block, (batch, 1, width).
 
         Args:
             index: of the block.
             state: the class token as it enters the block, (batch, 1, width).
             z: its self-attention output, (batch, 1, width), which goes through its tap here.
-
-        Returns:
-            The class token as it leaves the block, (batch, 1, width).
         """
         raise TypeError(f"{type(self).__name__} has no shortcuts; run_block goes through a block")
 
@@ -214,25 +229,29 @@ class VisionTower(nn.Module, ABC):
     def from_spec(cls, spec: Mapping[str, object]) -> Self:
         """A tower of that architecture with weights yet to be loaded."""
 
-    @abstractmethod
     def weights(self) -> dict[str, Tensor]:
-        """Every tensor by its name in the family's usual checkpoint."""
+        """Every tensor, not a copy of it, by its name in the family's usual checkpoint."""
+        return dict(self.model.state_dict())
 
-    @abstractmethod
+    @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take over all tensors.
 
         Raises:
             ValueError: a tensor is missing, unknown or of another shape.
         """
+        own = self.weights()
+        check_fit(own, weights, "the vision model's weights file")
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
 
     def library_config(self) -> Json | None:
         """The config that stands beside the weights in the library's checkpoints, if any."""
         return None
 
-    @abstractmethod
     def library_model(self) -> nn.Module:
         """The vision model of the family's own library, as task pools take it."""
+        return self.model
 
     def mergeable(self) -> dict[str, nn.Parameter]:
         """The parameters that experts have of their own, in ``named_parameters()`` order."""
@@ -253,8 +272,7 @@ class VisionTower(nn.Module, ABC):
         originals = [(parameter, parameter.data) for parameter in self.parameters()]
         try:
             for parameter, data in originals:
-                if data.dtype != dtype:
-                    parameter.data = data.to(dtype)
+                parameter.data = data.to(dtype)
             yield
         finally:
             for parameter, data in originals:
@@ -263,19 +281,15 @@ class VisionTower(nn.Module, ABC):
     @contextmanager
     def fused_activations(self) -> Iterator[None]:
         """CLIP's activation functions in a form that is cheaper to train through, for a while."""
-        found = [
-            (module, name, child)
-            for module in self.modules()
-            for name, child in module.named_children()
-            if type(child).__name__ in QUICK_GELU
-        ]
+        modules = self.named_modules(remove_duplicate=False)
+        found = {name: m for name, m in modules if type(m).__name__ in QUICK_GELU}
         try:
-            for module, name, _ in found:
-                setattr(module, name, FusedQuickGELU())
+            for name in found:
+                self.set_submodule(name, FusedQuickGELU())
             yield
         finally:
-            for module, name, child in found:
-                setattr(module, name, child)
+            for name, module in found.items():
+                self.set_submodule(name, module)
 
     @property
     def device(self) -> torch.device:
@@ -286,24 +300,18 @@ class VisionTower(nn.Module, ABC):
         return next(self.parameters()).dtype
 
 
-def first(output: Any) -> Tensor:
+def first(output: Output) -> Tensor:
     """A module's output tensor, alone or before other outputs."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def through(tap: nn.Module, module: nn.Module, args: object, output: Any) -> Any:
+def through(tap: nn.Module, module: nn.Module, args: object, output: Output) -> Output | None:
     """A forward hook: a module's output tensor goes through a tap."""
     z = first(output)
     edited = tap(z)
     if edited is z:
         return None
     return (edited, *output[1:]) if isinstance(output, tuple) else edited
-
-
-def fill(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
-    """``load_state_dict`` that says in one line what does not fit."""
-    check_fit(module.state_dict(), weights, what)
-    module.load_state_dict(dict(weights))
 
 
 def check_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], what: str) -> None:

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..schema import Count, Json, Size, Strict, checked
-from .base import VisionTower, fill
+from ..schema import Json, Size, Strict, checked
+from .base import Sizes, VisionTower
 
 
-class _Config(Strict):
-    """What a model is built from; transformers' configs take anything."""
-
-    hidden_size: Size
+class _Sizes(Sizes):
     mlp_ratio: float = Field(gt=0, le=64)
-    num_hidden_layers: Count
-    num_attention_heads: Size
-    num_channels: Size
-    image_size: Size
-    patch_size: Size
-    num_register_tokens: int = Field(ge=0, le=1000)
+    num_register_tokens: int = Field(0, ge=0, le=1000)
 
 
 class _Spec(Strict):
@@ -54,7 +46,7 @@ class DINOv2Tower(VisionTower):
 
     def __init__(self, model: nn.Module, image_size: int | None = None, pooling: str = "class"):
         super().__init__()
-        self.model: Any = model
+        self.model = model
         config = self.config
         self.image_size = image_size or config.image_size
         self.pooling, self.reads_patches = pooling, pooling != "class"
@@ -68,17 +60,12 @@ class DINOv2Tower(VisionTower):
         if getattr(getattr(model, "config", None), "model_type", None) not in _MODELS:
             return None
         if hasattr(model, "classifier"):
-            whole: Any = model
-            return cls(whole.base_model, pooling="class and patches")
+            return cls(cast(nn.Module, model.base_model), pooling="class and patches")
         return cls(model)
 
     @property
     def config(self) -> Any:
         return self.model.config
-
-    def forward(self, pixel_values: Tensor, **kwargs: object) -> Any:
-        """The model's own output."""
-        return self.model(pixel_values, **kwargs)
 
     def embed(self, images: Tensor) -> Tensor:
         states = self.model.embeddings(images)
@@ -111,23 +98,13 @@ class DINOv2Tower(VisionTower):
         given = dict(read.config)
         name = _MODELS[str(given.pop("model_type", None))]
         config = getattr(transformers, f"{name}Config")(**given)
-        sizes = {field: getattr(config, field, 0) for field in _Config.model_fields}
-        checked(_Config, sizes, "tower.config")
+        checked(_Sizes, config, "tower.config")
         model = getattr(transformers, f"{name}Model")(config).eval()
         return cls(model, read.image_size, read.pooling)
 
     def library_config(self) -> Json:
         architecture = f"{_MODELS[self.config.model_type]}Model"
         return {**self.spec()["config"], "architectures": [architecture]}
-
-    def weights(self) -> dict[str, Tensor]:
-        return dict(self.model.state_dict())
-
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        fill(self.model, weights, "the vision model's weights file")
-
-    def library_model(self) -> nn.Module:
-        return self.model
 
 
 # model type -> how transformers' classes of it begin

@@ -10,23 +10,15 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..schema import Count, Json, Size, Strict, checked
-from .base import MissingProjectionError, VisionTower, fill, first
+from ..schema import Json, Size, Strict, checked
+from .base import MissingProjectionError, Sizes, VisionTower, first
 
 # What transformers' CLIP models call themselves.
 _CLIP = ("clip", "clip_vision_model")
 
 
-class _VisionConfig(Strict):
-    """What a vision model is built from; ``CLIPVisionConfig`` itself takes anything."""
-
-    hidden_size: Size
+class _Sizes(Sizes):
     intermediate_size: Size
-    num_hidden_layers: Count
-    num_attention_heads: Size
-    num_channels: Size
-    image_size: Size
-    patch_size: Size
     hidden_act: str
     layer_norm_eps: PositiveFloat
 
@@ -50,7 +42,7 @@ class HuggingFaceTower(VisionTower):
 
     def __init__(self, model: nn.Module, projection: nn.Linear):
         super().__init__()
-        self.model: Any = model
+        self.model = model
         self.projection = projection
         config = self.config
         self.width = config.hidden_size
@@ -71,12 +63,11 @@ class HuggingFaceTower(VisionTower):
             return cls(model, copy.deepcopy(projection))
         whole: Any = model
         inner = whole.vision_model
-        if type(inner).__name__ == "CLIPVisionTransformer":  # version 4 nests it in the class ...
+        if type(inner).__name__ == "CLIPVisionTransformer":  # version 4 nests it in the class
             from transformers import CLIPVisionModel
 
-            wrapper: Any = CLIPVisionModel(inner.config).eval()
-            wrapper.vision_model.load_state_dict(inner.state_dict())
-            inner = wrapper
+            nested, inner = inner, CLIPVisionModel(inner.config).eval()
+            inner.vision_model.load_state_dict(nested.state_dict())
         return cls(inner, copy.deepcopy(whole.visual_projection))
 
     @property
@@ -86,10 +77,6 @@ class HuggingFaceTower(VisionTower):
     @property
     def _root(self) -> Any:
         return getattr(self.model, "vision_model", self.model)
-
-    def forward(self, pixel_values: Tensor, **kwargs: object) -> Any:
-        """The vision model's own output, before the projection, as FusionBench expects it."""
-        return self.model(pixel_values, **kwargs)
 
     def embed(self, images: Tensor) -> Tensor:
         return self._root.pre_layrnorm(self._root.embeddings(images))
@@ -140,8 +127,7 @@ class HuggingFaceTower(VisionTower):
 
         read = checked(_Spec, dict(spec), "tower")
         config = CLIPVisionConfig(**read.vision_config)
-        sizes = {name: getattr(config, name, None) for name in _VisionConfig.model_fields}
-        checked(_VisionConfig, sizes, "tower.vision_config")
+        checked(_Sizes, config, "tower.vision_config")
         projection = nn.Linear(config.hidden_size, read.projection_dim, bias=False)
         return cls(CLIPVisionModel(config).eval(), projection)
 
@@ -160,19 +146,10 @@ class HuggingFaceTower(VisionTower):
         return {**tensors, "visual_projection.weight": self.projection.weight.detach()}
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        vision = {
-            n.removeprefix("vision_model."): t
-            for n, t in weights.items()
-            # a constant that older releases kept among the weights
-            if n.startswith("vision_model.") and not n.endswith("position_ids")
-        }
-        behind = "visual_projection."
-        projection = {n.removeprefix(behind): t for n, t in weights.items() if n.startswith(behind)}
-        fill(self._root, vision, "the vision model's weights file")
-        fill(self.projection, projection, "the projection")
-
-    def library_model(self) -> nn.Module:
-        return self.model
+        parts = ("vision_model.", "visual_projection.")
+        own = {name: tensor for name, tensor in weights.items() if name.startswith(parts)}
+        # position_ids: a constant that older releases kept among the weights
+        super().load_weights({n: t for n, t in own.items() if not n.endswith("position_ids")})
 
 
 def _takes_two_masks(layer: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -10,7 +10,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from ..schema import Count, Json, Size, Strict, checked
-from .base import QUICK_GELU, VisionTower, fill
+from .base import QUICK_GELU, VisionTower
 
 # OpenAI's, for towers that came without a preprocessing of their own
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -65,19 +65,19 @@ class OpenCLIPTower(VisionTower):
         return cls(visual)
 
     @property
-    def train_preprocess(self) -> Any:
+    def train_preprocess(self) -> Callable[..., Tensor]:
         return self._preprocess(is_train=True)
 
     @property
-    def val_preprocess(self) -> Any:
+    def val_preprocess(self) -> Callable[..., Tensor]:
         return self._preprocess(is_train=False)
 
-    def _preprocess(self, is_train: bool) -> Any:
+    def _preprocess(self, is_train: bool) -> Callable[..., Tensor]:
         from open_clip.transform import image_transform
 
         return image_transform(self.visual.image_size, is_train, mean=self.mean, std=self.std)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
         """Image features: what FusionBench's OpenCLIP pools take an encoder's output for."""
         return self.features(images)
 
@@ -135,10 +135,6 @@ class OpenCLIPTower(VisionTower):
 
     def weights(self) -> dict[str, Tensor]:
         return {f"visual.{n}": t for n, t in self.visual.state_dict().items()}
-
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        visual = {n.removeprefix("visual."): t for n, t in weights.items()}
-        fill(self.visual, visual, "the vision tower's weights file")
 
     def library_model(self) -> nn.Module:
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -24,7 +24,7 @@ class PartSettings(Settings):
 _PART = "null, [j, p], a list of those, or {size, start, shift}"
 
 
-def _read_part(value: object) -> Any:
+def _read_part(value: object) -> object:
     if isinstance(value, Mapping):
         PartSettings.read(value)
     elif value is not None and not (isinstance(value, list) and value):
@@ -69,7 +69,7 @@ class InterventionConfig(Settings):
         Field(description="class, first, middle, last, patch, all or a list of positions"),
     ] = "class"
     part: Annotated[
-        list[int] | list[list[int]] | dict[str, Any] | None,
+        list[int] | list[list[int]] | dict[str, object] | None,
         BeforeValidator(_read_part),
         Field(description=_PART),
     ] = None
@@ -79,26 +79,12 @@ class InterventionConfig(Settings):
 
     @model_validator(mode="after")
     def _the_function_takes_them(self) -> InterventionConfig:
-        cls = function_class(self.function)
+        form = function_class(self.function)
         if self.activation is not None and self.activation not in ACTIVATIONS:
             allowed = f"null, {', '.join(ACTIVATIONS)}"
             raise ConfigError("activation", shown(self.activation), allowed)
-        if self.activation is not None and not cls.takes_activation:
-            raise ConfigError("activation", f"{self.function} takes none", "null")
-        if self.init == "identity" and not cls.identity_start:
-            raise ConfigError("init", f"{self.function} cannot be the identity", "reference")
+        form.check(self.activation, self.init)
         return self
-
-    @classmethod
-    def from_mapping(
-        cls, mapping: Mapping[str, object], where: str = "interventions"
-    ) -> InterventionConfig:
-        """Read one site's settings.
-
-        Raises:
-            ConfigError: a setting that does not exist, or not with that value.
-        """
-        return cls.read(mapping, where)
 
 
 def read_interventions(
@@ -128,13 +114,13 @@ def read_interventions(
 
 def _check_choices(config: InterventionConfig, name: str, where: str) -> None:
     """A choice of blocks or tokens where a site has none is a mistake."""
-    site, fields = SITES[name], InterventionConfig.model_fields
+    site = SITES[name]
     for key, noun, there_are in (
         ("blocks", "blocks", site.in_blocks),
         ("tokens", "tokens", site.has_tokens),
         ("share_tokens", "tokens", site.has_tokens),
     ):
-        value, default = getattr(config, key), fields[key].default
+        value, default = getattr(config, key), InterventionConfig.model_fields[key].default
         if value != default and not there_are:
             what = "the image features have" if site.at == "end" else f"the site {name} has"
             problem = f"{shown(value)}, but {what} no {noun}"

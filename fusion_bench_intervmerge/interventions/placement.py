@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .config import InterventionConfig
+from .config import InterventionConfig, PartSettings
 from .sites import SITES, Site
 
 Index = slice | Tensor
@@ -29,20 +29,19 @@ def resolve_blocks(blocks: str | Sequence[int], num_blocks: int, where: str) -> 
     """
     patterns = "all, every_n, first_n, middle_n, last_n or a list of indices"
     allowed = f"{patterns}, for {num_blocks} blocks (0 to {num_blocks - 1})"
-    if isinstance(blocks, str):
-        if blocks == "all":
-            return list(range(num_blocks))
-        match = re.fullmatch(r"(every|first|middle|last)_(\d+)", blocks)
-        if not match or not 1 <= int(match[2]) <= num_blocks:
-            raise ConfigError(where, f"{blocks!r} names no blocks", allowed)
-        count = int(match[2])
-        if match[1] == "every":
-            return list(range(0, num_blocks, count))
-        start = {"first": 0, "middle": (num_blocks - count) // 2, "last": num_blocks - count}[
-            match[1]
-        ]
-        return list(range(start, start + count))
-    return _positions(blocks, num_blocks, where, "block", allowed)
+    if not isinstance(blocks, str):
+        return _positions(blocks, num_blocks, where, "block", allowed)
+    if blocks == "all":
+        return list(range(num_blocks))
+    match = re.fullmatch(r"(every|first|middle|last)_(\d+)", blocks)
+    if not match or not 1 <= int(match[2]) <= num_blocks:
+        raise ConfigError(where, f"{blocks!r} names no blocks", allowed)
+    pattern, count = match[1], int(match[2])
+    if pattern == "every":
+        return list(range(0, num_blocks, count))
+    others = num_blocks - count
+    start = {"first": 0, "middle": others // 2, "last": others}[pattern]
+    return list(range(start, start + count))
 
 
 def resolve_tokens(
@@ -69,11 +68,11 @@ def resolve_tokens(
         "all": slice(0, num_tokens),
     }
     allowed = f"{', '.join(named)} or a list of positions 0 to {num_tokens - 1}"
-    if isinstance(tokens, str):
-        if tokens not in named:
-            raise ConfigError(where, f"{tokens!r} names no tokens", allowed)
-        return named[tokens]
-    return _index(_positions(tokens, num_tokens, where, "token position", allowed))
+    if not isinstance(tokens, str):
+        return _index(_positions(tokens, num_tokens, where, "token position", allowed))
+    if tokens not in named:
+        raise ConfigError(where, f"{tokens!r} names no tokens", allowed)
+    return named[tokens]
 
 
 def resolve_part(
@@ -92,39 +91,39 @@ def resolve_part(
     Raises:
         ConfigError: a span outside the width, overlapping spans, or a malformed part.
     """
-    allowed = f"null, [j, p] with 0 <= j < p <= {width}, a list of those, or {{size, start, shift}}"
     if part is None:
         return slice(0, width)
     if isinstance(part, Mapping):
-        even = part.get("size") == "even"
-        share = 1 / max(len(edited), 1) if even else part.get("size")
-        size: Any = _entries(share, width, at_least=1)
-        start: Any = _entries(part.get("start", 0), width, at_least=0)
-        if not _is_int(size) or not 1 <= size <= width:
-            allowed = f"1 to {width}, a share of the width like 0.25, or even"
-            raise ConfigError(f"{where}.size", f"{part.get('size')!r} does not fit", allowed)
-        if not _is_int(start) or not 0 <= start < width:
-            allowed = f"0 to {width - 1}, or a share of the width like 0.25"
-            raise ConfigError(f"{where}.start", f"{part.get('start')!r} does not fit", allowed)
-        place = edited.index(block) if even and edited else block
-        start += place * size if part.get("shift", False) else 0
+        given = PartSettings.read(part, where)
+        even = given.size == "even"
+        share = 1 / max(len(edited), 1) if even else given.size
+        size = _entries(share, width, f"{where}.size", 1, ", or even")
+        start = _entries(given.start, width, f"{where}.start", 0)
+        if given.shift:
+            start += size * (edited.index(block) if even and edited else block)
         return _index([(start + offset) % width for offset in range(size)])
-    if not isinstance(part, Sequence) or isinstance(part, str) or not part:
-        raise ConfigError(where, f"{part!r} is no part", allowed)
-    spans = [part] if _is_int(part[0]) else part
+    allowed = f"null, [j, p] with 0 <= j < p <= {width}, a list of those, or {{size, start, shift}}"
+    spans = cast("list[list[int]]", part)
+    spans = spans if isinstance(spans[0], list) else [part]
     entries: list[int] = []
     for span in spans:
-        if (
-            not isinstance(span, Sequence)
-            or len(span) != 2
-            or not all(map(_is_int, span))
-            or not 0 <= span[0] < span[1] <= width
-        ):
+        if len(span) != 2 or not 0 <= span[0] < span[1] <= width:
             raise ConfigError(where, f"{span!r} lies outside the width {width}", allowed)
         entries.extend(range(*span))
     if len(set(entries)) != len(entries):
         raise ConfigError(where, "the spans overlap", allowed)
     return _index(entries)
+
+
+def _entries(value: object, width: int, where: str, least: int, more: str = "") -> int:
+    """A number of entries, or a share of the width, as a number from ``least``."""
+    count, most = value, width - 1 + least
+    if isinstance(value, float) and 0 <= value <= 1 and (value or not least):
+        count = max(least, round(value * width))
+    if not isinstance(count, int) or not least <= count <= most:
+        allowed = f"{least} to {most}, or a share of the width like 0.25{more}"
+        raise ConfigError(where, f"{value!r} does not fit", allowed)
+    return count
 
 
 @dataclass(frozen=True)
@@ -190,13 +189,10 @@ class Placement:
             block: which block's part to take.
             edit: maps (batch, chosen tokens, chosen width) to the same shape.
         """
-        if self.tokens is None:
-            return self._in_part(z.unsqueeze(1), block, edit).squeeze(1)
-        rows = self._in_part(take(z, 1, self.tokens), block, edit)
-        return replace(z, 1, self.tokens, rows)
-
-    def _in_part(self, z: Tensor, block: int, edit: Callable[[Tensor], Tensor]) -> Tensor:
-        return replace(z, 2, self.parts[block], edit(take(z, 2, self.parts[block])))
+        part = self.parts[block]
+        rows = z.unsqueeze(1) if self.tokens is None else take(z, 1, self.tokens)
+        edited = replace(rows, 2, part, edit(take(rows, 2, part)))
+        return edited.squeeze(1) if self.tokens is None else replace(z, 1, self.tokens, edited)
 
 
 def take(z: Tensor, dim: int, index: Index) -> Tensor:
@@ -217,10 +213,10 @@ def replace(z: Tensor, dim: int, index: Index, values: Tensor) -> Tensor:
 
 
 def _positions(values: Sequence[int], size: int, where: str, noun: str, allowed: str) -> list[int]:
-    if not isinstance(values, Sequence) or not values:
+    if not values:
         raise ConfigError(where, f"{values!r} names no {noun}", allowed)
     for value in values:
-        if not _is_int(value) or not 0 <= value < size:
+        if not 0 <= value < size:
             raise ConfigError(where, f"there is no {noun} {value!r}", allowed)
     if len(set(values)) != len(values):
         raise ConfigError(where, f"a {noun} is named twice", allowed)
@@ -235,14 +231,3 @@ def _index(entries: list[int]) -> Index:
 
 def _length(index: Index) -> int:
     return index.stop - index.start if isinstance(index, slice) else len(index)
-
-
-def _entries(value: object, width: int, at_least: int) -> object:
-    """A share of the width as a number of entries; anything else as it is."""
-    if isinstance(value, float) and (value > 0 if at_least else value >= 0) and value <= 1:
-        return max(at_least, round(value * width))
-    return value
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, Field
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -54,24 +55,23 @@ def initial_coefficients(
     return init.float().clone()
 
 
-def _read_init(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    values = torch.tensor(value).flatten() if _is_numeric(value) else value
-    if isinstance(values, Tensor) and values.numel() and values.isfinite().all():
-        if values.numel() > 1 or 0 <= float(values) <= 1:
-            return value
-    elif isinstance(value, str) and value.strip() and "\0" not in value:
+def _read_init(value: object) -> object:
+    value = str(value) if isinstance(value, Path) else value
+    if isinstance(value, str) and value.strip() and "\0" not in value:
         return value
+    if _is_numeric(value):
+        values = torch.tensor(value).flatten()
+        if values.isfinite().all() and (len(values) > 1 or 0 <= values[0] <= 1):
+            return value
     raise ConfigError("", shown(value), "a number in [0, 1], mean, base, or a file")
 
 
-def _is_numeric(value: Any) -> bool:
+def _is_numeric(value: object) -> bool:
     """A number, or lists of numbers of one length."""
     if isinstance(value, list):
         lengths = {len(entry) if isinstance(entry, list) else None for entry in value}
         return len(lengths) == 1 and all(map(_is_numeric, value))
-    return isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class CoefficientSettings(Settings):
@@ -100,15 +100,10 @@ class CoefficientSettings(Settings):
 def _read_coefficients(path: Path, where: str) -> Tensor:
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)["coefficients"]
         return read_tensor(path)
     except FileNotFoundError:
-        raise ConfigError(
-            where, f"there is no file {path}", "a number or an existing file"
-        ) from None
+        problem, allowed = f"there is no file {path}", "a number or an existing file"
     except Exception as error:
-        raise ConfigError(
-            where, f"{path} holds no coefficients ({error})", ".pt or .safetensors"
-        ) from None
+        problem, allowed = f"{path} holds no coefficients ({error})", ".pt or .safetensors"
+    raise ConfigError(where, problem, allowed)

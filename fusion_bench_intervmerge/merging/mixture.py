@@ -72,10 +72,6 @@ class Mixture(nn.Module):
             for row in tau:
                 row[row.sign() != sign] = 0
 
-    def release(self) -> None:
-        """Forget the weights once they are mixed; the coefficients stay for the record."""
-        self.theta0, self.tau = {}, {}
-
     def to_device(self, device: torch.device) -> Mixture:
         """Move everything; the mixing then happens there."""
         self.theta0 = {name: t.to(device) for name, t in self.theta0.items()}
@@ -92,15 +88,12 @@ class Mixture(nn.Module):
         tau = self.tau[name]
         return tau.to(torch.promote_types(tau.dtype, self.coefficients.dtype))
 
-    def used(self) -> Tensor:
-        """The coefficients as they act: clamped to [0, 1], shape (tasks, tensors)."""
-        clamped = self.coefficients.detach().clamp(0, 1)
-        return clamped if clamped.dim() == 2 else clamped[:, None].expand(-1, len(self.tau))
-
     @torch.no_grad()
     def write(self, tower: VisionTower) -> None:
         """Mix into the tower's parameters, in their type."""
-        used = self.used()
+        used = self.coefficients.detach().clamp(0, 1)
+        if used.dim() == 1:
+            used = used[:, None].expand(-1, len(self.tau))
         for index, (name, parameter) in enumerate(tower.mergeable().items()):
             tau = self._wide(name)
             change = (used[:, index].to(tau.dtype) @ tau).view(parameter.shape)
@@ -158,6 +151,6 @@ def mix(
     if ties:
         mixture.elect_signs()
     mixture.write(pretrained)
-    if not settings.train:
-        mixture.release()
+    if not settings.train:  # the coefficients stay for the record
+        mixture.theta0, mixture.tau = {}, {}
     return mixture

@@ -3,10 +3,9 @@
 A router reads what no edit reaches, so that routing and encoding are one forward pass.
 """
 
-from .fitting import fit_router
+from .fitting import fit_router, read_router
 from .passes import check_reading, encode_routed, route
 from .routers import ROUTERS, Router
-from .saved import read_router
 from .settings import RouterSettings
 
 __all__ = [

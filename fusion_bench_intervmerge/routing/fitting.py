@@ -1,9 +1,9 @@
-"""``fit_router``: a router for a model, from unlabelled images of each task."""
+"""A router for a model: fitted on unlabelled images of each task, or read from its files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ BATCH = 64
 def fit_router(
     model: InterventionModel,
     images: Mapping[str, Dataset],
-    settings: RouterSettings | Mapping[str, Any] | str | None = None,
+    settings: RouterSettings | Mapping[str, object] | str | None = None,
     *,
     seed: int = 0,
     num_workers: int = 0,
@@ -78,4 +78,34 @@ def fit_router(
         for task, of in rows.items():
             router.add(task, of)
     model.router = router
+    return router
+
+
+def read_router(
+    config: Mapping[str, object], tensors: Mapping[str, Tensor], tasks: Sequence[str]
+) -> Router:
+    """What ``Router.config`` and ``Router.tensors`` gave.
+
+    Args:
+        config: its settings.
+        tensors: by name; ``reading.<tensor>`` and ``tasks.<task>.<tensor>``.
+        tasks: of the model.
+
+    Raises:
+        ValueError: what does not fit, in one line.
+    """
+    settings = RouterSettings.read(config, "router")
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        group, _, name = key.rpartition(".")
+        groups.setdefault(group, {})[name] = tensor.float()
+    router = router_class(settings.name)(Reading.of(groups.pop("reading", {})), settings)
+    # in the model's order, which the file does not keep
+    for task in tasks:
+        if f"tasks.{task}" in groups:
+            router.load(task, groups.pop(f"tasks.{task}"))
+    for group in groups:
+        raise ValueError(f"{group} belongs to none of the model's tasks")
+    if not router.tasks:
+        raise ValueError("it knows no task")
     return router

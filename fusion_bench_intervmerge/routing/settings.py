@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
@@ -11,7 +11,7 @@ from ..settings import Settings, whole
 from .routers import ROUTERS
 
 
-def _known(name: Any) -> Any:
+def _known(name: object) -> object:
     if isinstance(name, str) and name not in ROUTERS:
         raise ConfigError("", f"there is no router {name!r}", ", ".join(ROUTERS))
     return name
@@ -38,7 +38,7 @@ class RouterSettings(Settings):
     ] = None
 
 
-def read_settings(value: Any) -> RouterSettings:
+def read_settings(value: object) -> RouterSettings:
     """A router's name alone, or a mapping, or settings as they are.
 
     Raises:

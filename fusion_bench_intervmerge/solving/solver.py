@@ -116,10 +116,9 @@ def solve(
         keys = [(task, index) for index in chosen[task]]
         expert = experts[task]()
         check_expert(task, expert, model.tower)
-        with expert.in_dtype(dtype), model.tower.in_dtype(dtype):
-            done = Sweep(model, task, expert, places, fabric, ridge, weight)
-            room = data.cache_gb * 2**30
-            done.run(images, keys, data.num_workers, room, ranks, shown.update)
+        done = Sweep(model, task, expert, places, fabric, ridge, weight, ranks)
+        with model.for_task(task), expert.in_dtype(dtype), model.tower.in_dtype(dtype):
+            done.run(images, keys, data.num_workers, data.cache_gb * 2**30, shown.update)
         return done
 
     blocks = model.tower.num_blocks * len(chosen) * (1 if budget is None else 2)

@@ -51,6 +51,7 @@ class Sweep:
         places: (site, block), in the order of the forward pass.
         fabric: device and processes; each process takes its share of the images.
         ridge, class_weight: as in ``solve``.
+        ranks: of the places; None for as many as gain anything.
 
     Attributes:
         gains: place -> what each further rank there takes off the mean squared distance of a row.
@@ -66,10 +67,11 @@ class Sweep:
         fabric: L.Fabric,
         ridge: float | None,
         class_weight: float,
+        ranks: Mapping[Place, int] | None,
     ):
         self.model, self.task, self.places, self.fabric = model, task, places, fabric
         self.tower, self.expert = model.tower, expert.to(fabric.device).eval()
-        self.ridge, self.class_weight = ridge, class_weight
+        self.ridge, self.class_weight, self.ranks = ridge, class_weight, ranks
         self.gains: dict[Place, list[float]] = {}
         self.features: Tensor
 
@@ -79,16 +81,14 @@ class Sweep:
         keys: Sequence[tuple[str, int]],
         num_workers: int,
         room: float,
-        ranks: Mapping[Place, int] | None,
         after_block: Callable[[], None] = lambda: None,
     ) -> None:
-        """Solve every place.
+        """Solve every place, inside the model's ``for_task``.
 
         Args:
             images, num_workers: as in ``solve``.
             keys: the images: task and index.
             room: bytes of memory for the images' states.
-            ranks: of the places; None for as many as gain anything.
             after_block: called when all images have left a block.
         """
         for place in self.places:
@@ -102,37 +102,36 @@ class Sweep:
             pixels = pixels.to(self.device, self.tower.dtype)
             states.append(self.tower.embed(pixels))
             targets.append(self.expert.embed(pixels))
-        for block in range(self.tower.num_blocks):
+        blocks = self.tower.num_blocks
+        last_needed = max(blocks - 1 if site == "output" else at for site, at in self.places)
+        for block in range(blocks):
             sites = [site for site, at in self.places if at == block and site != "output"]
             for site in sites:
-                self._solve(site, block, states, targets, ranks, leave=site == sites[-1])
+                self._solve(site, block, states, targets, leave=site == sites[-1])
             if not sites:
-                if block <= self._last_needed:
-                    self._move_on(block, states)
-                for index, target in enumerate(targets):
-                    targets[index] = self._of_expert(block, target)[0]
+                if block <= last_needed:
+                    self._move_on(self.tower, block, states)
+                self._move_on(self.expert, block, targets)
             after_block()
         features = [self.expert.readout(target) for target in targets]
         if ("output", 0) in self.places:
-            self._solve_output(states, features, ranks)
+            moments = self._no_moments("output")
+            for state, target in zip(states, features, strict=True):
+                x = self.tower.readout(state)  # without an edit there yet
+                self._add(moments, "output", 0, x.unsqueeze(1), (target - x).unsqueeze(1))
+            self._place("output", 0, moments)
         self.features = self._gathered(features, mine, len(keys))
 
     # -- a place -----------------------------------------------------------------------------------
 
     def _solve(
-        self,
-        site: str,
-        block: int,
-        states: ImageStates,
-        targets: ImageStates,
-        ranks: Mapping[Place, int] | None,
-        leave: bool,
+        self, site: str, block: int, states: ImageStates, targets: ImageStates, leave: bool
     ) -> None:
         """Solve a site of a block; with ``leave`` all images leave the block then."""
         moments = self._no_moments(site)
         for index, (state, target) in enumerate(zip(states, targets, strict=True)):
-            out, x = self._of_student(block, state, site)
-            wanted, theirs = self._of_expert(block, target, site)
+            out, x = self._through(self.tower, block, state, site)
+            wanted, theirs = self._through(self.expert, block, target, site)
             if SITES[site].closed_form == "enters":
                 missing = (target[:, : theirs.shape[1]] + theirs) - (state[:, : x.shape[1]] + x)
             else:
@@ -142,36 +141,23 @@ class Sweep:
                 targets[index] = wanted
                 if site == "block":
                     states[index] = out
-        self._place(site, block, moments, ranks)
+        self._place(site, block, moments)
         if leave and site == "block":
             for index, state in enumerate(states):
-                with self.model.for_task(self.task):
-                    states[index] = self.model.apply_edit(site, block, state)
+                states[index] = self.model.apply_edit(site, block, state)
         elif leave:
-            self._move_on(block, states)
+            self._move_on(self.tower, block, states)
 
-    def _solve_output(
-        self, states: ImageStates, features: list[Tensor], ranks: Mapping[Place, int] | None
-    ) -> None:
-        moments = self._no_moments("output")
-        for state, target in zip(states, features, strict=True):
-            with self.model.for_task(self.task):  # without an edit there yet
-                x = self.tower.readout(state)
-            self._add(moments, "output", 0, x.unsqueeze(1), (target - x).unsqueeze(1))
-        self._place("output", 0, moments, ranks)
-
-    def _place(
-        self, site: str, block: int, moments: Moments, ranks: Mapping[Place, int] | None
-    ) -> None:
+    def _place(self, site: str, block: int, moments: Moments) -> None:
         """Put the solved edit into the model."""
-        moments = self._over_processes(moments)
+        moments = self._over_processes(site, moments)
         regression = Regression(moments, self.ridge)
         form = function_class(self.model.interventions[site].function)
         # copies have one rank, so what it gains is the mean over them
         gains = form.gains(regression).mean(dim=0).tolist()
         worthwhile = next((rank for rank, gain in enumerate(gains) if gain <= 0), len(gains))
         self.gains[site, block] = gains[:worthwhile]
-        rank = worthwhile if ranks is None else ranks[site, block]
+        rank = worthwhile if self.ranks is None else self.ranks[site, block]
         if not moments.weight.any():
             rank = 0  # no token here is read by anything
         function = self.model.set_rank(self.task, site, block, rank)
@@ -208,21 +194,10 @@ class Sweep:
 
     # -- a batch in a block ------------------------------------------------------------------------
 
-    def _of_student(
-        self, block: int, states: Tensor, site: str | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """What leaves a block of the repaired encoder, and the tensor of one of its sites."""
-        with self.model.for_task(self.task):
-            return self._through(self.tower, block, states, site)
-
-    def _of_expert(
-        self, block: int, states: Tensor, site: str | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self._through(self.expert, block, states, site)
-
     def _through(
-        self, tower: VisionTower, block: int, states: Tensor, site: str | None
+        self, tower: VisionTower, block: int, states: Tensor, site: str | None = None
     ) -> tuple[Tensor, Tensor]:
+        """What leaves a block, and the tensor of one of its sites."""
         watch = nullcontext(list[Tensor]()) if site is None else tower.watching(site, block)
         with watch as seen:
             if block == tower.num_blocks - 1 and self._class_token_will_do:
@@ -231,9 +206,9 @@ class Sweep:
                 out = tower.run_block(block, states)
         return out, (seen[0] if seen else out)
 
-    def _move_on(self, block: int, states: ImageStates) -> None:
+    def _move_on(self, tower: VisionTower, block: int, states: ImageStates) -> None:
         for index, state in enumerate(states):
-            states[index] = self._of_student(block, state)[0]
+            states[index] = self._through(tower, block, state)[0]
 
     # -- what follows from the model ---------------------------------------------------------------
 
@@ -246,22 +221,11 @@ class Sweep:
         # large enough for the matrix products, small enough for a processor's caches
         return max(16, min(256, 2**20 // (self.tower.num_tokens * self.tower.width)))
 
-    @property
-    def _last_needed(self) -> int:
-        """The last block that the repaired encoder must run."""
-        if ("output", 0) in self.places:
-            return self.tower.num_blocks - 1
-        return max(block for _, block in self.places)
-
     @cached_property
     def _class_token_will_do(self) -> bool:
         """Whether the last block may work on the class token alone: nothing there needs others."""
-        last = self.tower.num_blocks - 1
-        of = {
-            site: p
-            for site, p in self.model.placements.items()
-            if SITES[site].in_blocks and last in p.blocks
-        }
+        last, places = self.tower.num_blocks - 1, self.model.placements.items()
+        of = {site: p for site, p in places if SITES[site].in_blocks and last in p.blocks}
         return (
             self.tower.can_spare(of)
             and not self.tower.reads_patches
@@ -273,18 +237,14 @@ class Sweep:
 
     # -- processes ---------------------------------------------------------------------------------
 
-    def _over_processes(self, moments: Moments) -> Moments:
+    def _over_processes(self, site: str, moments: Moments) -> Moments:
         if self.fabric.world_size == 1:
             return moments
         parts = {name: self.fabric.all_gather(t) for name, t in vars(moments).items()}
-        total = self._no_rows_like(moments)
+        total = self._no_moments(site)
         for rank in range(self.fabric.world_size):
             total.merge(Moments(**{name: part[rank] for name, part in parts.items()}))
         return total
-
-    @staticmethod
-    def _no_rows_like(moments: Moments) -> Moments:
-        return Moments.none(moments.mean_x.shape[1], len(moments.weight), moments.weight.device)
 
     def _gathered(self, features: list[Tensor], rows: Sequence[Tensor], count: int) -> Tensor:
         """All images' features in every process, in order."""

@@ -12,7 +12,7 @@ import torch
 
 from ...errors import ConfigError, named
 from ...registry import class_in, names_in
-from .base import ACTIVATIONS, Function
+from .base import ACTIVATIONS, Function, is_parametrized
 
 FUNCTION_NAMES = names_in(__path__)
 
@@ -23,22 +23,21 @@ def function_class(name: str, where: str = "function") -> type[Function]:
     Raises:
         ConfigError: no form has that name.
     """
-    if name not in FUNCTION_NAMES:
-        others = {c.name: c for c in _subclasses(Function) if c.name not in FUNCTION_NAMES}
-        if name in others:
-            return others[name]
+    if name in FUNCTION_NAMES:
+        return class_in(f"{__name__}.{name}", Function)  # type: ignore[type-abstract]
+    others = {c.name: c for c in _subclasses(Function) if c.name not in FUNCTION_NAMES}
+    if name not in others:
         allowed = ", ".join((*FUNCTION_NAMES, *others))
         raise ConfigError(where, f"there is no function {name!r}", allowed)
-    return class_in(f"{__name__}.{name}", Function)  # type: ignore[type-abstract]
+    return others[name]
 
 
 def _subclasses(cls: type) -> Iterator[type[Function]]:
     child: type[Function]
     for child in cls.__subclasses__():
-        if child.__name__.startswith("Parametrized"):  # torch's, of a form with an orthonormal R
-            continue
-        yield child
-        yield from _subclasses(child)
+        if not is_parametrized(child):
+            yield child
+            yield from _subclasses(child)
 
 
 def build_function(
@@ -69,22 +68,17 @@ def build_function(
             activation that the form does not have.
     """
     cls = function_class(name, f"{where}.function")
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= width:
-        raise ConfigError(
-            f"{where}.rank", f"{rank!r} does not fit vectors of width {width}", f"1 to {width}"
-        )
-    if activation is not None:
-        if not cls.takes_activation:
-            raise ConfigError(f"{where}.activation", f"{name} takes none", "null")
-        if activation not in ACTIVATIONS:
+    with named(where):
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= width:
             raise ConfigError(
-                f"{where}.activation", f"unknown: {activation!r}", f"null, {', '.join(ACTIVATIONS)}"
+                "rank", f"{rank!r} does not fit vectors of width {width}", f"1 to {width}"
             )
-    if init not in ("reference", "identity"):
-        raise ConfigError(f"{where}.init", f"unknown: {init!r}", "reference, identity")
-    if init == "identity" and not cls.identity_start:
-        raise ConfigError(f"{where}.init", f"{name} cannot be the identity", "reference")
-    with named(where):  # a form may have no start with this activation
+        if init not in ("reference", "identity"):
+            raise ConfigError("init", f"unknown: {init!r}", "reference, identity")
+        cls.check(activation, init)
+        if activation not in (None, *ACTIVATIONS):
+            allowed = f"null, {', '.join(ACTIVATIONS)}"
+            raise ConfigError("activation", f"unknown: {activation!r}", allowed)
         return cls(
             width, rank, copies=copies, activation=activation, init=init, generator=generator
         )

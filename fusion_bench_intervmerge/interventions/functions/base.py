@@ -6,12 +6,14 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+
+from ...errors import ConfigError
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -22,16 +24,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class ClosedForms(Protocol):
-    """What a form may ask when it is solved instead of trained: ``solving.Regression``.
+    """What a form may ask for when it is solved instead of trained; ``solving.Regression``.
 
     Tensors have a leading entry a token position with ``copies``, else a leading 1; k is the width.
+    Gains (_, k) are what each further rank takes off the mean squared distance.
     """
 
     def affine(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """The best z + W2'(W1 z + b): W1, W2 (_, rank, k), b (_, rank); W2 has orthonormal rows."""
 
-    def affine_gains(self) -> Tensor:
-        """(_, k), what each further rank of it gains."""
+    def affine_gains(self) -> Tensor: ...
 
     def constant(self) -> Tensor:
         """The best z + v: (_, k)."""
@@ -39,22 +41,21 @@ class ClosedForms(Protocol):
     def replacement(self, rank: int) -> tuple[Tensor, Tensor]:
         """The best z + R'(b - R z): R (_, rank, k) with orthonormal rows, b (_, rank)."""
 
-    def replacement_gains(self) -> Tensor:
-        """(_, k), what each further rank of it gains."""
+    def replacement_gains(self) -> Tensor: ...
 
 
 class Orthonormal(nn.Module):
     """Keeps the rows of R orthonormal while any optimizer moves them.
 
     R = L^-1 X with L L' = X X' (Cholesky QR): the rows of R span the rows of X. An X that is
-    orthonormal already comes back as it is but for rounding. An X whose rows do not span r
-    directions (zero or equal rows) has no such R and is taken as it is. torch's own ``orthogonal``
-    parametrization was not taken because it keeps a second tensor of the size of R from the start
-    and leaves a loaded R only through a QR that may flip its signs.
+    orthonormal already is returned unchanged but for rounding. An X whose rows do not span r
+    directions (zero or equal rows) has no such R and is returned as it is. torch's ``orthogonal``
+    parametrization is not used: it keeps a second tensor of the size of R from the start, and
+    training leaves a loaded R only through a QR that may flip its signs.
 
     Attributes:
-        loaded: R as a file had it. Until X moves away from it, R is this to the bit, so that a
-            model that was saved and loaded computes what it computed before.
+        loaded: R as a file had it. While X equals it, R is X to the bit, so that a model that was
+            saved and loaded computes what it computed before.
     """
 
     loaded: Tensor | None
@@ -89,13 +90,13 @@ class Orthonormal(nn.Module):
         return ((failed != 0) | lost.any(dim=-1))[..., None, None]
 
     def right_inverse(self, R: Tensor) -> Tensor:
-        return R.clone()  # torch stores what comes back, not a copy of it
+        return R.clone()  # torch stores the returned tensor, not a copy of it
 
 
 class Function(nn.Module, ABC):
     """An edit z -> z' of vectors of one width.
 
-    A subclass names its formula in its docstring, creates its tensors in ``reset_parameters``
+    A subclass gives its formula in its docstring, creates its tensors in ``reset_parameters``
     and applies them (or sums of them, see ``terms``) in ``edit``. The tensors are arguments of
     ``edit`` so that the same formula serves one task (tensors as stored), one edit a token
     position, and a batch of images of different tasks (tensors gathered per image).
@@ -104,7 +105,7 @@ class Function(nn.Module, ABC):
         width: k, the number of entries of a vector that the function sees.
         rank: r, the number of directions it works along.
         copies: how many independent edits live in one module (one a token position);
-            their tensors carry this many leading entries. ``None`` for a single one.
+            their tensors have this many leading entries. ``None`` for a single one.
         activation: name from ``ACTIVATIONS`` applied between down and up, where the form has one.
         init: ``reference`` draws the published initial values, ``identity`` starts at z' = z.
         generator: source of the initial values; the global one when ``None``.
@@ -117,7 +118,8 @@ class Function(nn.Module, ABC):
     identity_start = True
 
     def __init_subclass__(cls) -> None:
-        if not hasattr(cls, "name"):  # torch derives a class of its own from a parametrized form
+        # The class that torch derives from a form with an orthonormal R keeps the form's name.
+        if "name" not in vars(cls) and not is_parametrized(cls):
             cls.name = cls.__module__.rpartition(".")[2]
 
     def __init__(
@@ -134,6 +136,18 @@ class Function(nn.Module, ABC):
         self.width, self.rank, self.copies = width, rank, copies
         self.activation = activation
         self.reset_parameters(generator, identity=init == "identity")
+
+    @classmethod
+    def check(cls, activation: str | None, init: str) -> None:
+        """Make sure that the form has an activation and a start like these.
+
+        Raises:
+            ConfigError: it has not.
+        """
+        if activation is not None and not cls.takes_activation:
+            raise ConfigError("activation", f"{cls.name} takes none", "null")
+        if init == "identity" and not cls.identity_start:
+            raise ConfigError("init", f"{cls.name} cannot be the identity", "reference")
 
     @abstractmethod
     def reset_parameters(self, generator: torch.Generator | None, identity: bool) -> None:
@@ -181,22 +195,18 @@ class Function(nn.Module, ABC):
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the tensors of the formula, as ``tensors`` names them."""
-        parametrized: Any = getattr(self, "parametrizations", {})
         for name, tensor in tensors.items():
-            if name in parametrized:
-                parametrized[name].original.copy_(tensor)
-                parametrized[name][0].loaded = parametrized[name].original.clone()
+            if parametrize.is_parametrized(self, name):
+                held = self.get_submodule(f"parametrizations.{name}")
+                X, orthonormal = held.get_parameter("original"), held.get_submodule("0")
+                X.copy_(tensor)
+                orthonormal.loaded = X.clone()
             else:
                 getattr(self, name).copy_(tensor)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Apply the edit.
-
-        Args:
-            z: (..., width); with ``copies``, (..., copies, width).
-
-        Returns:
-            The edited vectors, in z's shape and dtype.
+        """The edited vectors, in z's shape (..., width) and dtype; with ``copies``, z is
+        (..., copies, width).
         """
         tensors = self.prepared(self.tensors(), z.dtype)
         if self.copies is None:
@@ -218,9 +228,11 @@ class Function(nn.Module, ABC):
     def _activate(self, x: Tensor) -> Tensor:
         return ACTIVATIONS[self.activation](x) if self.activation else x
 
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(*([] if self.copies is None else [self.copies]), *shape)
+
     def _uniform(self, *shape: int, bound: float, generator: torch.Generator | None) -> Tensor:
-        leading = () if self.copies is None else (self.copies,)
-        return torch.empty(*leading, *shape).uniform_(-bound, bound, generator=generator)
+        return self._empty(*shape).uniform_(-bound, bound, generator=generator)
 
     def _linear(self, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Weight (r, k) and bias (r) as ``nn.Linear(k, r)`` draws them."""
@@ -228,14 +240,22 @@ class Function(nn.Module, ABC):
         weight = self._uniform(self.rank, self.width, bound=bound, generator=generator)
         return weight, self._uniform(self.rank, bound=bound, generator=generator)
 
+    def _unit(self, generator: torch.Generator | None) -> Tensor:
+        """b (r) in [0, 1), as published."""
+        return self._uniform(self.rank, bound=0.5, generator=generator) + 0.5
+
     def _register_orthonormal(self, generator: torch.Generator | None) -> None:
         """R (r, k): rows of a random rotation, uniform over all of them."""
-        leading = () if self.copies is None else (self.copies,)
-        gaussian = torch.randn(*leading, self.width, self.rank, generator=generator)
+        gaussian = self._empty(self.width, self.rank).normal_(generator=generator)
         q, r = torch.linalg.qr(gaussian)
         signs = r.diagonal(dim1=-2, dim2=-1).sign()
         self.R = nn.Parameter((q * signs.unsqueeze(-2)).mT.contiguous())
         parametrize.register_parametrization(self, "R", Orthonormal())
+
+
+def is_parametrized(cls: type) -> bool:
+    """Whether torch derived the class from a form with an orthonormal R."""
+    return cls.__name__.startswith("Parametrized")
 
 
 def linear(z: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

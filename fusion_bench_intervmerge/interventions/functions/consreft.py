@@ -16,9 +16,7 @@ class ConsReFT(Function):
 
     def reset_parameters(self, generator: torch.Generator | None, identity: bool) -> None:
         self._register_orthonormal(generator)
-        self.b = nn.Parameter(
-            self._uniform(self.rank, bound=0.5, generator=generator) + 0.5  # [0, 1), as published
-        )
+        self.b = nn.Parameter(self._unit(generator))
 
     def edit(self, z: Tensor, R: Tensor, b: Tensor) -> Tensor:
         return z + linear_transposed(b.unsqueeze(-2) - linear(z, R), R)

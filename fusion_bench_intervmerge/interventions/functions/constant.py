@@ -10,10 +10,9 @@ class Constant(Function):
     """z + v: what LobiReFT's R'b folds to at inference. v: (k); the rank plays no part."""
 
     def reset_parameters(self, generator: torch.Generator | None, identity: bool) -> None:
-        # Starts at the identity either way: a free vector has no published start.
-        self.v = nn.Parameter(
-            torch.zeros_like(self._uniform(self.width, bound=1, generator=generator))
-        )
+        # The identity either way: a free vector has no published start.
+        drawn = self._uniform(self.width, bound=1, generator=generator)
+        self.v = nn.Parameter(torch.zeros_like(drawn))
 
     def edit(self, z: Tensor, v: Tensor) -> Tensor:
         return z + v.unsqueeze(-2)

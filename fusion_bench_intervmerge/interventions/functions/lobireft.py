@@ -15,10 +15,8 @@ class LobiReFT(Function):
 
     def reset_parameters(self, generator: torch.Generator | None, identity: bool) -> None:
         self._register_orthonormal(generator)
-        bias = (
-            self._uniform(self.rank, bound=0.5, generator=generator) + 0.5
-        )  # [0, 1), as published
-        self.b = nn.Parameter(torch.zeros_like(bias) if identity else bias)
+        b = self._unit(generator)
+        self.b = nn.Parameter(torch.zeros_like(b) if identity else b)
 
     def edit(self, z: Tensor, R: Tensor, b: Tensor) -> Tensor:
         return z + linear_transposed(b.unsqueeze(-2), R)

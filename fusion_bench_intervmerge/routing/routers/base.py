@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from ...schema import Json
 from ..reading import Reading
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Router(ABC):
 
     # -- as files ----------------------------------------------------------------------------------
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Json:
         """Its settings as JSON values."""
         return self.settings.to_dict() | {"threshold": self.threshold}
 
