@@ -266,7 +266,7 @@ _CALLS["torch.storage._load_from_bytes"] = _nested_storage
 
 
 def _key(value: object) -> object:
-    """Of nothing else is a hash wanted: that of a deeply nested tuple would exhaust the stack."""
+    """Only plain values are hashed: the hash of a deeply nested tuple would exhaust the stack."""
     if not isinstance(value, str | bytes | int | float | None):
         raise pickle.UnpicklingError(f"a {type(value).__name__} is no key")
     return value

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from torch.utils.data import Dataset
 from transformers import CLIPModel, CLIPProcessor
 
-from ..encoders import MissingProjectionError, VisionTower, as_tower
+from ..encoders import MissingProjectionError, VisionTower, as_tower, check_expert
 from ..errors import ConfigError
 from ..schema import Json
 from ..task_names import check_task_name
@@ -82,24 +82,12 @@ class ExpertPool:
         Raises:
             ConfigError: two models differ in a tensor's shape.
         """
-        first = self.pool.all_model_names[0]
-        shapes = {n: tuple(p.shape) for n, p in self.tower(first).mergeable().items()}
-        for name in self.pool.all_model_names[1:]:
-            for tensor, parameter in self.tower(name).mergeable().items():
-                if shapes.get(tensor) != tuple(parameter.shape):
-                    raise ConfigError(
-                        f"modelpool.models.{name}",
-                        f"{tensor} has shape {tuple(parameter.shape)}, in {first} "
-                        f"{shapes.get(tensor)}",
-                        "models of one architecture",
-                    )
+        first, *others = self.pool.all_model_names
+        for name in others:
+            check_expert(name, self.tower(name), self.tower(first))
 
     def raw(self, name: str) -> nn.Module:
-        """The model of that name as the pool gives it.
-
-        Raises:
-            ConfigError: its checkpoint is not found.
-        """
+        """The model of that name as the pool gives it, or a ConfigError: it is not found."""
         return self.pool.load_model(name)
 
     def wrap(self, model: nn.Module, where: str = "base") -> VisionTower:
@@ -186,10 +174,7 @@ class ExpertPool:
         return found | ({"classes": classes} if classes else {})
 
     def identity(self, name: str) -> str:
-        """What the config says of a model: enough to tell one run's models from another's.
-
-        Of a live module nothing can be told.
-        """
+        """What the config says of a model; of a live module it says nothing."""
         config = self.pool._models[name]
         return "a live module" if isinstance(config, nn.Module) else str(config)
 
@@ -211,11 +196,9 @@ class ExpertPool:
             config = self.pool._models.get("_pretrained_")
             if config is None or isinstance(config, nn.Module):
                 problem = "is missing" if config is None else "is a live module"
-                raise ConfigError(
-                    where,
-                    f"{problem}, so that there is no visual projection",
-                    "the id or the folder of a whole CLIP; experts may be live modules",
-                )
+                problem += ", so that there is no visual projection"
+                allowed = "the id or the folder of a whole CLIP; experts may be live modules"
+                raise ConfigError(where, problem, allowed)
             clip = self.pool.load_clip_model("_pretrained_")
             self._projection = copy.deepcopy(clip.visual_projection)
         return self._projection

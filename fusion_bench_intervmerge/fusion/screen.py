@@ -85,8 +85,8 @@ class HostFilter(logging.Filter):
 def host_in_the_log() -> Iterator[None]:
     """In a Hydra run, keeps FusionBench's logs and boxes off the screen; the file has the logs.
 
-    A run with ``print_function_call=false`` has no boxes afterwards either: FusionBench reads that
-    setting, and then does not look at it.
+    With ``print_function_call=false`` there are no boxes afterwards either: FusionBench reads that
+    setting but does not follow it.
     """
     if not HydraConfig.initialized():
         yield

@@ -166,7 +166,7 @@ class Union:
     def report(self: Any, model: Any, heads: Any, name: str | None = None) -> Json:
         """FusionBench's ``model_info``, and what ``measure`` finds on the stream."""
         trainable, everything = count_parameters(model)
-        info = {"trainable_params": trainable, "all_params": everything}
+        info: Json = {"trainable_params": trainable, "all_params": everything}
         info |= {} if name is None else {"name": name}
         device = self.fabric.device
         model = model.to(device).eval()
