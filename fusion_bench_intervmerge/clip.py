@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -14,7 +14,10 @@ from .errors import ConfigError
 from .interventions import Function, Placement
 
 if TYPE_CHECKING:
+    from .encoders import VisionTower
     from .model import InterventionModel
+
+T = TypeVar("T")
 
 
 def to_clip_model(
@@ -45,7 +48,10 @@ def to_clip_model(
     except (KeyError, ValueError) as error:
         raise ConfigError("clip", f"another encoder than the model's ({error})") from None
     for site, block, function in model.fold().edits_of(task).places():
-        module = _features_of(whole) if site == "output" else tower.module(site, int(block))
+        if site == "output":
+            module = whole.visual_projection if tower.family == "huggingface" else whole.visual
+        else:
+            module = tower.module(site, int(block))
         _build_in(module, SiteEdit(model.placements[site], int(block), function))
     if hasattr(whole, "save_pretrained"):
         whole.save_pretrained = _refuse_to_save
@@ -124,7 +130,7 @@ def image_processor(model: InterventionModel) -> Any:
 _FORMS = "the id or folder of a CLIP, such as openai/clip-vit-base-patch32"
 
 
-def _found(name: str, load: Callable[[str], Any]) -> Any:
+def _found(name: str, load: Callable[[str], T]) -> T:
     try:
         return load(name)
     except (OSError, ValueError, RuntimeError) as error:
@@ -132,7 +138,7 @@ def _found(name: str, load: Callable[[str], Any]) -> Any:
         raise ConfigError("clip", f"{name!r} is not found ({reason})", _FORMS) from None
 
 
-def _tower_of(clip: Any, model: InterventionModel) -> Any:
+def _tower_of(clip: Any, model: InterventionModel) -> VisionTower:
     """A tower over a CLIP's own modules, not over copies of them."""
     if model.tower.family == "openclip" and hasattr(clip, "visual"):
         from .encoders.openclip import OpenCLIPTower
@@ -144,11 +150,6 @@ def _tower_of(clip: Any, model: InterventionModel) -> Any:
         return HuggingFaceTower(clip.vision_model, clip.visual_projection)
     kind = f"{type(clip).__module__}.{type(clip).__name__}"
     raise ConfigError("clip", f"a {kind} has no place for a {model.tower.family} encoder")
-
-
-def _features_of(clip: Any) -> nn.Module:
-    """The module whose output are the image features."""
-    return clip.visual_projection if hasattr(clip, "visual_projection") else clip.visual
 
 
 class SiteEdit(nn.Module):

@@ -30,7 +30,7 @@ class ConfigError(ValueError):
     def under(self, key: str) -> ConfigError:
         """The same error of a setting that is nested in ``key``.
 
-        What lies in a config group of its own, such as the model pool, is nought of a method's.
+        A key of another config group, such as ``modelpool.models``, stays as it is.
         """
         if self.where.partition(".")[0] in GROUPS:
             return self

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 Buffer = mmap.mmap | bytes
+Stream = mmap.mmap | io.BytesIO
 
 
 class ForbiddenName(pickle.UnpicklingError):
@@ -121,7 +122,7 @@ def copy_out(views: Mapping[str, View], limit: int) -> dict[str, Tensor]:
     return {name: view.tensor() for name, view in views.items()}
 
 
-def read(path: Path, classes: Collection[str] = ()) -> Any:
+def read(path: Path, classes: Collection[str] = ()) -> object:
     """What a file holds: numbers, strings, containers, ``StandIn``, ``Name`` and ``View``.
 
     Args:
@@ -159,8 +160,8 @@ _LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 _LOCAL_HEADER = struct.Struct("<26xHH")
 
 
-def _read(content: Buffer, allowed: Collection[str]) -> Any:
-    stream: Any = io.BytesIO(content) if isinstance(content, bytes) else content
+def _read(content: Buffer, allowed: Collection[str]) -> object:
+    stream = io.BytesIO(content) if isinstance(content, bytes) else content
     if content[:2] == b"PK":
         return _read_zip(stream, content, allowed)
     if content[: len(_LEGACY)] == _LEGACY:
@@ -168,8 +169,8 @@ def _read(content: Buffer, allowed: Collection[str]) -> Any:
     return _Reader(stream, allowed).load()
 
 
-def _read_zip(stream: Any, content: Buffer, allowed: Collection[str]) -> Any:
-    entries = {entry.filename: entry for entry in zipfile.ZipFile(stream).infolist()}
+def _read_zip(stream: Stream, content: Buffer, allowed: Collection[str]) -> object:
+    entries = {entry.filename: entry for entry in zipfile.ZipFile(stream).infolist()}  # type: ignore[arg-type]
     (main,) = (name for name in entries if name.partition("/")[2] == "data.pkl")
     folder = main.removesuffix("data.pkl")
 
@@ -196,7 +197,7 @@ def _read_zip(stream: Any, content: Buffer, allowed: Collection[str]) -> Any:
     return _Reader(io.BytesIO(record("data.pkl")), allowed, storage).load()
 
 
-def _read_legacy(stream: Any, content: Buffer, allowed: Collection[str]) -> Any:
+def _read_legacy(stream: Stream, content: Buffer, allowed: Collection[str]) -> object:
     """Magic number, version, system, the object, the storages' keys, the storages."""
     _, version, system = (_Reader(stream).load() for _ in range(3))
     if version != 1001 or system["little_endian"] != (sys.byteorder == "little"):
@@ -234,7 +235,7 @@ _DTYPES = {
 _STORAGES = {f"torch.{name}Storage": dtype for name, dtype in _DTYPES.items()}
 _TYPES = [str(dtype) for dtype in _DTYPES.values()]
 # the calls that put tensors and containers together
-_CALLS: dict[str, Callable[..., Any]] = {
+_CALLS: dict[str, Callable[..., object]] = {
     "builtins.set": lambda items=(): {_key(item) for item in items},
     "collections.OrderedDict": lambda items=(): OrderedDict((_key(k), v) for k, v in items),
     "torch.Size": lambda size: size,
@@ -264,8 +265,8 @@ _CALLS["torch._utils._rebuild_tensor"] = _CALLS["torch._utils._rebuild_tensor_v2
 _CALLS["torch.storage._load_from_bytes"] = _nested_storage
 
 
-def _key(value: Any) -> Any:
-    """Of nothing else is a hash wanted: that of a deeply nested tuple would exhaust the stack."""
+def _key(value: object) -> object:
+    """Only plain values are hashed: the hash of a deeply nested tuple would exhaust the stack."""
     if not isinstance(value, str | bytes | int | float | None):
         raise pickle.UnpicklingError(f"a {type(value).__name__} is no key")
     return value
@@ -281,25 +282,25 @@ class _Reader(pickle._Unpickler):
     """
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]]
-    stack: list[Any]
+    stack: list[object]
     pop_mark: Callable[[], list[object]]
 
     def __init__(
         self,
-        stream: Any,
+        stream: Stream,
         allowed: Collection[str] = (),
         storage: Callable[[object, int, torch.dtype], Storage] | None = None,
     ):
         super().__init__(stream, encoding="utf-8")
         self._allowed, self._storage = allowed, storage
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> Name:
         text = f"{module}.{name}"
         if text not in self._allowed:
             raise ForbiddenName(text)
         return Name(text)
 
-    def persistent_load(self, saved: Any) -> Any:
+    def persistent_load(self, saved: object) -> object:
         kind, *rest = saved if isinstance(saved, tuple) else (saved,)
         if kind == "module" and len(rest) == 3:  # a class with its source
             return rest[0]
@@ -310,7 +311,7 @@ class _Reader(pickle._Unpickler):
             raise pickle.UnpicklingError("a storage of an unknown kind")
         return self._storage(_key(key), numel, _STORAGES[storage_type.text])
 
-    def _call(self, function: Any, arguments: Any) -> Any:
+    def _call(self, function: object, arguments: object) -> object:
         if not isinstance(function, Name) or not isinstance(arguments, tuple):
             raise pickle.UnpicklingError("it calls something that is no name")
         if function.text in _CALLS:
@@ -344,10 +345,10 @@ class _Reader(pickle._Unpickler):
         target.update((_key(k), v) for k, v in zip(items[::2], items[1::2], strict=True))
 
     def _add_items(self) -> None:
-        items = self.pop_mark()
-        if not isinstance(self.stack[-1], set):
+        items, target = self.pop_mark(), self.stack[-1]
+        if not isinstance(target, set):
             raise pickle.UnpicklingError("it adds to something that is no set")
-        self.stack[-1].update(map(_key, items))
+        target.update(map(_key, items))
 
 
 _REPLACED = {

@@ -22,7 +22,7 @@ from test_command import COMMAND, QUIET, ROOT, TINY, compose, fusion_bench, in_p
 
 from fusion_bench_intervmerge.cache import CACHE_VARIABLE, cache_root
 from fusion_bench_intervmerge.errors import ConfigError
-from fusion_bench_intervmerge.fusion import merge
+from fusion_bench_intervmerge.expert_cache import ExpertCache
 from fusion_bench_intervmerge.fusion.embedded import ensure_pool
 from fusion_bench_intervmerge.report.study import read_study, table, write_study
 from hydra_plugins.intervmerge_sweeper import GridSweeper
@@ -332,7 +332,7 @@ def test_coefficients_of_adamerging_are_found_once_a_pool(tmp_path, caplog, monk
     content = bytearray(file.read_bytes())
     for torn in (content[:-3], content[:-1] + bytes([content[-1] ^ 1])):  # cut, and a flipped bit
         file.write_bytes(torn)
-        assert merge._read_kept(file) is None, "they are found anew"
+        assert ExpertCache(file.parent).get(file.stem) is None, "they are found anew"
     _, kept = run("third", own, "method.coefficients.train=false", "method.resume=never")
     assert not kept
 

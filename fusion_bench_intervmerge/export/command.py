@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -16,9 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..model import InterventionModel
+    from .heads import Classes
 
 
-def add_to(commands: Any) -> None:
+def add_to(commands: argparse._SubParsersAction) -> None:
     """Add the command to a parser's."""
     export = commands.add_parser(
         "export",
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
 def known_heads(
     model: InterventionModel,
     tasks: list[str] | None = None,
-    classes: Mapping[str, Mapping[str, Any]] | None = None,
+    classes: Classes | None = None,
     clip: str | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     """Zero-shot heads of a model's tasks, and the names of their classes.
@@ -119,7 +119,7 @@ def known_heads(
     return heads, {task: list(described["names"]) for task, described in wanted.items()}
 
 
-def read_classes(file: Path) -> dict[str, Any]:
+def read_classes(file: Path) -> Classes:
     """The classes of tasks from a JSON file, as ``zero_shot_heads`` takes them.
 
     Raises:

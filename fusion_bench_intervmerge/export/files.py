@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,7 +102,7 @@ def _graph(encoder: PlainEncoder) -> torch.export.ExportedProgram:
     return program
 
 
-def _write_onnx(encoder: PlainEncoder, file: Path, facts: Mapping[str, Any], dtype: str) -> None:
+def _write_onnx(encoder: PlainEncoder, file: Path, facts: Mapping[str, object], dtype: str) -> None:
     try:
         import onnx
         import onnxscript  # noqa: F401
@@ -139,7 +138,7 @@ def _write_onnx(encoder: PlainEncoder, file: Path, facts: Mapping[str, Any], dty
     onnx.save(proto, file)
 
 
-def _quantizer() -> Any:
+def _quantizer() -> type:
     """onnxruntime's tool that keeps matrices in fewer bits."""
     # Its module sets up logging for the whole process, unless somebody did.
     root, somebody = logging.getLogger(), logging.NullHandler()

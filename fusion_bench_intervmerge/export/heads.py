@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+if TYPE_CHECKING:
+    from transformers import CLIPModel, PreTrainedTokenizerBase
+
+Classes = Mapping[str, Mapping[str, Sequence[str]]]
+
 
 @torch.no_grad()
 def zero_shot_heads(
-    clip: Any, tokenizer: Any, classes: Mapping[str, Mapping[str, Any]]
+    clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, classes: Classes
 ) -> dict[str, Tensor]:
     """Each task's classes as text features, times the logit scale.
 

@@ -50,7 +50,9 @@ class Analyser:
         ConfigError: an analysis that does not exist.
     """
 
-    def __init__(self, analyses: Any, images: int, split: str, device: torch.device):
+    def __init__(
+        self, analyses: str | Sequence[str] | None, images: int, split: str, device: torch.device
+    ):
         self.names = read_analyses(analyses)
         self.images, self.split, self.device = images, split, device
         self.found: dict[str, Json] = {}
@@ -98,7 +100,7 @@ class Analyser:
 
     def _images(self, pool: ExpertPool, task: str) -> tuple[Tensor, Tensor | None]:
         """Images drawn with a fixed seed, since some data sets are sorted by class."""
-        dataset: Any = pool.images(task, self.split)
+        dataset = pool.images(task, self.split)
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
         chosen = sorted(order[: self.images].tolist())
         batches = list(DataLoader(Subset(dataset, chosen), batch_size=64))
@@ -161,9 +163,8 @@ class AnalyseInterventionModel(LightningFabricMixin, BaseAlgorithm):
         model = HostedInterventionModel.from_pretrained(folder)
         tasks = [task for task in pool.tasks if task in model.tasks]
         if not tasks:
-            raise ConfigError(
-                "modelpool.models", "no expert of the model's", ", ".join(model.tasks)
-            )
+            allowed = ", ".join(model.tasks)
+            raise ConfigError("modelpool.models", "no expert of the model's", allowed)
         name = folder.resolve().name
         merge = Result(kind="merge", base=MERGED, extra_parameters=0)
         results = Results(tasks=tasks, models={MERGED: merge, name: saved(model, MERGED, name)})
@@ -183,12 +184,11 @@ class AnalyseInterventionModel(LightningFabricMixin, BaseAlgorithm):
 
 def _rows(found: Mapping[str, Json], name: str) -> dict[str, dict[str, float]]:
     """Task -> the numbers of a diagnosis, before and after the repair."""
+    encoders = {"before": MERGED, "after": name}
     rows: dict[str, dict[str, float]] = {}
-    for task, values in found["bias"].items():
-        rows[task] = {
-            f"bias_{when}": values[encoder]["features"]
-            for when, encoder in (("before", MERGED), ("after", name))
-        }
-        if shares := found.get("agreement", {}).get(task):
-            rows[task] |= {"agreement_before": shares[MERGED], "agreement_after": shares[name]}
+    for task, bias in found["bias"].items():
+        shares = found.get("agreement", {}).get(task)
+        rows[task] = {f"bias_{when}": bias[of]["features"] for when, of in encoders.items()}
+        if shares:
+            rows[task] |= {f"agreement_{when}": shares[of] for when, of in encoders.items()}
     return rows

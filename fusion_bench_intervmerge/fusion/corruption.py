@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -43,7 +44,7 @@ class Corrupted(Dataset):
         settings: how.
     """
 
-    def __init__(self, dataset: Any, task: str, settings: StreamSettings):
+    def __init__(self, dataset: Sequence, task: str, settings: StreamSettings):
         self.dataset, self.task, self.settings = dataset, task, settings
 
     def __len__(self) -> int:

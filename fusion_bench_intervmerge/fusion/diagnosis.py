@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
+import pandas as pd
 import torch
 from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..model import InterventionModel
+
+ENCODERS = {"before": "merged", "after": "repaired"}
 
 
 @torch.no_grad()
@@ -36,7 +40,7 @@ def diagnose(
         a head ``agreement_before`` and ``agreement_after``, the share of images on which the
         predicted class is the expert's.
     """
-    features: dict[str, list[Tensor]] = {"before": [], "after": []}
+    features: dict[str, list[Tensor]] = {when: [] for when in ENCODERS}
     for batch in DataLoader(Subset(dataset, indices), batch_size=64):
         images = (batch[0] if isinstance(batch, (list, tuple)) else batch).to(model.device)
         features["before"].append(model.encode(images).float().cpu())
@@ -53,20 +57,14 @@ def diagnose(
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> Table:
     """The tasks' diagnosis as a table for the terminal."""
-    agreement = any("agreement_after" in row for row in rows.values())
-    shown = Table()
-    shown.add_column("task")
-    headers = ["bias, merged", "bias, repaired"]
-    headers += ["agreement, merged", "agreement, repaired"] if agreement else []
-    for header in headers:
-        shown.add_column(header, justify="right")
-    names = dict.fromkeys(name for row in rows.values() for name in row)
-    known = {name: [row[name] for row in rows.values() if name in row] for name in names}
-    average = {name: sum(values) / len(values) for name, values in known.items()}
-    for task, row in [*rows.items(), ("average", average)]:
-        cells = [f"{row['bias_before']:.4f}", f"{row['bias_after']:.4f}"]
-        if agreement:
-            shares = (row.get(f"agreement_{when}") for when in ("before", "after"))
-            cells += ["-" if share is None else f"{share:.1%}" for share in shares]
+    numbers = pd.DataFrame.from_dict(rows, orient="index")
+    shown = Table("task")
+    for name in numbers:
+        what, _, when = str(name).partition("_")
+        shown.add_column(f"{what}, {ENCODERS[when]}", justify="right")
+    numbers.loc["average"] = numbers.mean()
+    for task, row in numbers.iterrows():
+        forms = ("{:.4f}" if name.startswith("bias") else "{:.1%}" for name in numbers)
+        cells = ["-" if np.isnan(n) else form.format(n) for form, n in zip(forms, row, strict=True)]
         shown.add_row(task, *cells, end_section=task == list(rows)[-1])
     return shown

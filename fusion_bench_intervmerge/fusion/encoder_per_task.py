@@ -58,16 +58,13 @@ class ExpertPerTask(EncoderPerTask):
 
     def __init__(self, pool: ExpertPool):
         super().__init__(pool)
-        self._pool = pool
-        self._load(self.tasks[0])
-
-    def _load(self, task: str) -> None:
-        self.tower: VisionTower = self._pool.tower(task).requires_grad_(False).eval()
-        self._loaded = task
+        self._pool, self._loaded = pool, ""
+        self.tower_for(self.tasks[0])
 
     def tower_for(self, task: str) -> VisionTower:
         if task != self._loaded:
-            self._load(task)
+            self.tower: VisionTower = self._pool.tower(task).requires_grad_(False).eval()
+            self._loaded = task
         return self.tower
 
     def extra_parameters(self) -> dict[str, int]:

@@ -8,15 +8,19 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fusion_bench import BaseModelPool
 from fusion_bench.dataset import CLIPDataset
+from fusion_bench.models.hf_clip import HFCLIPClassifier
+from fusion_bench.tasks.clip_classification import get_classnames_and_templates
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from torch.utils.data import Dataset
+from transformers import CLIPModel, CLIPProcessor
 
-from ..encoders import MissingProjectionError, VisionTower, as_tower
+from ..encoders import MissingProjectionError, VisionTower, as_tower, check_expert
 from ..errors import ConfigError
 from ..schema import Json
 from ..task_names import check_task_name
@@ -24,11 +28,8 @@ from .hub import fetch, watched
 
 log = logging.getLogger(__name__)
 
-SPLITS = {
-    "test": ("load_test_dataset", "test_datasets"),
-    "validation": ("load_val_dataset", "val_datasets"),
-    "train": ("load_train_dataset", "train_datasets"),
-}
+Head = Callable[[Tensor], Tensor]
+SPLITS = {"test": "test", "validation": "val", "train": "train"}  # as FusionBench calls them
 
 
 class ExpertPool:
@@ -49,7 +50,7 @@ class ExpertPool:
         for index, task in enumerate(self.tasks):
             check_task_name(task, self.tasks[:index], "modelpool.models")
         self._projection: nn.Linear | None = None
-        self._images: dict[tuple[str, str], Dataset] = {}
+        self._images: dict[tuple[str, str], CLIPDataset] = {}
 
     @property
     def family(self) -> str:
@@ -81,24 +82,12 @@ class ExpertPool:
         Raises:
             ConfigError: two models differ in a tensor's shape.
         """
-        first = self.pool.all_model_names[0]
-        shapes = {n: tuple(p.shape) for n, p in self.tower(first).mergeable().items()}
-        for name in self.pool.all_model_names[1:]:
-            for tensor, parameter in self.tower(name).mergeable().items():
-                if shapes.get(tensor) != tuple(parameter.shape):
-                    raise ConfigError(
-                        f"modelpool.models.{name}",
-                        f"{tensor} has shape {tuple(parameter.shape)}, in {first} "
-                        f"{shapes.get(tensor)}",
-                        "models of one architecture",
-                    )
+        first, *others = self.pool.all_model_names
+        for name in others:
+            check_expert(name, self.tower(name), self.tower(first))
 
     def raw(self, name: str) -> nn.Module:
-        """The model of that name as the pool gives it.
-
-        Raises:
-            ConfigError: its checkpoint is not found.
-        """
+        """The model of that name as the pool gives it, or a ConfigError: it is not found."""
         return self.pool.load_model(name)
 
     def wrap(self, model: nn.Module, where: str = "base") -> VisionTower:
@@ -115,7 +104,7 @@ class ExpertPool:
         except TypeError as error:
             raise ConfigError(where, str(error), "models of one CLIP architecture") from None
 
-    def images(self, task: str, split: str) -> Dataset:
+    def images(self, task: str, split: str) -> CLIPDataset:
         """A split's images, preprocessed: items are (pixel values, label), -1 for no label.
 
         Raises:
@@ -124,18 +113,17 @@ class ExpertPool:
         """
         if split not in SPLITS:
             raise ConfigError("data.split", f"there is no split {split!r}", ", ".join(SPLITS))
-        method, group = SPLITS[split]
-        where = f"modelpool.{group}.{task}"
-        if task not in (getattr(self.pool, f"_{group}", None) or {}):
+        where = f"modelpool.{SPLITS[split]}_datasets.{task}"
+        if task not in self._datasets(split):
             raise ConfigError(where, f"the pool has no {split} images for this task")
         if (task, split) not in self._images:
-            items = _Items(getattr(self.pool, method)(task), where)
+            items = _Items(getattr(self.pool, f"load_{SPLITS[split]}_dataset")(task), where)
             if len(items):
                 items[0]  # what all of them lack is said before the merge
             self._images[task, split] = CLIPDataset(items, self._processor())
         return self._images[task, split]
 
-    def head(self, task: str) -> Callable[[Tensor], Tensor] | None:
+    def head(self, task: str) -> Head | None:
         """Zero-shot logits from image features (batch, projection_dim), not normalised.
 
         Returns:
@@ -146,23 +134,14 @@ class ExpertPool:
             if task not in (self.pool._classification_heads or {}):
                 return None
             return self.pool.load_classification_head(task).eval()
-        from fusion_bench.models.hf_clip import HFCLIPClassifier
-        from fusion_bench.tasks.clip_classification import get_classnames_and_templates
-
         try:
-            classnames, templates = get_classnames_and_templates(task)
+            get_classnames_and_templates(task)
         except ValueError:
             log.info("no class names are known for task %r, so no predictions", task)
             return None
-        # Not through CLIPClassificationMixin: it caches heads on disk by the model's name alone.
-        if not hasattr(self, "_classifier"):
-            clip = copy.deepcopy(self.pool.load_clip_model("_pretrained_"))
-            self._classifier: Any = HFCLIPClassifier(clip, self._processor())
-        self._classifier.set_classification_task(classnames, templates)
-        weights = self._classifier.zeroshot_weights.detach().clone()
-        return lambda features: (
-            nn.functional.normalize(features.float(), dim=-1).to(weights.device) @ weights.T
-        )
+        if not hasattr(self, "_clip"):
+            self._clip = copy.deepcopy(self.pool.load_clip_model("_pretrained_"))
+        return zero_shot_head(self._clip, self._processor(), task)
 
     def about(self) -> Json:
         """What a saved model should know of its CLIP to be of use elsewhere, as JSON values.
@@ -172,8 +151,6 @@ class ExpertPool:
             its image processor; ``classes``, task -> names and templates of the captions, where
             FusionBench knows them. Without what the pool does not tell.
         """
-        from fusion_bench.tasks.clip_classification import get_classnames_and_templates
-
         found: Json = {}
         config = self.pool._models.get("_pretrained_")
         if isinstance(config, Mapping):
@@ -197,21 +174,20 @@ class ExpertPool:
         return found | ({"classes": classes} if classes else {})
 
     def identity(self, name: str) -> str:
-        """What the config says of a model: enough to tell one run's models from another's.
-
-        Of a live module nothing can be told.
-        """
+        """What the config says of a model; of a live module it says nothing."""
         config = self.pool._models[name]
         return "a live module" if isinstance(config, nn.Module) else str(config)
 
     def images_identity(self, task: str, split: str) -> str:
         """What the config says of a split's images."""
-        return str((getattr(self.pool, f"_{SPLITS[split][1]}", None) or {}).get(task))
+        return str(self._datasets(split).get(task))
 
-    def _processor(self) -> Any:
-        if hasattr(self.pool, "test_processor"):
-            return self.pool.test_processor
-        return self.pool.load_processor()
+    def _datasets(self, split: str) -> Mapping[str, object]:
+        return getattr(self.pool, f"_{SPLITS[split]}_datasets", None) or {}
+
+    def _processor(self) -> CLIPProcessor:
+        openclip = hasattr(self.pool, "test_processor")
+        return self.pool.test_processor if openclip else self.pool.load_processor()
 
     def _visual_projection(self) -> nn.Linear | None:
         # Only Hugging Face's vision models come without their projection.
@@ -220,14 +196,26 @@ class ExpertPool:
             config = self.pool._models.get("_pretrained_")
             if config is None or isinstance(config, nn.Module):
                 problem = "is missing" if config is None else "is a live module"
-                raise ConfigError(
-                    where,
-                    f"{problem}, so that there is no visual projection",
-                    "the id or the folder of a whole CLIP; experts may be live modules",
-                )
+                problem += ", so that there is no visual projection"
+                allowed = "the id or the folder of a whole CLIP; experts may be live modules"
+                raise ConfigError(where, problem, allowed)
             clip = self.pool.load_clip_model("_pretrained_")
             self._projection = copy.deepcopy(clip.visual_projection)
         return self._projection
+
+
+def zero_shot_head(clip: CLIPModel, processor: CLIPProcessor, task: str) -> Head:
+    """Logits of image features (batch, projection_dim) for the classes of a task.
+
+    Not through ``CLIPClassificationMixin``: it caches heads on disk by the model's name alone.
+
+    Raises:
+        ValueError: FusionBench does not know the task's classes.
+    """
+    classifier: Any = HFCLIPClassifier(clip, processor)
+    classifier.set_classification_task(*get_classnames_and_templates(task))
+    weights = classifier.zeroshot_weights
+    return lambda features: normalize(features.float(), dim=-1).to(weights.device) @ weights.T
 
 
 class _Items(Dataset):
@@ -241,7 +229,7 @@ class _Items(Dataset):
         ConfigError: an item cannot be read, or has no image.
     """
 
-    def __init__(self, dataset: Any, where: str):
+    def __init__(self, dataset: Sequence, where: str):
         self.dataset, self.where = dataset, where
 
     def __len__(self) -> int:

@@ -9,7 +9,7 @@ the task.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from ..encoders import VisionTower
 from ..model import InterventionModel
 from ..protocols import TaskConditionalModel
-
-PREPROCESSING = ("train_preprocess", "val_preprocess")
 
 
 class _NamedAfterwards(nn.Module):
@@ -30,6 +28,7 @@ class _NamedAfterwards(nn.Module):
     """
 
     is_surgery_model = True
+    encode: Callable[..., Tensor]
     _images: Tensor | None = None
 
     def _remember(self, images: Tensor) -> None:
@@ -37,7 +36,7 @@ class _NamedAfterwards(nn.Module):
         self._images = images.detach().clone()
 
     def compute_surgery_features(
-        self: Any, features: Tensor, dataset_name: str
+        self, features: Tensor, dataset_name: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Features of the images of the last forward pass, for the task they are of.
 
@@ -94,12 +93,10 @@ class HostedModel(_NamedAfterwards):
             takes and, with OpenCLIP, the images' preprocessing.
     """
 
-    def __init__(self, model: Any, like: VisionTower):
+    def __init__(self, model: TaskConditionalModel, like: VisionTower):
         super().__init__()
-        self.model = model
-        self.width = like.width
-        for name in PREPROCESSING:
-            setattr(self, name, getattr(like, name, None))
+        self.model, self.width = model, like.width
+        _copy_preprocessing(like, self)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(batch, width) without a number in it, until the task is named."""
@@ -118,15 +115,16 @@ class HostedModel(_NamedAfterwards):
         return self.model.extra_parameters()
 
 
-def hosted(model: Any, like: VisionTower) -> Any:
+def hosted(model: nn.Module, like: VisionTower) -> nn.Module:
     """A model as FusionBench's own task pools can evaluate it; one that they can is left as it is.
 
     Args:
         model: any model.
         like: as in ``HostedModel``.
     """
-    told = isinstance(model, TaskConditionalModel) and not hasattr(model, "is_surgery_model")
-    return HostedModel(model, like) if told else model
+    if isinstance(model, TaskConditionalModel) and not hasattr(model, "is_surgery_model"):
+        return HostedModel(model, like)
+    return model
 
 
 class OneTask(nn.Module):
@@ -137,11 +135,10 @@ class OneTask(nn.Module):
         train_preprocess, val_preprocess: the model's; FusionBench's OpenCLIP classifier has them.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: TaskConditionalModel):
         super().__init__()
         self.model = model
-        for name in PREPROCESSING:
-            setattr(self, name, getattr(model, name, None))
+        _copy_preprocessing(model, self)
         self.task: str | None = None
 
     def forward(self, images: Tensor) -> Tensor:
@@ -154,3 +151,8 @@ class OneTask(nn.Module):
 def by_task(model: nn.Module) -> Any:
     """A task-conditional model as one that is told the task before; others as they are."""
     return OneTask(model) if isinstance(model, TaskConditionalModel) else model
+
+
+def _copy_preprocessing(source: object, target: object) -> None:
+    for name in ("train_preprocess", "val_preprocess"):
+        setattr(target, name, getattr(source, name, None))

@@ -7,7 +7,9 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from fusion_bench import BaseModelPool
 
 from ..errors import ConfigError
 
@@ -30,7 +32,7 @@ LOADS = {
 }
 
 
-def watched(pool: Any) -> Any:
+def watched(pool: BaseModelPool) -> BaseModelPool:
     """A copy of a model pool whose loads raise a ``ConfigError`` where they fail.
 
     It is handed to nested methods as well, which load what they merge themselves. The pool itself
@@ -39,9 +41,8 @@ def watched(pool: Any) -> Any:
     pool = copy.copy(pool)
     for name, group in LOADS.items():
         vars(pool).pop(name, None)  # a watched pool's, which loads from that one
-        load = getattr(pool, name, None)
-        if load is not None:
-            setattr(pool, name, partial(_load, load, f"modelpool.{group}"))
+        if hasattr(pool, name):
+            setattr(pool, name, partial(_load, getattr(pool, name), f"modelpool.{group}"))
     return pool
 
 
@@ -57,11 +58,10 @@ def fetch(load: Callable[[], T], where: str) -> T:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(
-            where,
-            f"could not be loaded ({_reason(error)})",
-            f"a reachable id or a local folder; {OFFLINE_POOL}",
-        ) from error
+        told = " ".join(str(error).split()) or type(error).__name__
+        reason = told if len(told) <= 200 else f"{told[:197]}..."
+        allowed = f"a reachable id or a local folder; {OFFLINE_POOL}"
+        raise ConfigError(where, f"could not be loaded ({reason})", allowed) from error
 
 
 def warn_if_unreachable(names: Iterable[object]) -> None:
@@ -82,12 +82,6 @@ def warn_if_unreachable(names: Iterable[object]) -> None:
         )
 
 
-def _load(load: Callable[..., Any], where: str, *args: Any, **kwargs: Any) -> Any:
-    name = args[0] if args and isinstance(args[0], str) else None
-    return fetch(lambda: load(*args, **kwargs), f"{where}.{name}" if name else where)
-
-
-def _reason(error: Exception) -> str:
-    """The first cause in a chain that says something, on one line."""
-    told = " ".join(str(error).split()) or type(error).__name__
-    return told if len(told) <= 200 else f"{told[:197]}..."
+def _load(load: Callable[..., T], where: str, *args: object, **kwargs: object) -> T:
+    name = f".{args[0]}" if args and isinstance(args[0], str) else ""
+    return fetch(lambda: load(*args, **kwargs), where + name)

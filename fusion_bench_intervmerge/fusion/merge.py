@@ -17,14 +17,12 @@ from fusion_bench.constants import RuntimeConstants
 from fusion_bench.utils import instantiate
 from lightning import Fabric
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..cache import cache_root
 from ..encoders import VisionTower
 from ..errors import ConfigError
-from ..files import whole_file
+from ..expert_cache import ExpertCache
 from ..merging import CoefficientSettings, Mixture, initial_coefficients, mix
 from ..pickles import read_tensor
 from .experts import ExpertPool
@@ -91,25 +89,19 @@ def _by_coefficients(
 
 
 def run_base(config: object, pool: BaseModelPool, fabric: Fabric, program: object) -> nn.Module:
-    """Run a nested method on a pool and return the merged model.
-
-    Args:
-        config, pool, fabric, program: as in ``run_method``.
+    """Run a nested method as ``run_method`` does, and return the merged model.
 
     Raises:
         ConfigError: the config names no method, or the method gives no single model.
     """
     merged = run_method(config, pool, fabric, program)
     if not isinstance(merged, nn.Module):
-        raise ConfigError(
-            "base",
-            f"it gives a {type(merged).__name__}",
-            "a method that gives one merged model",
-        )
+        problem = f"it gives a {type(merged).__name__}"
+        raise ConfigError("base", problem, "a method that gives one merged model")
     return merged
 
 
-def run_method(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -> Any:
+def run_method(config: object, pool: BaseModelPool, fabric: Fabric, program: object) -> object:
     """Run a nested method on a pool and return what it returns.
 
     Configs of both kinds are taken: with ``_target_``, and the older ones that FusionBench finds
@@ -131,26 +123,25 @@ def run_method(config: Any, pool: BaseModelPool, fabric: Fabric, program: Any) -
         pool = copy.copy(pool)
         pool._models = {str(n): copy.deepcopy(model) for n, model in pool._models.items()}
     try:
-        return _run(adopted(_method(config), program, fabric), watched(pool))
+        return _run(config, watched(pool), fabric, program)
     except TypeError as error:
         if "Tensor type mismatch" not in str(error):
             raise
-        return _run(adopted(_method(config), program, fabric), _of_tensors(watched(pool)))
+        return _run(config, _of_tensors(watched(pool)), fabric, program)
 
 
-def _method(config: Any) -> Any:
-    if not isinstance(config, DictConfig):
-        return config
-    if "_target_" in config:
-        return instantiate(config, _recursive_=config.get("_recursive_", False))
-    if "name" in config:
-        from fusion_bench.compat.method import load_algorithm_from_config
+def _run(config: object, pool: BaseModelPool, fabric: Fabric, program: object) -> object:
+    method: Any = config
+    if isinstance(config, DictConfig):
+        if "_target_" in config:
+            method = instantiate(config, _recursive_=config.get("_recursive_", False))
+        elif "name" in config:
+            from fusion_bench.compat.method import load_algorithm_from_config
 
-        return load_algorithm_from_config(config)
-    raise ConfigError("base", "names no method", "method@method.base=task_arithmetic, ...")
-
-
-def _run(method: Any, pool: BaseModelPool) -> Any:
+            method = load_algorithm_from_config(config)
+        else:
+            raise ConfigError("base", "names no method", "method@method.base=task_arithmetic, ...")
+    adopted(method, program, fabric)
     getattr(method, "on_run_start", lambda: None)()  # older methods have neither
     found = method.run(pool)
     getattr(method, "on_run_end", lambda: None)()
@@ -164,24 +155,24 @@ def _of_tensors(pool: BaseModelPool) -> BaseModelPool:
     each, which its arithmetic of state dicts refuses: they cannot run with any pool.
     """
 
-    def load(name: Any, *args: Any, **kwargs: Any) -> Any:
+    def load(name: str, *args: object, **kwargs: object) -> nn.Module:
         model = pool.load_model(name, *args, **kwargs)
         kind = type(model)
 
-        def state_dict(self: Any, *args: Any, keep_vars: bool = False, **kwargs: Any) -> Any:
-            return kind.state_dict(self, *args, keep_vars=False, **kwargs)
+        def state_dict(self: nn.Module, **options: Any) -> dict[str, Tensor]:
+            return kind.state_dict(self, **options | {"keep_vars": False})
 
         # a class of its own, so that copies of the model have it too
         model.__class__ = type(kind.__name__, (kind,), {"state_dict": state_dict})
         return model
 
-    tensors: Any = copy.copy(pool)
-    tensors.load_model = load
+    tensors = copy.copy(pool)
+    tensors.load_model = load  # type: ignore[method-assign, assignment]
     return tensors
 
 
 def run_adamerging(
-    config: Any, pool: BaseModelPool, fabric: Fabric, program: Any, keep: bool = True
+    config: object, pool: BaseModelPool, fabric: Fabric, program: object, keep: bool = True
 ) -> Tensor:
     """Run one of FusionBench's AdaMerging methods for its coefficients, once.
 
@@ -198,8 +189,9 @@ def run_adamerging(
     Raises:
         ConfigError: the method does not save coefficients.
     """
-    if not OmegaConf.is_config(config):
-        config = OmegaConf.create(dict(config or {}))
+    if not isinstance(config, DictConfig):
+        config = OmegaConf.create(dict(config) if isinstance(config, Mapping) else {})
+    assert isinstance(config, DictConfig)
     if "save_merging_weights" not in config:
         raise ConfigError(
             "coefficients.init",
@@ -208,59 +200,36 @@ def run_adamerging(
         )
     if not keep or pool.has_instance_models:  # nothing tells one live module from another
         return _find_coefficients(config, pool, fabric, program)
-    kept = _kept_coefficients(config, pool)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{kept}.lock"):
-        found = _read_kept(kept)
-        if found is not None:
-            log.info("AdaMerging's coefficients are those of an earlier run, %s", kept)
-            return found
+    key, folder = _key(config, pool), cache_root() / "coefficients"
+    cache = ExpertCache(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{key}.lock"):
+        kept = cache.get(key)
+        if kept is not None:
+            log.info("AdaMerging's coefficients are those of an earlier run, %s/%s", folder, key)
+            return kept[0]["coefficients"]
         found = _find_coefficients(config, pool, fabric, program)
-        with whole_file(kept) as temporary:
-            save_file({"coefficients": found}, temporary, {"digest": _digest(found)})
+        cache.put(key, {"coefficients": found}, images="")
         return found
 
 
 def _find_coefficients(
-    config: object, pool: BaseModelPool, fabric: Fabric, program: object
+    config: DictConfig, pool: BaseModelPool, fabric: Fabric, program: object
 ) -> Tensor:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "merging_weights.pt"
-        run_base(
-            OmegaConf.merge(config, {"save_merging_weights": str(path)}), pool, fabric, program
-        )
+        saving = OmegaConf.merge(config, {"save_merging_weights": str(path)})
+        run_base(saving, pool, fabric, program)
         return read_tensor(path)
 
 
-def _read_kept(path: Path) -> Tensor | None:
-    """Coefficients that were kept; None where there are none, or a disk has changed them."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            found, digest = file.get_tensor("coefficients"), (file.metadata() or {}).get("digest")
-    except (SafetensorError, OSError) as error:
-        log.warning("%s cannot be read (%s); the coefficients are found anew", path, error)
-        return None
-    if digest != _digest(found):
-        log.warning("%s is not as it was written; the coefficients are found anew", path)
-        return None
-    return found
-
-
-def _digest(tensor: Tensor) -> str:
-    content = f"{tuple(tensor.shape)} {tensor.dtype} ".encode() + tensor.numpy().tobytes()
-    return hashlib.sha256(content).hexdigest()
-
-
-def _kept_coefficients(config: object, pool: Any) -> Path:
-    """The file for what a method finds on a pool: the name tells of everything it depends on."""
+def _key(config: DictConfig, pool: BaseModelPool) -> str:
+    """A digest of everything that the coefficients a method finds on a pool depend on."""
     facts = [
         OmegaConf.to_yaml(config, resolve=True),
         *(f"{name}: {pool._models[name]}" for name in pool.all_model_names),
-        str(getattr(pool, "_test_datasets", None)),
+        str(pool._test_datasets),
         version("fusion-bench"),
         str(RuntimeConstants.debug),  # a dry run of a few steps
     ]
-    digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:20]
-    return cache_root() / "coefficients" / f"{digest}.safetensors"
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:20]

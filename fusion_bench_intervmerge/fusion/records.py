@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
@@ -41,7 +40,7 @@ def repaired(
     done: Distillation,
     images: list[Images],
     settings: Json,
-    **more: Any,
+    **more: object,
 ) -> Result:
     """What is known of a repaired model.
 
@@ -52,19 +51,16 @@ def repaired(
         settings: its method's, as plain values.
         more: other fields of ``Result``.
     """
-    budget = settings.get("budget")
-    return Result(
-        kind="repair",
-        budget=budget,
-        rank=_rank(model) if budget is None else None,
+    return _repair(
+        model,
+        settings,
         images=images,
-        settings=dict(settings),
         images_seen={task: len(seen) for task, seen in done.images.items()},
         resumed_at=done.resumed_at,
         final_loss=float(done.losses[-1].mean()) if len(done.losses) else None,
         losses=done.by_task(),
-        **_sizes(model),
-        **{"seed": images[-1].seed} | more,
+        seed=images[-1].seed,
+        **more,
     )
 
 
@@ -75,19 +71,8 @@ def saved(model: InterventionModel, base: str, method: str) -> Result:
         model: the model.
         base, method: what to call its merge and its repair.
     """
-    settings = model.metadata.get("method") or {}
-    budget = settings.get("budget")
-    return Result(
-        kind="repair",
-        base=base,
-        method=method,
-        seed=model.seed,
-        budget=budget,
-        rank=_rank(model) if budget is None else None,
-        settings=settings,
-        images=remembered_images(model),
-        **_sizes(model),
-    )
+    settings, images = model.metadata.get("method") or {}, remembered_images(model)
+    return _repair(model, settings, images=images, seed=model.seed, base=base, method=method)
 
 
 def remembered_images(model: InterventionModel) -> list[Images]:
@@ -121,9 +106,14 @@ def _choices() -> dict[str, str]:
     return {key: str(name) for key, name in HydraConfig.get().runtime.choices.items() if name}
 
 
-def _sizes(model: InterventionModel) -> Json:
-    extra = model.extra_parameters()
-    return {
+def _repair(model: InterventionModel, settings: Json, **more: object) -> Result:
+    extra, budget = model.extra_parameters(), settings.get("budget")
+    places = (blocks for sites in model.ranks().values() for blocks in sites.values())
+    ranks = {rank for blocks in places for rank in blocks.values()}
+    known: Json = {
+        "budget": budget,
+        "rank": ranks.pop() if budget is None and len(ranks) == 1 else None,
+        "settings": dict(settings),
         "extra_parameters": extra["total"],
         "extra_parameters_folded": extra["folded"],
         "extra_parameters_by_task": extra["per_task"],
@@ -132,10 +122,4 @@ def _sizes(model: InterventionModel) -> Json:
         "passes": 1.0,
         "needs_task": model.router is None,
     }
-
-
-def _rank(model: InterventionModel) -> int | None:
-    """The rank of all edits, where it is one."""
-    places = (blocks for sites in model.ranks().values() for blocks in sites.values())
-    ranks = {rank for blocks in places for rank in blocks.values()}
-    return ranks.pop() if len(ranks) == 1 else None
+    return Result(kind="repair", **known | more)

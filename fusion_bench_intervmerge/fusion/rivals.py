@@ -63,10 +63,7 @@ class RivalSettings(Settings):
 class Rival(LightningFabricMixin, BaseAlgorithm, Repair):
     """A method that starts from the experts, whatever merge is repaired beside it.
 
-    It runs alone (``method=rivals/NAME``) as it does in a comparison.
-
-    Args:
-        settings: as in the class's ``Settings``.
+    It runs alone (``method=rivals/NAME``) as it does in a comparison, by its ``Settings``.
     """
 
     @one_line
@@ -114,7 +111,9 @@ class FusionBenchMethod(Rival):
         if self.settings.storage is not None:
             self._bytes = self.settings.storage.bytes(one, len(pool.tasks))
         else:
-            self._bytes = max(0, _bytes(model) - 4 * one)
+            tensors = (*model.parameters(), *model.buffers())  # each of them once
+            held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            self._bytes = max(0, held - 4 * one)
         return model
 
     def record(self, model: object) -> Result:
@@ -149,8 +148,3 @@ def as_task_conditional(found: object, pool: ExpertPool) -> nn.Module:
     if isinstance(found, nn.Module):
         return found
     raise ConfigError("method", f"gives a {type(found).__name__}", "a model, or one a task")
-
-
-def _bytes(model: nn.Module) -> int:
-    tensors = (*model.parameters(), *model.buffers())  # each of them once
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from fusion_bench import BaseAlgorithm
 from fusion_bench.constants import RuntimeConstants
@@ -26,6 +26,7 @@ from ..errors import ArtifactError, ConfigError
 
 P = ParamSpec("P")
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 
 _inside: ContextVar[bool] = ContextVar("inside", default=False)
 
@@ -84,8 +85,8 @@ class HostFilter(logging.Filter):
 def host_in_the_log() -> Iterator[None]:
     """In a Hydra run, keeps FusionBench's logs and boxes off the screen; the file has the logs.
 
-    A run with ``print_function_call=false`` has no boxes afterwards either: FusionBench reads that
-    setting, and then does not look at it.
+    With ``print_function_call=false`` there are no boxes afterwards either: FusionBench reads that
+    setting but does not follow it.
     """
     if not HydraConfig.initialized():
         yield
@@ -109,7 +110,7 @@ def _screens() -> list[logging.Handler]:
     return [handler for handler in handlers if not isinstance(handler, logging.FileHandler)]
 
 
-def _off_screen(error: Any) -> Any:
+def _off_screen(error: E) -> E:
     """Keep FusionBench's record of an error off the screen."""
 
     def wanted(record: logging.LogRecord) -> bool:

@@ -30,7 +30,7 @@ class TallMasks(Rival):
     """theta_t = theta0 + m_t * tau with m_t = |tau_t| >= lambda |tau - tau_t|, tau = sum of tau_t.
 
     TALL-masks (arXiv 2405.07813, section 4), which stores tau beside theta0, and a bit a number and
-    task. fusion-bench 0.2.33 has it too, but compares |theta0 - tau_t| in the place of |tau_t|.
+    task. fusion-bench 0.2.33 has it too, but compares |theta0 - tau_t| instead of |tau_t|.
     """
 
     Settings = TallMaskSettings

@@ -7,15 +7,13 @@ classes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from fusion_bench.models.hf_clip import HFCLIPClassifier
-from fusion_bench.tasks.clip_classification import get_classnames_and_templates
 from fusion_bench.utils import count_parameters
 from torch import Tensor
-from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -23,21 +21,17 @@ from ..images import generator_of
 from ..protocols import TaskConditionalModel
 from ..schema import Json
 from .corruption import Corrupted, StreamSettings
+from .experts import Head, zero_shot_head
 from .screen import one_line
 from .taskpools import CLIPVisionModelTaskPool
-
-Head = Callable[[Tensor], Tensor]
-NUMBERS = ("given", "routed", "union", "routing")
 
 
 class Stream(Dataset):
     """All images of all tasks, in an order of their own: items are (pixels, task index, label)."""
 
-    def __init__(self, datasets: Mapping[str, Any], seed: int):
+    def __init__(self, datasets: Mapping[str, Sequence], seed: int):
         self.datasets = list(datasets.values())
-        keys = [
-            (task, index) for task, data in enumerate(self.datasets) for index in range(len(data))
-        ]
+        keys = [(task, at) for task, data in enumerate(self.datasets) for at in range(len(data))]
         order = torch.randperm(len(keys), generator=generator_of(seed, "stream", ""))
         self.keys = [keys[at] for at in order.tolist()]
 
@@ -133,7 +127,8 @@ def measure(
         best = torch.cat(logits, dim=1).argmax(dim=1)
         tally.count("union", best.eq(start[of] + labels), of)
         if routes:
-            told = torch.tensor([_index(tasks, task) for task in model.route(images)])
+            places = {task: at for at, task in enumerate(tasks)}  # the one behind: none of these
+            told = torch.tensor([places.get(task, len(tasks)) for task in model.route(images)])
             known = told < len(tasks)
             own = torch.stack([part.argmax(dim=1) for part in logits], dim=1)
             chosen = own.gather(1, told.clamp_max(len(tasks) - 1)[:, None])[:, 0]
@@ -155,11 +150,6 @@ def _own_class(features: Tensor, heads: Mapping[str, Head], of: Tensor) -> Tenso
     return found
 
 
-def _index(tasks: list[str], task: str | None) -> int:
-    """A task's place; the one behind the last for none, and for a task without a head."""
-    return tasks.index(task) if task in tasks else len(tasks)
-
-
 class Union:
     """What the ``..._union`` task pools of both families have in common.
 
@@ -172,6 +162,18 @@ class Union:
         own = {k: settings.pop(k) for k in StreamSettings.model_fields if k in settings}
         self.stream = StreamSettings.read(own, "taskpool")
         super().__init__(*args, **settings)
+
+    def report(self: Any, model: Any, heads: Any, name: str | None = None) -> Json:
+        """FusionBench's ``model_info``, and what ``measure`` finds on the stream."""
+        trainable, everything = count_parameters(model)
+        info: Json = {"trainable_params": trainable, "all_params": everything}
+        info |= {} if name is None else {"name": name}
+        device = self.fabric.device
+        model = model.to(device).eval()
+        if hasattr(self, "clip_model") and not isinstance(model, TaskConditionalModel):
+            self.clip_model.vision_model = model
+            model = HFCLIPClassifier(self.clip_model, self.processor).get_image_features
+        return {"model_info": info, **measure(model, heads, self.batches(), device)}
 
     def batches(self: Any) -> Iterator[Any]:
         """The stream in batches, spoilt where the settings say so."""
@@ -194,26 +196,11 @@ class UnionCLIPVisionModelTaskPool(Union, CLIPVisionModelTaskPool):
         """As ``measure``, with ``model_info``."""
         if not self._is_setup:
             self.setup()
-        trainable, everything = count_parameters(model)
-        device, clip = self.fabric.device, self.clip_model
-        model = model.to(device).eval()
-        if not isinstance(model, TaskConditionalModel):
-            clip.vision_model = model
-            model = HFCLIPClassifier(clip, processor=self.processor).get_image_features
-        info = {"trainable_params": trainable, "all_params": everything}
-        report = {"model_info": info | ({} if name is None else {"name": name})}
-        return report | measure(model, self._heads(), self.batches(), device)
+        return self.report(model, self._heads(), name)
 
     def _heads(self) -> dict[str, Head]:
         """FusionBench's zero-shot heads, one a task; they need no vision model."""
         if not hasattr(self, "_zero_shot"):
-            classifier: Any = HFCLIPClassifier(self.clip_model, processor=self.processor)
-            self._zero_shot: dict[str, Tensor] = {}
-            for task in map(str, self.test_datasets):
-                classifier.set_classification_task(*get_classnames_and_templates(task))
-                self._zero_shot[task] = classifier.zeroshot_weights.to(self.fabric.device)
-        return {task: _zero_shot_head(weights) for task, weights in self._zero_shot.items()}
-
-
-def _zero_shot_head(weights: Tensor) -> Head:
-    return lambda features: normalize(features.float(), dim=-1) @ weights.T
+            clip, processor, tasks = self.clip_model, self.processor, map(str, self.test_datasets)
+            self._zero_shot = {task: zero_shot_head(clip, processor, task) for task in tasks}
+        return self._zero_shot

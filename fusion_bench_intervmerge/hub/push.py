@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi
 
@@ -71,7 +69,7 @@ def read_results(run: Path, tasks: list[str]) -> dict[str, float]:
     """
     file = run / "program_report.json"
     try:
-        report: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        report = json.loads(file.read_text(encoding="utf-8"))
         return {task: float(report[task]["accuracy"]) for task in tasks}
     except OSError:
         problem = "no program_report.json there"

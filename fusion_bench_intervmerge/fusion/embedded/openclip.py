@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from fusion_bench.models.hf_clip import HFCLIPClassifier
 from fusion_bench.models.open_clip import ClassificationHead
@@ -13,11 +12,10 @@ from transformers import CLIPVisionModel
 from fusion_bench_intervmerge.encoders.convert import to_openclip
 from fusion_bench_intervmerge.encoders.huggingface import HuggingFaceTower
 from fusion_bench_intervmerge.tinyclip import TINY, Pool, ensure_pool
-from fusion_bench_intervmerge.tinyclip.tasks import SPLITS
 
 from ..openclip import ImageEncoder, OpenCLIPVisionModelPool
 from ..screen import one_line
-from .pool import PoolSettings, check_keys, load_clip, load_dataset, load_processor
+from .pool import PoolSettings, check_keys, datasets, folders, load_clip, load_processor, target
 
 
 class EmbeddedOpenCLIPVisionModelPool(OpenCLIPVisionModelPool):
@@ -41,25 +39,17 @@ class EmbeddedOpenCLIPVisionModelPool(OpenCLIPVisionModelPool):
         settings = PoolSettings.read({"seed": seed, "pool": pool}, "modelpool")
         of = {"seed": settings.seed, "pool": settings.pool}
         tasks = Pool.named(settings.pool).tasks
-        own: Any = {name: _target(load_encoder, name=name, **of) for name in _folders(tasks)}
-        heads = {name: _target(load_head, task=name, **of) for name in tasks}
-        datasets = {
-            f"{key}_datasets": OmegaConf.create(
-                {name: _target(load_dataset, task=name, split=split, **of) for name in tasks}
-            )
-            for key, split in zip(("train", "val", "test"), SPLITS, strict=True)
-        }
+        own = {name: target(load_encoder, name=name, **of) for name in folders(tasks)}
+        heads = OmegaConf.create({name: target(load_head, task=name, **of) for name in tasks})
+        own_data = datasets(tasks, **of)
         super().__init__(
-            own | dict(models or {}),
-            classification_heads=OmegaConf.create(heads),
-            **datasets,
-            **kwargs,
+            {**own, **(models or {})}, classification_heads=heads, **own_data, **kwargs
         )
 
 
 def load_encoder(name: str, seed: int = 0, pool: str = TINY.name) -> ImageEncoder:
     """An encoder of an embedded pool: ``_pretrained_`` or a task's expert."""
-    folder = _folders(Pool.named(pool).tasks)[name]
+    folder = folders(Pool.named(pool).tasks)[name]
     vision = CLIPVisionModel.from_pretrained(ensure_pool(seed, pool) / folder)
     tower = HuggingFaceTower(vision, load_clip(seed, pool).visual_projection)
     processor: object = load_processor(seed, pool)
@@ -74,11 +64,3 @@ def load_head(task: str, seed: int = 0, pool: str = TINY.name) -> Classification
     classifier.set_classification_task(list(info.classnames), info.templates)
     scale = classifier.clip_model.logit_scale.detach().exp()
     return ClassificationHead(normalize=True, weights=scale * classifier.zeroshot_weights)
-
-
-def _folders(tasks: Iterable[str]) -> dict[str, str]:
-    return {"_pretrained_": "pretrained", **{name: f"experts/{name}" for name in tasks}}
-
-
-def _target(function: object, **arguments: object) -> dict[str, object]:
-    return {"_target_": f"{function.__module__}.{function.__qualname__}", **arguments}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 from fusion_bench.modelpool import CLIPVisionModelPool
 from fusion_bench.tasks.clip_classification import CLIPTemplateFactory
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from pydantic import Field
 from torch.utils.data import Dataset
@@ -69,22 +68,30 @@ class EmbeddedCLIPVisionModelPool(CLIPVisionModelPool):
             if task not in known:
                 raise unknown_key(task, known, "task").under("modelpool.tasks")
         folder = ensure_pool(self.seed, self.pool)
-        own = {"_pretrained_": str(folder / "pretrained")}
-        own |= {name: str(folder / "experts" / name) for name in self.tasks}
-        datasets = {
-            f"{key}_datasets": OmegaConf.create(
-                {name: self._dataset(name, split) for name in self.tasks}
-            )
-            for key, split in zip(("train", "val", "test"), SPLITS, strict=True)
-        }
-        arguments: dict[str, object] = {"processor": own["_pretrained_"], **datasets, **kwargs}
+        own = {name: str(folder / place) for name, place in folders(self.tasks).items()}
+        of = {"seed": self.seed} | ({} if self.pool == TINY.name else {"pool": self.pool})
+        arguments = {"processor": own["_pretrained_"], **datasets(self.tasks, **of), **kwargs}
         super().__init__({**own, **(models or {})}, **arguments)
 
-    def _dataset(self, task: str, split: str) -> dict[str, object]:
-        target = f"{load_dataset.__module__}.{load_dataset.__qualname__}"
-        return {"_target_": target, "task": task, "split": split, "seed": self.seed} | (
-            {} if self.pool == TINY.name else {"pool": self.pool}
+
+def folders(tasks: Iterable[str]) -> dict[str, str]:
+    """Where in an embedded pool's folder each model lies."""
+    return {"_pretrained_": "pretrained", **{name: f"experts/{name}" for name in tasks}}
+
+
+def datasets(tasks: Iterable[str], **of: object) -> dict[str, DictConfig]:
+    """The configs of an embedded pool's data sets, as FusionBench's model pools take them."""
+    return {
+        f"{key}_datasets": OmegaConf.create(
+            {name: target(load_dataset, task=name, split=split, **of) for name in tasks}
         )
+        for key, split in zip(("train", "val", "test"), SPLITS, strict=True)
+    }
+
+
+def target(function: object, **arguments: object) -> dict[str, object]:
+    """The config of a call."""
+    return {"_target_": f"{function.__module__}.{function.__qualname__}", **arguments}
 
 
 def check_keys(given: Iterable[str], cls: type) -> None:
@@ -136,16 +143,12 @@ def load_dataset(task: str, split: str, seed: int = 0, pool: str = TINY.name) ->
 
 def load_clip(seed: int = 0, pool: str = TINY.name) -> CLIPModel:
     """An embedded pool's pre-trained CLIP, both towers."""
-    return CLIPModel.from_pretrained(_pretrained(seed, pool))
+    return CLIPModel.from_pretrained(ensure_pool(seed, pool) / "pretrained")
 
 
 def load_processor(seed: int = 0, pool: str = TINY.name) -> CLIPProcessor:
     """The image processor and tokenizer of an embedded pool."""
-    return CLIPProcessor.from_pretrained(_pretrained(seed, pool))
-
-
-def _pretrained(seed: int, pool: str) -> Path:
-    return ensure_pool(seed, pool) / "pretrained"
+    return CLIPProcessor.from_pretrained(ensure_pool(seed, pool) / "pretrained")
 
 
 def register_tasks() -> None:

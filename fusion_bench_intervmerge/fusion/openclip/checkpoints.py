@@ -15,7 +15,6 @@ import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from fusion_bench.models.open_clip import ClassificationHead
@@ -52,15 +51,14 @@ def load_encoder(
             or holds no such encoder.
     """
     file = _read(Path(path), where)
+    spec = None if model_name is None else named_spec(model_name, where)
     weights = {
         name.removeprefix("model."): tensor
         for name, tensor in file.tensors.items()
         if name.startswith("model.visual.")
     }
     try:
-        if model_name is not None:
-            spec = named_spec(model_name, where)
-        else:
+        if spec is None:
             spec = fitting_spec(weights)
             if "spec" in file.metadata:
                 spec = told_spec(file.metadata["spec"], spec)
@@ -69,8 +67,6 @@ def load_encoder(
         if _shapes(tower.weights()) == _shapes(weights):  # else loading says what does not fit
             tower.to_empty(device="cpu")
         tower.load_weights(weights)
-    except ConfigError:
-        raise
     except (LookupError, ValueError, ArithmeticError, TypeError, RuntimeError) as error:
         wanted = model_name or "vision transformer"
         why = f"lacks {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
@@ -91,22 +87,20 @@ def load_head(path: str | Path, *, where: str = "path") -> ClassificationHead:
         ConfigError: as for ``load_encoder``.
     """
     file = _read(Path(path), where)
-    weight: Any = file.tensors.get("weight")
-    bias: Any = file.tensors.get("bias")
-    given = [tensor for tensor in (weight, bias) if tensor is not None]
+    weight, bias = file.tensors.get("weight"), file.tensors.get("bias")
     if (
         weight is None
         or weight.dim() != 2
         or weight.numel() == 0
-        or given[-1].shape[:1] != weight.shape[:1]
-        or not all(tensor.is_floating_point() for tensor in given)
-        or (bias is not None and bias.dim() != 1)
+        or not weight.is_floating_point()
+        or (bias is not None and bias.shape != weight.shape[:1])
+        or (bias is not None and not bias.is_floating_point())
     ):
         raise ConfigError(where, f"{path} holds no classification head", NO_DOWNLOAD)
     normalize = file.metadata.get("normalize", "true")
     if normalize not in ("true", "false"):
         raise ConfigError(where, f"{path} says normalize: {normalize[:40]!r}", "true, false")
-    return ClassificationHead(normalize == "true", weight, bias)
+    return ClassificationHead(normalize == "true", weight, bias)  # type: ignore[arg-type]
 
 
 def save_encoder(encoder: nn.Module, path: str | Path) -> None:
@@ -182,7 +176,7 @@ def _sha256(path: Path) -> str:
 def _convert(path: Path, where: str) -> _File:
     allowed = f"a CLIP checkpoint, or {NO_DOWNLOAD}"
     try:
-        return _kept(_unpickle(path), path.stat().st_size)
+        return _kept(read(path, _NAMES), path.stat().st_size)
     except ForbiddenName as error:
         reason = f"{error}, which does not belong in a checkpoint, and was not unpickled"
     # There are many ways to be broken, each with an exception of its own.
@@ -217,9 +211,10 @@ def _named_views(unpickled: object) -> Iterator[tuple[str, View]]:
             continue
         seen.add(id(module))
         if isinstance(module, StandIn):
-            parts = {key: module.state.get(key) or {} for key in ("_parameters", "_buffers")}
-            state: Any = {**parts["_parameters"], **parts["_buffers"]}
-            inside = module.state.get("_modules") or {}
+            own, buffers, inside = (
+                module.state.get(key) or {} for key in ("_parameters", "_buffers", "_modules")
+            )
+            state: Mapping[str, object] = {**own, **buffers}
             modules.extend((f"{prefix}{name}.", child) for name, child in inside.items())
         else:
             state = module if isinstance(module, Mapping) and not prefix else {}
@@ -251,8 +246,3 @@ _OLD_CLASSES = {
 _NAMES = frozenset(
     f"{module}.{name}" for module, names in _OLD_CLASSES.items() for name in names.split()
 )
-
-
-def _unpickle(path: Path) -> Any:
-    """A state dict, or the stand-in of a module; what comes of broken files is various."""
-    return read(path, _NAMES)

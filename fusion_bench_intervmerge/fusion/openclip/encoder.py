@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from math import isqrt
-from typing import Any
 
 import open_clip
 from torch import Tensor, nn
 
 from fusion_bench_intervmerge.encoders.openclip import MEAN, STD, OpenCLIPTower
 from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.schema import Json
 
 # OpenAI's vision transformers, which the paper fine-tuned, all have heads of this width.
 HEAD_WIDTH = 64
-# more than any vision transformer has; a file's tensors could name any number
-MOST_BLOCKS = 256
 
 
 class ImageEncoder(nn.Module):
@@ -48,7 +45,7 @@ class ImageEncoder(nn.Module):
         return self.model.visual(images)  # type: ignore[operator]
 
 
-def named_spec(model_name: str, where: str) -> dict[str, object]:
+def named_spec(model_name: str, where: str) -> Json:
     """The sizes of one of OpenCLIP's plain vision transformers, with OpenAI's activation.
 
     Args:
@@ -78,7 +75,7 @@ def named_spec(model_name: str, where: str) -> dict[str, object]:
     )
 
 
-def fitting_spec(weights: Mapping[str, Tensor]) -> dict[str, object]:
+def fitting_spec(weights: Mapping[str, Tensor]) -> Json:
     """The sizes that an OpenAI vision transformer's tensors tell, for files that name no model.
 
     Args:
@@ -93,49 +90,44 @@ def fitting_spec(weights: Mapping[str, Tensor]) -> dict[str, object]:
     blocks = {name.split(".")[3] for name in weights if name.startswith("visual.transformer.res")}
     tokens = weights["visual.positional_embedding"].shape[0]
     hidden = weights["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
-    if len(blocks) > MOST_BLOCKS or width % max(1, width // HEAD_WIDTH):
-        raise ValueError(f"{len(blocks)} blocks of width {width}")
+    heads = max(1, width // HEAD_WIDTH)
+    if width % heads:
+        raise ValueError(f"a width of {width}")
     return _spec(
         image_size=patch_size * isqrt(tokens - 1),
         patch_size=patch_size,
         width=width,
         layers=len(blocks),
-        heads=max(1, width // HEAD_WIDTH),
+        heads=heads,
         mlp_ratio=hidden / width,
         output_dim=weights["visual.proj"].shape[1],
     )
 
 
-def told_spec(told: str, fitting: Mapping[str, Any]) -> dict[str, Any]:
-    """The sizes that a file by ``save_encoder`` tells, as far as its tensors agree.
+def told_spec(told: str, fitting: Json) -> Json:
+    """The sizes that the header of a file by ``save_encoder`` tells, where its tensors agree.
+
+    ``OpenCLIPTower.from_spec`` checks the rest.
 
     Args:
         told: JSON.
-        fitting: what its tensors tell.
+        fitting: what the tensors tell.
 
     Raises:
-        ValueError: it is not such a description, or not one of these tensors.
+        LookupError, ValueError, ArithmeticError, TypeError: the header does not fit the tensors.
     """
     spec = json.loads(told)
-    if not isinstance(spec, dict) or spec.keys() != fitting.keys():
+    if not isinstance(spec, dict):
         raise ValueError("its header describes no encoder")
     free = ("heads", "quick_gelu", "mean", "std")  # which no tensor's shape tells
     for name in fitting:
         if name not in free and spec[name] != fitting[name]:
             raise ValueError(f"its header says {name} {str(spec[name])[:40]}, not {fitting[name]}")
-    heads, width = spec["heads"], fitting["width"]
-    colours = [spec["mean"], spec["std"]]
-    if (
-        not (type(heads) is int and 1 <= heads <= width and width % heads == 0)
-        or type(spec["quick_gelu"]) is not bool
-        or not all(isinstance(c, list) and len(c) == 3 for c in colours)
-        or not all(type(n) in (int, float) and abs(n) < math.inf for c in colours for n in c)
-        or not all(n > 0 for n in spec["std"])
-    ):
-        raise ValueError("its header has heads, quick_gelu, mean or std that cannot be")
+    if fitting["width"] % spec["heads"]:
+        raise ValueError("its header's heads do not divide the width")
     return spec
 
 
-def _spec(**sizes: object) -> dict[str, object]:
+def _spec(**sizes: object) -> Json:
     # OpenAI trained with QuickGELU; OpenCLIP's configs say so only under names of their own.
     return sizes | {"family": "openclip", "quick_gelu": True, "mean": list(MEAN), "std": list(STD)}

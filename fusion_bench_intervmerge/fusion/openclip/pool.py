@@ -43,8 +43,7 @@ class OpenCLIPVisionModelPool(HostOpenCLIPVisionModelPool):
         """
         config, where = model_name_or_config, "modelpool.models"
         if isinstance(config, str) and config in self._models:
-            where = f"{where}.{config}"
-            config = self._models[config]
+            where, config = f"{where}.{config}", self._models[config]
         if isinstance(config, DictConfig):
             config = OmegaConf.to_container(config, resolve=True)
 
@@ -85,8 +84,7 @@ class OpenCLIPVisionModelPool(HostOpenCLIPVisionModelPool):
         config, where = model_name_or_config, "modelpool.classification_heads"
         heads: Any = self._classification_heads or {}
         if isinstance(config, str) and config in heads:
-            where = f"{where}.{config}"
-            config = heads[config]
+            where, config = f"{where}.{config}", heads[config]
         return read_head(config, where, *args, **kwargs)
 
     def save_model(self, model: nn.Module, path: str, *args: object, **kwargs: object) -> None:

@@ -48,21 +48,18 @@ class OpenCLIPVisionModelTaskPool(HostOpenCLIPVisionModelTaskPool):
 
     def setup(self) -> None:
         """Loads the datasets and the heads."""
-        # The host's annotations know no task's name for a string, and no Compose for a processor.
-        datasets: Any = self._test_datasets
-        heads: Any = self._classifier_heads
-        options: Any = self._dataloader_kwargs
-        processor: Any = self.processor
+        host: Any = self  # whose annotations do not know that a task's name is a string
         self.classifier_heads, self.test_datasets, self.test_dataloaders = {}, {}, {}
-        for task, dataset in datasets.items():
+        for task, dataset in host._test_datasets.items():
             where = f"taskpool.classification_heads.{task}"
-            if task not in heads:
+            if task not in host._classifier_heads:
                 raise ConfigError(where, "there is a dataset but no head", "a path or a _target_")
-            self.classifier_heads[task] = read_head(heads[task], where).to(self.fabric.device)
+            head = read_head(host._classifier_heads[task], where)
+            self.classifier_heads[task] = head.to(self.fabric.device)
             if isinstance(dataset, DictConfig):
                 dataset = instantiate(dataset)
-            self.test_datasets[task] = CLIPDataset(dataset, processor)
-            loader = DataLoader(self.test_datasets[task], **options)
+            self.test_datasets[task] = CLIPDataset(dataset, host.processor)
+            loader = DataLoader(self.test_datasets[task], **host._dataloader_kwargs)
             self.test_dataloaders[task] = self.fabric.setup_dataloaders(loader)
         self._is_setup = True
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from fusion_bench.utils import count_parameters
-
 from fusion_bench_intervmerge.schema import Json
 
 from ..screen import one_line
-from ..union import Union, measure
+from ..union import Union
 from .taskpool import OpenCLIPVisionModelTaskPool
 
 
@@ -22,8 +20,4 @@ class UnionOpenCLIPVisionModelTaskPool(Union, OpenCLIPVisionModelTaskPool):
         self.processor = model.val_preprocess
         if not self._is_setup:
             self.setup()
-        trainable, everything = count_parameters(model)
-        device = self.fabric.device
-        heads: Any = self.classifier_heads
-        found = measure(model.to(device).eval(), heads, self.batches(), device)
-        return {"model_info": {"trainable_params": trainable, "all_params": everything}, **found}
+        return self.report(model, self.classifier_heads)
