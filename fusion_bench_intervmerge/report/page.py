@@ -24,7 +24,7 @@ from .figures import Picture, pictures
 from .formatting import count, listed, percent, readable
 from .runs import Evaluation, Row, gather, read_run
 from .study import Study, is_study, read_study
-from .style import HUES, NARROW, Palette, to_inline_svg, to_png, to_svg
+from .style import HUES, NARROW, Palette, to_files, to_inline_svg
 
 _PACKAGES = (
     "fusion-bench-intervmerge",
@@ -72,8 +72,7 @@ def write_report(
     for picture, palette in _pictures(studies, evaluation):
         wide, narrow = picture.draw(palette), picture.draw(palette, NARROW)
         if picture.file:
-            content[f"{picture.file}.png"] = to_png(wide)
-            content[f"{picture.file}.svg"] = to_svg(wide)
+            content |= to_files(wide, picture.file)
         words = f"{picture.title}. {picture.text}"
         both = {"wide": wide, "narrow": narrow}
         svg = {k: to_inline_svg(f, f"{picture.name}-{k}", words) for k, f in both.items()}

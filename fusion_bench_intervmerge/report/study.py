@@ -23,7 +23,7 @@ from ..files import write_files
 from . import tables
 from .formatting import NONE, percent, readable
 from .runs import REPORT, Evaluation, Row, Run, gather, read_json, read_run
-from .style import Palette, to_png, to_svg
+from .style import Palette, to_files
 
 INDEX = "study.json"
 TEXT = "Mean over seeds; whiskers are the standard deviation, lines the merge and the experts."
@@ -128,8 +128,7 @@ def write_study(folder: str | Path, console: Console | None = None) -> None:
     content: dict[str, str | bytes] = {"study.md": to_markdown(study), "study.csv": to_csv(study)}
     for number, picture in enumerate(pictures(study)):
         name = "study" if number == 0 else f"study_{number + 1}"
-        figure = picture.draw(Palette(study.evaluation.methods))
-        content |= {f"{name}.png": to_png(figure), f"{name}.svg": to_svg(figure)}
+        content |= to_files(picture.draw(Palette(study.evaluation.methods)), name)
     write_files(Path(folder), content)
     console = console or Console()
     console.print(study.title, style="bold")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ...schema import Json
 from ..study import TEXT, Study
-from ..style import DASHES, INK, MUTED, SURFACE, Canvas, Palette, number_axis, parameter_axis
+from ..style import DASHES, INK, MUTED, Canvas, Palette, number_axis, parameter_axis
 from . import Picture
 
 PLACE = 2
@@ -29,7 +29,7 @@ def pictures(of: Study) -> Iterator[Picture]:
 def _draw(of: Study, names: list[str], canvas: Canvas) -> Figure:
     about, series, average = of.about, of.series(), names == ["average"]
     palette = Palette((name, name, name, 0) for name in series)
-    size: dict[str, Any] = {"ms": 6.5, "lw": 1.6, "elinewidth": 1.2, "capsize": 3}
+    size: Json = {"ms": 6.5, "lw": 1.6, "elinewidth": 1.2}
     panels = canvas.panels(1, 3.7)
     if not average:
         size = {"ms": 4, "lw": 1.3, "elinewidth": 1, "capsize": 2}
@@ -38,19 +38,10 @@ def _draw(of: Study, names: list[str], canvas: Canvas) -> Figure:
     at = sorted({x for points in series.values() for x in points})
     for name, panel in zip(names, panels.axes, strict=True):
         for label, points in series.items():
-            look, rows = palette[label], points.values()
-            panel.errorbar(
-                list(points),
-                [100 * row.mean[name] for row in rows],
-                fmt="-",
-                zorder=3,
-                yerr=[100 * row.std[name] for row in rows],
-                marker=look.marker,
-                color=look.colour,
-                mec=SURFACE,
-                mew=0.8,
-                **size,
-            )
+            look = palette[label].point | {"ls": "-", "mew": 0.8} | size
+            means = [100 * row.mean[name] for row in points.values()]
+            stds = [100 * row.std[name] for row in points.values()]
+            panel.errorbar(list(points), means, stds, zorder=3, **look)
         for row in of.evaluation.references(base):
             panels.reference(panel, row, name, text=average)
         if about["x"] == "extra_parameters":
@@ -63,11 +54,8 @@ def _draw(of: Study, names: list[str], canvas: Canvas) -> Figure:
         panel.margins(y=0.1)
     xlabel = about.get("xlabel") or str(about["x"]).replace("_", " ")
     panels.named(xlabel, "average accuracy over tasks" if average else "accuracy")
-    handles = [
-        look.handle(color=look.colour, marker=look.marker, lw=1.6, ms=5.5)
-        for look in map(palette.__getitem__, series)
-    ]
-    handles = handles if len(handles) > 1 else []
+    looks = [palette[name] for name in series if len(series) > 1]
+    handles = [look.handle(marker=look.marker, lw=1.6, ms=5.5) for look in looks]
     if not average:
         handles += [
             Line2D([], [], color=MUTED, lw=1.1, ls=DASHES, label="the merge"),

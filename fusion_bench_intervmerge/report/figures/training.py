@@ -48,7 +48,7 @@ def _by_method(trained: pd.DataFrame, canvas: Canvas) -> Figure:
             panel.plot(curve, color=canvas.palette[model.method].colour, lw=1.4)
     panels.named("step (each task)", "loss, mean over tasks")
     looks = [canvas.palette[method] for method in trained["method"].unique()]
-    return panels.finish([look.handle(color=look.colour, lw=1.6) for look in looks], gap=0.5)
+    return panels.finish([look.handle(lw=1.6) for look in looks], gap=0.5)
 
 
 def _smooth(losses: dict[str, list[float]]) -> pd.DataFrame:
