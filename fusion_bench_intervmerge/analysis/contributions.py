@@ -135,6 +135,6 @@ def _draw(edits: pd.DataFrame, canvas: Canvas) -> Figure:
         ticks[last] = "output"
     for kind, panel in zip(edits, panels.axes, strict=True):
         panel.set_xticks(list(ticks), list(ticks.values()))
-        panels.title(panel, _KINDS[kind][0])
+        panel.set_title(_KINDS[kind][0], size=8.5, weight="normal")
     panels.named("edit switched off, by block", "change")
     return panels.finish(handles, gap=0.6)

@@ -205,9 +205,11 @@ class Canvas:
 
         ``x`` and ``y`` name the axes; heights are distances, or percentages of accuracy, agreement.
         """
-        tasks = list(next(iter(curves.values())))
-        means = {name: values.mean(axis=1) for name, values in curves.items()}
-        titles = ["mean over tasks", *map(readable, tasks)] if len(tasks) > 1 else [""]
+        shown = {}
+        for name, values in curves.items():
+            means = pd.DataFrame({"mean over tasks": values.mean(axis=1)})
+            shown[name] = means.join(values) if len(values.columns) > 1 else values
+        titles = list(shown[name])
         high, more = (1.55, 0.65) if len(titles) > 1 else (3.2, 0.0)
         panels = self.panels(len(titles), high, more, (2, 3), sharex=True, sharey=True)
         lines: dict[str, Json] = {
@@ -217,10 +219,11 @@ class Canvas:
             | ({"ls": (0, (2, 1.5)), "zorder": 3} if name == "merged" else {})
             for name, values in curves.items()
         }
-        for i, (title, panel) in enumerate(zip(titles, panels.axes, strict=True)):
-            for name, values in curves.items():
-                panel.plot(values[tasks[i - 1]] if i else means[name], **lines[name])
-            panels.title(panel, title, bold=i == 0)
+        for title, panel in zip(titles, panels.axes, strict=True):
+            for name, values in shown.items():
+                panel.plot(values[title], **lines[name])
+            weight = "bold" if title == titles[0] else "normal"
+            panel.set_title(readable(title) if len(titles) > 1 else "", size=8.5, weight=weight)
             panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             panel.tick_params(labelbottom=True)
         if y in ("accuracy", "agreement"):
@@ -258,11 +261,6 @@ class Panels:
         panel.grid(axis="y", visible=False)
         panel.grid(axis="x", visible=True)
         panel.spines["bottom"].set_visible(False)
-
-    @staticmethod
-    def title(panel: Axes, text: str, bold: bool = False) -> None:
-        """A small one."""
-        panel.set_title(text, fontsize=8.5, weight="bold" if bold else "normal")
 
     @staticmethod
     def percent(axis: Axis, ticks: int = 6, integer: bool = False) -> None:

@@ -50,7 +50,7 @@ def _draw(of: Study, names: list[str], canvas: Canvas) -> Figure:
             every = math.ceil(len(at) / (8 if average else 3))
             number_axis(panel, at[::every], bool(about.get("log")))
         panels.percent(panel.yaxis, integer=True)
-        panels.title(panel, "" if average else canvas.readable(name), bold=True)
+        panel.set_title("" if average else canvas.readable(name), size=8.5)
         panel.margins(y=0.1)
     xlabel = about.get("xlabel") or str(about["x"]).replace("_", " ")
     panels.named(xlabel, "average accuracy over tasks" if average else "accuracy")
