@@ -208,7 +208,13 @@ def read_run(folder: str | Path) -> Run:
                     raise ValueError(f"{name}: {problem}")
     except (KeyError, TypeError, ValueError) as error:
         raise laid_out_otherwise(folder / REPORT, error) from None
-    analysis = {} if analysed is None else _analyses(analysed, folder / ANALYSIS)
+    try:
+        analysis = {} if analysed is None else dict(analysed["merges"])
+        for name, of in ((name, of) for merge in analysis.values() for name, of in merge.items()):
+            if len({tuple(encoders) for encoders in of.values()}) != 1:
+                raise ValueError(f"{name}: the tasks' encoders differ")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise laid_out_otherwise(folder / ANALYSIS, error, LAYOUT) from None
     about = accuracies, *_hydra(folder), analysis, found.problems
     return Run(folder, found.tasks, found.models, *about)
 
@@ -285,18 +291,6 @@ def _family(model: results.Result) -> str:
     how = [(images.solved, images.steps) for images in model.images]
     settings = model.settings | ignored | {"interventions": alike}
     return json.dumps([settings, how], sort_keys=True)
-
-
-def _analyses(content: Json, path: Path) -> dict[str, Found]:
-    """The merges' analyses: of every task the same encoders."""
-    try:
-        for merge in content["merges"].values():
-            for name, tasks in merge.items():
-                if len({tuple(encoders) for encoders in tasks.values()}) != 1:
-                    raise ValueError(f"{name}: the tasks' encoders differ")
-        return dict(content["merges"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise laid_out_otherwise(path, error, LAYOUT) from None
 
 
 def read_json(path: Path, finite: bool = False) -> Json | None:

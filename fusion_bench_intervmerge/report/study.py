@@ -26,7 +26,6 @@ from .runs import REPORT, Evaluation, Row, gather, read_json, read_run
 from .style import Palette, to_files
 
 INDEX = "study.json"
-TEXT = "Mean over seeds; whiskers are the standard deviation, lines the merge and the experts."
 _ALONE = ("seed", "also")  # axes that do not tell one setting from another
 
 

@@ -11,8 +11,8 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,9 @@ _LINES: tuple[Json, Json] = (
 )
 
 
-@contextmanager
-def style() -> Iterator[None]:
+def style() -> AbstractContextManager[None]:
     """The figures' look, for the time of a block."""
-    with mpl.rc_context(fname=Path(__file__).with_name("report.mplstyle")):
-        yield
+    return mpl.rc_context(fname=Path(__file__).with_name("report.mplstyle"))
 
 
 @dataclass(frozen=True)
