@@ -13,19 +13,25 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import ConfigError
 from ..registry import names_in
 from ..settings import shown
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ..report.style import Canvas
     from .base import TaskEncoders
 
 log = logging.getLogger(__name__)
 
+Found = Mapping[str, Mapping[str, Mapping[str, Any]]]  # analysis -> task -> encoder -> value
+# name, title, text and the function that draws it
+Drawing: TypeAlias = "tuple[str, str, str, Callable[[Canvas], Figure]]"
 EXPERT, MERGED = "expert", "merged"
 ANALYSES = names_in(__path__)
 

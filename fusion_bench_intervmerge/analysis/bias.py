@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from . import EXPERT
+from ..schema import Json
+from . import EXPERT, Drawing, Found
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,7 @@ def bias(own: Tensor, expert: Tensor) -> float:
     return float((own - expert).abs().mean())
 
 
-def measure(encoders: TaskEncoders) -> dict[str, Any]:
+def measure(encoders: TaskEncoders) -> dict[str, Json]:
     """Bias along the encoder.
 
     Returns:
@@ -49,7 +50,7 @@ def measure(encoders: TaskEncoders) -> dict[str, Any]:
     return found
 
 
-def figures(found: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+def figures(found: Found) -> Iterator[Drawing]:
     """How close image features are, beside the predictions' agreement, and the class token."""
     tasks, agreement = found["bias"], found.get("agreement")
     features = {task: {e: v["features"] for e, v in of.items()} for task, of in tasks.items()}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from . import EXPERT
+from ..schema import Json
+from . import EXPERT, Drawing, Found
 from .bias import bias
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def without_each(encoders: TaskEncoders, model: InterventionModel) -> dict[tuple
     return {edit: torch.cat(parts) for edit, parts in found.items()}
 
 
-def measure(encoders: TaskEncoders) -> dict[str, list[dict[str, Any]]]:
+def measure(encoders: TaskEncoders) -> dict[str, list[Json]]:
     """The change that switching an edit off makes: value without it - value with it.
 
     Returns:
@@ -85,7 +86,7 @@ def _values(encoders: TaskEncoders, features: Tensor, expert: Tensor) -> dict[st
     return {"bias": bias(features, expert), **encoders.scores(features)}
 
 
-def figures(found: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+def figures(found: Found) -> Iterator[Drawing]:
     """The change that each edit's absence makes, a panel a quantity."""
     edits = pd.DataFrame(
         {"task": task, "model": model, **edit}
@@ -119,7 +120,7 @@ def _draw(edits: pd.DataFrame, canvas: Canvas) -> Figure:
         panel.axhline(0, color=canvas.MUTED, lw=0.8, zorder=1)
     for i, ((model, site), of_site) in enumerate(groups):
         look, several = canvas.palette[model], sum(name == model for (name, _), _ in groups) > 1
-        line: dict[str, Any] = {"color": look.colour, "marker": _MARKERS[site], "lw": 1.3}
+        line: Json = {"color": look.colour, "marker": _MARKERS[site], "lw": 1.3}
         line |= {"mec": canvas.SURFACE, "mew": 0.5, "ms": 10 if site == "output" else 5}
         x = of_site.index.get_level_values("block").to_numpy(float) + 1
         x = pd.Series(x).fillna(last) + 0.12 * (i - (len(groups) - 1) / 2)
@@ -134,6 +135,6 @@ def _draw(edits: pd.DataFrame, canvas: Canvas) -> Figure:
         ticks[last] = "output"
     for kind, panel in zip(edits, panels.axes, strict=True):
         panel.set_xticks(list(ticks), list(ticks.values()))
-        panels.title(panel, _KINDS[kind][0])
+        panel.set_title(_KINDS[kind][0], size=8.5, weight="normal")
     panels.named("edit switched off, by block", "change")
     return panels.finish(handles, gap=0.6)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import EXPERT
+from . import EXPERT, Drawing, Found
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +57,7 @@ def measure(encoders: TaskEncoders) -> dict[str, dict[str, list[list[float]]]]:
     return found
 
 
-def figures(found: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+def figures(found: Found) -> Iterator[Drawing]:
     """A picture a projection: a row a task, a column an encoder, the expert in each."""
     for kind, name in (("pca", "PCA"), ("tsne", "t-SNE")):
         tasks = {

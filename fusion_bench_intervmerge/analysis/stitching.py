@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from . import EXPERT
+from . import EXPERT, Drawing, Found
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +64,7 @@ def measure(encoders: TaskEncoders) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def figures(found: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+def figures(found: Found) -> Iterator[Drawing]:
     """Accuracy by cut; agreement where some task had no labels."""
     tasks = found["stitching"]
     values = [value for of in tasks.values() for value in of.values()]

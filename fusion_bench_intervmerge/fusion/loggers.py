@@ -33,14 +33,13 @@ def show(
     boards = [logger.experiment for logger in loggers if hasattr(logger, "experiment")]
     if not any(hasattr(board, "add_figure") for board in boards):
         return
-    from ..report.figures import analyses, features, training
+    from ..report.figures import analyses, training
     from ..report.runs import Evaluation, Run
     from ..report.style import Palette, style
 
     run = Run(Path(), [], {str(number): model for number, model in enumerate(models)})
     evaluation = Evaluation([], run.table(), [run])
-    pictures = {p.name: p for p in training.pictures(evaluation)}
-    pictures |= {p.name.removesuffix("-0"): p for p in features.pictures(evaluation)}
+    pictures = {p.name.removesuffix("-0"): p for p in training.pictures(evaluation)}
     pictures |= {f"{base}/{p.name}": p for p in analyses.of_merge(analysis or {})}
     for name, picture in pictures.items():
         figure = picture.draw(Palette(evaluation.methods))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from rich.console import Console
 
 
-def add_to(commands: Any) -> None:
+def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to a parser's."""
     what = "Write tables, figures and one self-contained HTML page about runs of "
     what += "`fusion_bench method=intervmerge/compare` and `method=intervmerge`."
-    help_ = "tables, figures and one HTML page"
-    report = commands.add_parser("report", help=help_, description=what)
+    short = "tables, figures and one HTML page"
+    report = commands.add_parser("report", help=short, description=what)
     report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
     report.add_argument("--to", metavar="FOLDER", help="default: report, in the first run's folder")
     base = "report this merging method only, by its name in the run; may be given several times"

@@ -5,51 +5,25 @@ from __future__ import annotations
 import re
 from math import isnan, nan
 
-_KNOWN = {
-    "intervmerge_closed_form": "Closed form",
-    "closed_form": "Closed form",
-    "layer_wise_adamerging": "layer-wise AdaMerging",
-    "task_wise_adamerging": "task-wise AdaMerging",
-    "svc": "Singular Value Calibration",
-    "singular_value_calibration": "Singular Value Calibration",
-    "weight_averaging": "Weight Averaging",
-    "task_arithmetic": "Task Arithmetic",
-    "simple_average": "Weight Averaging",
-    "fisher_merging": "Fisher Merging",
-    "ties_merging": "Ties-Merging",
-    "all_tokens": "All tokens",
-    "intervmerge": "IntervMerge",
-    "surgery_v2": "SurgeryV2",
-    "adamerging": "AdaMerging",
-    "pretrained": "Pretrained",
-    "surgery": "Surgery",
-    "experts": "Experts",
-    "regmean_plusplus": "RegMean++",
-    "adamerging_surgery": "AdaMerging + Surgery",
-    "sparse_wemoe": "sparse WEMoE",
-    "emr_merging": "EMR-Merging",
-    "rankone_moe": "Rank-one MoE",
-    "model_stock": "Model Stock",
-    "tall_masks": "TALL-masks",
-    "dare_ties": "DARE Ties",
-    "iso_cts": "Iso-CTS",
-    "pwe_moe": "PWE-MoE",
-    "magmax": "MagMax",
-    "doge_ta": "DOGE TA",
-    "concrete": "Concrete",
-    "ada_svd": "AdaSVD",
-    "regmean": "RegMean",
-    "fisher": "Fisher Merging",
-    "iso_c": "Iso-C",
-    "tsv_m": "TSV-M",
-    "wemoe": "WEMoE",
-    "smile": "SMILE",
-    "opcm": "OPCM",
-    "dare": "DARE",
-    "dop": "DOP",
-    "wudi": "WUDI",
-}
 NONE = "—"
+# written in a configuration as here, but in lower case and with underscores
+_NAMES = """
+    AdaMerging, AdaMerging + Surgery, All tokens, Closed form, Concrete, DARE, DARE Ties, DOGE TA,
+    DOP, EMR-Merging, Experts, Fisher Merging, IntervMerge, Iso-C, Iso-CTS, layer-wise AdaMerging,
+    MagMax, Model Stock, OPCM, Pretrained, PWE-MoE, RegMean, Singular Value Calibration, SMILE,
+    sparse WEMoE, Surgery, TALL-masks, Task Arithmetic, task-wise AdaMerging, Ties-Merging, TSV-M,
+    WEMoE, Weight Averaging, WUDI
+"""
+_KNOWN = {re.sub(r"\W+", "_", name).lower(): name for name in re.split(r",\s+", _NAMES.strip())} | {
+    "ada_svd": "AdaSVD",
+    "fisher": "Fisher Merging",
+    "intervmerge_closed_form": "Closed form",
+    "rankone_moe": "Rank-one MoE",
+    "regmean_plusplus": "RegMean++",
+    "simple_average": "Weight Averaging",
+    "surgery_v2": "SurgeryV2",
+    "svc": "Singular Value Calibration",
+}
 # the longest first: a name may begin another
 _NAME = re.compile("|".join(sorted(_KNOWN, key=len, reverse=True)))
 

@@ -7,24 +7,24 @@ import json
 import platform
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from math import isnan
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 
 from ..files import write_files
+from ..schema import Json
 from . import tables
 from .figures import Picture, pictures
 from .formatting import count, listed, percent, readable
-from .runs import Evaluation, Row, gather, read_run
-from .study import Study, is_study, read_study
-from .style import HUES, NARROW, Palette, to_inline_svg, to_png, to_svg
+from .runs import Evaluation, gather, read_run
+from .study import INDEX, read_study
+from .style import HUES, NARROW, Palette, to_files, to_inline_svg
 
 _PACKAGES = (
     "fusion-bench-intervmerge",
@@ -59,23 +59,28 @@ def write_report(
     Raises:
         ConfigError: runs or a folder that cannot be read, do not fit together, or not be written.
     """
-    studies = [read_study(run) for run in runs if is_study(run)]
-    single = [read_run(run) for run in runs if not is_study(run)]
-    single += [run for study in studies for run in study.evaluation.runs]
-    evaluation = gather(single, bases)
+    grids = [run for run in runs if (Path(run) / INDEX).is_file()]
+    studies = list(map(read_study, grids))
+    single = [read_run(run) for run in runs if run not in grids]
+    evaluation = gather(single + [run for s in studies for run in s.evaluation.runs], bases)
     folder = Path(runs[0]) / "report" if to is None else Path(to)
     command = ["intervmerge", "report", *map(str, runs), *(["--to", str(to)] if to else [])]
     command += [word for base in bases for word in ("--base", base)]
     # everything is made before anything is written
     content: dict[str, str | bytes] = {}
     sections = []
-    for picture, palette in _pictures(studies, evaluation):
-        wide, narrow = picture.draw(palette), picture.draw(palette, NARROW)
+    shown: list[tuple[Picture, Palette]] = []
+    for study in studies:
+        name = re.sub(r"[^\w-]", "_", str(study.about.get("name", "study")))
+        palette = Palette(study.evaluation.methods)
+        shown += [(replace(p, name=f"{name}-{i}"), palette) for i, p in enumerate(pictures(study))]
+    palette = Palette(evaluation.methods)
+    shown += [(picture, palette) for picture in pictures(evaluation)]
+    for picture, palette in shown:
+        both = {"wide": picture.draw(palette), "narrow": picture.draw(palette, NARROW)}
         if picture.file:
-            content[f"{picture.file}.png"] = to_png(wide)
-            content[f"{picture.file}.svg"] = to_svg(wide)
+            content |= to_files(both["wide"], picture.file)
         words = f"{picture.title}. {picture.text}"
-        both = {"wide": wide, "narrow": narrow}
         svg = {k: to_inline_svg(f, f"{picture.name}-{k}", words) for k, f in both.items()}
         sections.append((picture, svg))
     content["report.html"] = _page(evaluation, sections, title, shlex.join(command))
@@ -89,21 +94,8 @@ def write_report(
     return folder
 
 
-def _pictures(
-    studies: Sequence[Study], evaluation: Evaluation
-) -> Iterator[tuple[Picture, Palette]]:
-    """The page's figures, and the colours of their methods."""
-    for study in studies:
-        name = re.sub(r"[^\w-]", "_", str(study.about.get("name", "study")))
-        for number, picture in enumerate(pictures(study)):
-            yield replace(picture, name=f"{name}-{number}"), Palette(study.evaluation.methods)
-    palette = Palette(evaluation.methods)
-    for picture in pictures(evaluation):
-        yield picture, palette
-
-
 def _page(
-    evaluation: Evaluation, sections: Sequence[tuple[Picture, Any]], title: str, command: str
+    evaluation: Evaluation, sections: Sequence[tuple[Picture, Json]], title: str, command: str
 ) -> str:
     """The page, as HTML that loads nothing from elsewhere."""
     environment = Environment(
@@ -115,13 +107,8 @@ def _page(
     )
     rows, cells = evaluation.rows, tables.cells(evaluation)
     first = ["average", "gap closed", "extra parameters"]
-    cells = cells[
-        [
-            *first,
-            *(head for head in cells if head not in (*first, *evaluation.tasks)),
-            *evaluation.tasks,
-        ]
-    ]
+    last = cells.columns.difference([*first, *evaluation.tasks], sort=False)
+    cells = cells[[*first, *last, *evaluation.tasks]]
     if len(evaluation.bases) > 1:
         cells.insert(0, "merge", [tables.Cell(readable(row.base) or tables.NONE) for row in rows])
     versions = [("Python", platform.python_version())]
@@ -134,10 +121,7 @@ def _page(
         headline=_headline(evaluation),
         caption=tables.caption(evaluation) if rows else "",
         heads=[readable(head) if head in evaluation.tasks else head.capitalize() for head in cells],
-        lines=[
-            (row, line, i > 0 and row.base != rows[i - 1].base)
-            for i, (row, line) in enumerate(zip(rows, cells.to_numpy().tolist(), strict=True))
-        ],
+        lines=list(zip(rows, cells.to_numpy().tolist(), strict=True)),
         sections=sections,
         seen=_seen(evaluation),
         runs=evaluation.runs,
@@ -180,14 +164,11 @@ def _headline(evaluation: Evaluation) -> str | None:
     return f"{text}."
 
 
-def _seen(evaluation: Evaluation) -> list[dict[str, Any]]:
+def _seen(evaluation: Evaluation) -> list[Json]:
     """Which images each method saw; methods that saw the same stand together."""
-    groups: dict[str, list[Row]] = {}
-    for row in evaluation.repairs:
-        groups.setdefault(row.images, []).append(row)
-    groups.pop("", None)  # not known
     found = []
-    for images, rows in groups.items():
+    for images in dict.fromkeys(row.images for row in evaluation.repairs if row.images):
+        rows = [row for row in evaluation.repairs if row.images == images]
         seeds = sorted({seed for row in rows for seed in row.seeds})
         words = f"seed{'s' * (len(seeds) != 1)} {listed(list(map(str, seeds)))}"
         methods = listed(list(dict.fromkeys(row.label for row in rows)))

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from omegaconf import OmegaConf
 
 from .. import results
+from ..analysis import Found
 from ..errors import ConfigError
+from ..schema import Json
 from . import formatting
 
 REPORT, ANALYSIS = "program_report.json", "analysis.json"
@@ -27,8 +28,8 @@ _SAME_REFERENCE = 0.005
 REPAIRS = ("repair", "rival")
 KEY = ["kind", "base", "method"]
 COSTS = ["extra_parameters", "bytes", "passes", "labels", "needs_task"]
+_AS_THEY_ARE = ["kind", "seed", "extra_parameters", "transductive", "seconds", "losses"]
 LAYOUT = "merges: {MERGE: {ANALYSIS: {TASK: {ENCODER: value}}}}"  # of analysis.json
-Analysis = Mapping[str, Mapping[str, Mapping[str, Any]]]  # analysis -> task -> encoder -> value
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Run:
     accuracies: dict[str, dict[str, float]] = field(default_factory=dict)
     command: str | None = None
     config: str | None = None
-    analysis: dict[str, Analysis] = field(default_factory=dict)
+    analysis: dict[str, Found] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -70,27 +71,18 @@ class Run:
         for name, model in self.models.items():
             costs = {cost: v for cost in COSTS if (v := getattr(model, cost)) is not None}
             images = "; ".join(images.in_words(seed=False) for images in model.images)
-            found.append(
-                {
-                    "kind": model.kind,
-                    "base": model.base or "",
-                    "method": model.method or "",
-                    "label": formatting.method(model.method, model.rank, model.budget)
-                    if model.method
-                    else formatting.readable(model.base or model.kind),
-                    "family": _family(model),
-                    "size": model.budget or model.rank or 0,
-                    "seed": model.seed,
-                    "costs": costs,
-                    "extra_parameters": model.extra_parameters,
-                    "images": images,
-                    "transductive": model.transductive,
-                    "setting": f"{costs}, {images}, {model.transductive}",
-                    "seconds": model.seconds,
-                    "losses": model.losses,
-                    **self.accuracies.get(name, {}),
-                }
-            )
+            shown = model.method or model.base or model.kind
+            line = {key: getattr(model, key) for key in _AS_THEY_ARE} | {
+                "base": model.base or "",
+                "method": model.method or "",
+                "label": formatting.method(shown, model.rank, model.budget),
+                "family": _family(model),
+                "size": model.budget or model.rank or 0,
+                "costs": costs,
+                "images": images,
+                "setting": f"{costs}, {images}, {model.transductive}",
+            }
+            found.append(line | self.accuracies.get(name, {}))
         return pd.DataFrame(found)
 
 
@@ -110,10 +102,10 @@ class Row:
     label: str
     family: str
     size: int
-    seeds: list[int]
-    costs: dict[str, Any]
+    costs: Json
     images: str
     transductive: bool | None
+    seeds: list[int]
     values: pd.DataFrame
     mean: pd.Series
     std: pd.Series
@@ -154,25 +146,14 @@ class Evaluation:
         numbers = [*self.tasks, "average", "gap_closed", "of_experts", "seconds"]
         found = []
         for (kind, base, method), lines in self.models.groupby(KEY, sort=False):
-            lines, first = lines.sort_values("seed"), lines.iloc[0]
+            lines = lines.sort_values("seed")
+            first, seeds = lines.iloc[0], lines["seed"].dropna().astype(int).tolist()
             values = lines[numbers].astype(float).reset_index(drop=True)
-            found.append(
-                Row(
-                    kind,
-                    base,
-                    method,
-                    first["label"],
-                    first["family"],
-                    first["size"],
-                    lines["seed"].dropna().astype(int).tolist(),
-                    first["costs"],
-                    first["images"],
-                    None if pd.isna(told := first["transductive"]) else bool(told),
-                    values,
-                    values.mean(),
-                    values.std(),
-                )
-            )
+            about = first[["label", "family", "size", "costs", "images"]]
+            told = None if pd.isna(first["transductive"]) else bool(first["transductive"])
+            over_seeds = {"values": values, "mean": values.mean(), "std": values.std()}
+            row = Row(kind, base, method, **about, transductive=told, seeds=seeds, **over_seeds)
+            found.append(row)
         kinds, bases = ["pretrained", "merge", *REPAIRS, "experts"], [*self.bases, ""]
         bounds = {"pretrained": -1, "experts": len(bases)}
         place = {r: (bounds.get(r.kind, bases.index(r.base)), kinds.index(r.kind)) for r in found}
@@ -211,12 +192,10 @@ def read_run(folder: str | Path) -> Run:
         raise ConfigError(str(folder), problem, _EXPECTED)
     if details is None and report is not None:
         raise ConfigError(str(folder), f"has no {results.FILE} beside its {REPORT}", _EXPECTED)
-    analysis = {} if analysed is None else _analyses(analysed, folder / ANALYSIS)
-    command, config = _hydra(folder)
     if details is None:
-        tasks = list(map(str, (analysed or {}).get("tasks", [])))
-        return Run(folder, tasks, {}, {}, command, config, analysis)
-    found = results.parse_results(details, str(folder / results.FILE))
+        found = results.Results(tasks=list(map(str, (analysed or {}).get("tasks", []))), models={})
+    else:
+        found = results.parse_results(details, str(folder / results.FILE))
     accuracies, report = {}, report or {}
     try:
         for name in found.models if report else ():
@@ -229,9 +208,15 @@ def read_run(folder: str | Path) -> Run:
                     raise ValueError(f"{name}: {problem}")
     except (KeyError, TypeError, ValueError) as error:
         raise laid_out_otherwise(folder / REPORT, error) from None
-    return Run(
-        folder, found.tasks, found.models, accuracies, command, config, analysis, found.problems
-    )
+    try:
+        analysis = {} if analysed is None else dict(analysed["merges"])
+        for name, of in ((name, of) for merge in analysis.values() for name, of in merge.items()):
+            if len({tuple(encoders) for encoders in of.values()}) != 1:
+                raise ValueError(f"{name}: the tasks' encoders differ")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise laid_out_otherwise(folder / ANALYSIS, error, LAYOUT) from None
+    about = accuracies, *_hydra(folder), analysis, found.problems
+    return Run(folder, found.tasks, found.models, *about)
 
 
 def gather(runs: Sequence[Run], bases: Sequence[str] = ()) -> Evaluation:
@@ -249,12 +234,12 @@ def gather(runs: Sequence[Run], bases: Sequence[str] = ()) -> Evaluation:
             raise ConfigError(str(run.folder), problem, "runs on the same tasks")
     tables = [run.table().assign(run=i) for i, run in enumerate(runs) if run.accuracies]
     models = pd.concat(tables or [pd.DataFrame()], ignore_index=True)
-    known = Evaluation(tasks, models, list(runs)).bases
+    evaluation = Evaluation(tasks, models, list(runs))
     for base in bases:
-        if base not in known:
-            raise ConfigError("--base", f"no run has {base!r}", ", ".join(known))
+        if base not in evaluation.bases:
+            raise ConfigError("--base", f"no run has {base!r}", ", ".join(evaluation.bases))
     if models.empty:
-        return Evaluation(tasks, models, list(runs))
+        return evaluation
     if bases:
         models = models[models["base"].isin(["", *bases])]
     models["average"] = models[tasks].mean(axis=1)
@@ -269,7 +254,7 @@ def gather(runs: Sequence[Run], bases: Sequence[str] = ()) -> Evaluation:
     beside_rivals = len(experts) and (models["kind"] == "rival").any()
     shares = models[tasks] / experts.iloc[0] if beside_rivals else models[[]]
     models["of_experts"] = shares.mean(axis=1)
-    return Evaluation(tasks, models, list(runs))
+    return replace(evaluation, models=models)
 
 
 def _references(models: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
@@ -308,19 +293,7 @@ def _family(model: results.Result) -> str:
     return json.dumps([settings, how], sort_keys=True)
 
 
-def _analyses(content: Mapping[str, Any], path: Path) -> dict[str, Analysis]:
-    """The merges' analyses: of every task the same encoders."""
-    try:
-        for merge in content["merges"].values():
-            for name, tasks in merge.items():
-                if len({tuple(encoders) for encoders in tasks.values()}) != 1:
-                    raise ValueError(f"{name}: the tasks' encoders differ")
-        return dict(content["merges"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise laid_out_otherwise(path, error, LAYOUT) from None
-
-
-def read_json(path: Path, finite: bool = False) -> dict[str, Any] | None:
+def read_json(path: Path, finite: bool = False) -> Json | None:
     """The file's content, None where there is no such file; ``finite``: numbers have to be."""
     try:
         text = path.read_text(encoding="utf-8")

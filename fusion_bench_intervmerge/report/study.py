@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 
 from ..errors import ConfigError
 from ..files import write_files
+from ..schema import Json
 from . import tables
 from .formatting import NONE, percent, readable
-from .runs import REPORT, Evaluation, Row, Run, gather, read_json, read_run
-from .style import Palette, to_png, to_svg
+from .runs import REPORT, Evaluation, Row, gather, read_json, read_run
+from .style import Palette, to_files
 
 INDEX = "study.json"
-TEXT = "Mean over seeds; whiskers are the standard deviation, lines the merge and the experts."
 _ALONE = ("seed", "also")  # axes that do not tell one setting from another
 
 
@@ -44,7 +43,7 @@ class Study:
         finished, planned: number of runs.
     """
 
-    about: dict[str, Any]
+    about: Json
     evaluation: Evaluation
     labels: dict[str, dict[str, str]]
     finished: int
@@ -68,19 +67,17 @@ class Study:
         found: dict[str, dict[float, Row]] = {}
         for labels, row in settings:
             if x == "extra_parameters":  # a curve joins settings that differ by their size alone
-                alike = [r.method for _, r in settings if r.family == row.family]
-                name, at = _in_common(alike) or row.method, float(row.extra_parameters or 0)
+                alike = [r.method.split() for _, r in settings if r.family == row.family]
+                words = zip(*alike, strict=False)
+                same = itertools.takewhile(lambda found: len(set(found)) == 1, words)
+                name = " ".join(found[0] for found in same).rstrip(",") or row.method
+                at = float(row.extra_parameters or 0)
             else:
                 rest = [label for axis, label in labels.items() if axis not in (x, "base")]
                 rest += [readable(row.base)] * (len(self.evaluation.bases) > 1)
                 name, at = ", ".join(rest), float(labels[x])
             found.setdefault(name, {})[at] = row
         return {name: dict(sorted(rows.items())) for name, rows in found.items()}
-
-
-def is_study(folder: str | Path) -> bool:
-    """Whether a grid was run there."""
-    return (Path(folder) / INDEX).is_file()
 
 
 def read_study(folder: str | Path) -> Study:
@@ -107,11 +104,17 @@ def read_study(folder: str | Path) -> Study:
             base = setting.pop("base", None)
             method = setting_name(setting) or "repair"
             labels[method] = setting
-            run = _renamed(run, method, base)
+            update = {"method": method, **({"base": base} if base else {})}
+            models = {
+                name: model.model_copy(update=update) if model.kind == "repair" else model
+                for name, model in run.models.items()
+            }
+            run = replace(run, models=models)
         runs.append(run)
     if not runs:
         raise ConfigError(str(folder), "no run of the grid is finished", f"{len(jobs)} runs")
-    if not all(_is_number(label.get(about.get("x"), "0")) for label in labels.values()):
+    along = pd.Series([label.get(about.get("x"), "0") for label in labels.values()], dtype=object)
+    if not np.isfinite(pd.to_numeric(along, errors="coerce")).all():
         del about["x"]  # the command line may put any values in the place of an axis' numbers
     return Study(about, gather(runs), labels, len(runs), len(jobs))
 
@@ -128,8 +131,7 @@ def write_study(folder: str | Path, console: Console | None = None) -> None:
     content: dict[str, str | bytes] = {"study.md": to_markdown(study), "study.csv": to_csv(study)}
     for number, picture in enumerate(pictures(study)):
         name = "study" if number == 0 else f"study_{number + 1}"
-        figure = picture.draw(Palette(study.evaluation.methods))
-        content |= {f"{name}.png": to_png(figure), f"{name}.svg": to_svg(figure)}
+        content |= to_files(picture.draw(Palette(study.evaluation.methods)), name)
     write_files(Path(folder), content)
     console = console or Console()
     console.print(study.title, style="bold")
@@ -195,25 +197,3 @@ def _finished(report: Path) -> bool:
     with suppress(ConfigError):
         return read_json(report) is not None
     return False
-
-
-def _is_number(label: str) -> bool:
-    with suppress(ValueError):
-        return math.isfinite(float(label))
-    return False
-
-
-def _renamed(run: Run, method: str, base: str | None) -> Run:
-    models = dict(run.models)
-    for name, model in models.items():
-        if model.kind == "repair":
-            update = {"method": method, "base": base or model.base}
-            models[name] = model.model_copy(update=update)
-    return replace(run, models=models)
-
-
-def _in_common(names: list[str]) -> str:
-    """The words that all names begin with."""
-    words = zip(*map(str.split, names), strict=False)
-    common = itertools.takewhile(lambda found: len(set(found)) == 1, words)
-    return " ".join(found[0] for found in common).rstrip(",")

@@ -11,8 +11,8 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.text import Annotation
+from matplotlib.ticker import FixedLocator, Formatter, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
+from ..schema import Json
 from .formatting import count, readable
 from .runs import Row
 
@@ -47,13 +48,16 @@ _RINGS = (8, 12, 17, 24, 33, 44, 58)
 _WAYS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, -1), (-1, 1), (1, 1), (-1, -1))
 # behind text that may lie over grid lines
 PLATE = {"facecolor": SURFACE, "edgecolor": "none", "pad": 0.6}
+# of the two lines of a label
+_LINES: tuple[Json, Json] = (
+    {"color": INK, "fontsize": 8, "weight": "bold", "zorder": 7},
+    {"color": MUTED, "fontsize": 7.5, "zorder": 6},
+)
 
 
-@contextmanager
-def style() -> Iterator[None]:
+def style() -> AbstractContextManager[None]:
     """The figures' look, for the time of a block."""
-    with mpl.rc_context(fname=Path(__file__).with_name("report.mplstyle")):
-        yield
+    return mpl.rc_context(fname=Path(__file__).with_name("report.mplstyle"))
 
 
 @dataclass(frozen=True)
@@ -66,18 +70,19 @@ class Look:
     family: str = ""
 
     @property
-    def point(self) -> dict[str, Any]:
-        """Of a point among others."""
-        size: dict[str, Any] = {"mec": SURFACE, "mew": 0.6, "ms": 5.8}
+    def point(self) -> Json:
+        """Settings of a point among others."""
+        look: Json = {"marker": self.marker, "color": self.colour, "ls": ""}
         if self.family == "merged":  # a ring
-            size = {"mfc": SURFACE, "mew": 1.3, "ms": 5.5}
-        elif self.family == "expert":
-            size = {"mew": 1.8, "ms": 10}
-        return {"marker": self.marker, "color": self.colour, "ls": "", **size}
+            return look | {"mfc": SURFACE, "mew": 1.3, "ms": 5.5}
+        if self.family == "expert":
+            return look | {"mew": 1.8, "ms": 10}
+        return look | {"mec": SURFACE, "mew": 0.6, "ms": 5.8}
 
-    def handle(self, **line: Any) -> Line2D:
-        """In a legend."""
-        return Line2D([], [], label=self.label, **(line or self.point))
+    def handle(self, **line: object) -> Line2D:
+        """An entry of a legend: the point, or a line of this colour."""
+        look = {"color": self.colour, **line} if line else self.point
+        return Line2D([], [], label=self.label, **look)
 
 
 MERGED, EXPERT = Look("merged", MUTED, "o", "merged"), Look("experts", INK, "|", "expert")
@@ -133,22 +138,22 @@ class Canvas:
         high: float = 3.2,
         more: float = 0,
         columns: tuple[int, int] = (1, 3),
-        **shared: Any,
+        sharex: bool = False,
+        sharey: bool = False,
     ) -> Panels:
         """A blank figure of ``number`` panels.
 
         Args:
             high, more: inches of a line of panels, and more for all together.
             columns: at most so many where it is narrow, and where it is wide.
-            shared: as ``Figure.subplots`` takes it.
+            sharex, sharey: whether all panels have one axis.
         """
         beside = min(number, columns[self.wide])
         lines = math.ceil(number / beside)
         width = _BROAD if beside > 2 and columns == (1, 3) else self.width
-        layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.03, hspace=0.05)
-        figure = Figure(figsize=(width, high * lines + more), dpi=100, layout=layout)
+        figure = Figure(figsize=(width, high * lines + more))
         FigureCanvasAgg(figure)
-        axes = figure.subplots(lines, beside, squeeze=False, **shared).flat
+        axes = figure.subplots(lines, beside, squeeze=False, sharex=sharex, sharey=sharey).flat
         for spare in axes[number:]:
             spare.remove()
         return Panels(figure, list(axes[:number]), beside)
@@ -198,22 +203,25 @@ class Canvas:
 
         ``x`` and ``y`` name the axes; heights are distances, or percentages of accuracy, agreement.
         """
-        tasks = list(next(iter(curves.values())))
-        means = {name: values.mean(axis=1) for name, values in curves.items()}
-        titles = ["mean over tasks", *map(readable, tasks)] if len(tasks) > 1 else [""]
+        shown = {}
+        for name, values in curves.items():
+            means = pd.DataFrame({"mean over tasks": values.mean(axis=1)})
+            shown[name] = means.join(values) if len(values.columns) > 1 else values
+        titles = list(shown[name])
         high, more = (1.55, 0.65) if len(titles) > 1 else (3.2, 0.0)
         panels = self.panels(len(titles), high, more, (2, 3), sharex=True, sharey=True)
-        lines: dict[str, dict[str, Any]] = {
+        lines: dict[str, Json] = {
             name: {"color": self.palette[name].colour, "lw": 1.4, "ms": 2.8}
             | {"marker": "o" if len(values) <= 50 else ""}
             # over the others: a repair of the image features leaves every block as it was
             | ({"ls": (0, (2, 1.5)), "zorder": 3} if name == "merged" else {})
             for name, values in curves.items()
         }
-        for i, (title, panel) in enumerate(zip(titles, panels.axes, strict=True)):
-            for name, values in curves.items():
-                panel.plot(values[tasks[i - 1]] if i else means[name], **lines[name])
-            panels.title(panel, title, bold=i == 0)
+        for title, panel in zip(titles, panels.axes, strict=True):
+            for name, values in shown.items():
+                panel.plot(values[title], **lines[name])
+            weight = "bold" if title == titles[0] else "normal"
+            panel.set_title(readable(title) if len(titles) > 1 else "", size=8.5, weight=weight)
             panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             panel.tick_params(labelbottom=True)
         if y in ("accuracy", "agreement"):
@@ -253,11 +261,6 @@ class Panels:
         panel.spines["bottom"].set_visible(False)
 
     @staticmethod
-    def title(panel: Axes, text: str, bold: bool = False) -> None:
-        """A small one."""
-        panel.set_title(text, fontsize=8.5, weight="bold" if bold else "normal")
-
-    @staticmethod
     def percent(axis: Axis, ticks: int = 6, integer: bool = False) -> None:
         """An axis whose numbers are percentages."""
         axis.set_major_formatter("{x:g}%")
@@ -270,17 +273,12 @@ class Panels:
         colour, down = (MUTED, -4) if merge else (INK, 4)
         panel.axhline(value, color=colour, lw=1.1, ls=DASHES if merge else "-", zorder=1)
         if text:
-            panel.annotate(
-                f"{row.label}  {value:.1f}",
-                (0, value),
-                xytext=(3, down),
-                fontsize=8,
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                va="top" if merge else "bottom",
-                color=colour,
-                bbox=PLATE,
-            )
+            place: Json = {
+                "xycoords": ("axes fraction", "data"),
+                "va": "top" if merge else "bottom",
+            }
+            words = f"{row.label}  {value:.1f}"
+            note(panel, words, (0, value), (3, down), color=colour, fontsize=8, bbox=PLATE, **place)
 
     def finish(self, handles: Sequence[Line2D] = (), gap: float = 0.2) -> Figure:
         """A legend above the panels, in as many columns as fit, and the layout settled.
@@ -291,21 +289,31 @@ class Panels:
             longest = max(len(str(handle.get_label())) for handle in handles)
             width = self.figure.get_figwidth() * 72 - 100 * gap + 20
             columns = max(1, min(len(handles), int(width / (4.6 * longest + 32))))
-            self.figure.legend(
-                handles=handles,
-                loc="outside upper left",
-                ncols=columns,
-                frameon=False,
-                handletextpad=gap,
-                columnspacing=1.4,
-                borderpad=0.1,
-            )
+            place: Json = {"loc": "outside upper left", "ncols": columns, "handletextpad": gap}
+            self.figure.legend(handles=handles, **place)
         self.figure.draw_without_rendering()
         self.figure.set_layout_engine("none")
         return self.figure
 
 
-def number_axis(panel: Axes, ticks: Sequence[float], log: bool, words: Any = "{x:g}") -> None:
+def note(
+    panel: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **look: Any
+) -> Annotation:
+    """Text beside a point, ``offset`` in points away from it."""
+    return panel.annotate(text, at, offset, textcoords="offset points", **look)
+
+
+def centred(
+    panel: Axes, at: tuple[float, float], text: str, colour: str, weight: str = "normal"
+) -> None:
+    """A number in the middle of a square."""
+    place: Json = {"ha": "center", "va": "center"}
+    panel.text(*at, text, fontsize=7.5, color=colour, weight=weight, **place)
+
+
+def number_axis(
+    panel: Axes, ticks: Sequence[float], log: bool, words: str | Formatter = "{x:g}"
+) -> None:
     """An axis with these ticks and no others."""
     panel.set_xscale("log" if log else "linear")
     panel.xaxis.set_major_locator(FixedLocator(ticks))
@@ -345,26 +353,13 @@ def label_points(panel: Axes, labels: Sequence[tuple[float, float, str, str]]) -
         across = sum(path.intersects_bbox(box, filled=False) for path in lines)
         return 20 * box.padded(2).count_overlaps(taken) + 6 * across + 50 * (not inside)
 
+    free = {"annotation_clip": False, "in_layout": False}
     for (x, y, *words), anchor in zip(labels, anchors, strict=True):
-        notes = [
-            panel.annotate(
-                word,
-                (x, y),
-                xytext=(0, 0),
-                textcoords="offset points",
-                bbox=PLATE,
-                annotation_clip=False,
-                in_layout=False,
-                color=colour,
-                zorder=7 - i,
-                fontsize=8 - i / 2,
-                weight=weight,
-            )
-            for i, (word, colour, weight) in enumerate(
-                zip(words, (INK, MUTED), ("bold", "normal"), strict=True)
-            )
+        texts = [
+            note(panel, word, (x, y), (0, 0), bbox=PLATE, **free, **line)
+            for word, line in zip(words, _LINES, strict=True)
         ]
-        extents = [note.get_window_extent() for note in notes]
+        extents = [text.get_window_extent() for text in texts]
         width, height = max(box.width for box in extents), sum(box.height for box in extents)
         places = []
         for ring, (right, up) in itertools.product(_RINGS, _WAYS):
@@ -376,29 +371,20 @@ def label_points(panel: Axes, labels: Sequence[tuple[float, float, str, str]]) -
         box, side, at = places[int(np.argmin(costs))]
         taken.append(box)
         (left, bottom), (right, top) = (box.get_points() - anchor) / pixel
-        for note, height in zip(notes, ((bottom + top) / 2, bottom), strict=True):
-            note.set(ha={1: "left", 0: "center", -1: "right"}[side], position=(at, height))
+        for text, height in zip(texts, ((bottom + top) / 2, bottom), strict=True):
+            text.set(ha={1: "left", 0: "center", -1: "right"}[side], position=(at, height))
         near = np.clip(0, (left, bottom), (right, top))
         if np.hypot(*near) > 14:
             arrow = {"arrowstyle": "-", "color": MUTED, "lw": 0.6, "shrinkA": 1, "shrinkB": 5}
-            panel.annotate(
-                "",
-                (x, y),
-                xytext=tuple(near),
-                textcoords="offset points",
-                zorder=2,
-                arrowprops=arrow,
-            )
+            note(panel, "", (x, y), tuple(near), arrowprops=arrow, zorder=2)
 
 
-def to_png(figure: Figure) -> bytes:
-    """The figure as PNG, sharp enough for a slide."""
-    return _written(figure, "png", dpi=220)
-
-
-def to_svg(figure: Figure) -> str:
-    """The figure as an SVG file on a white ground."""
-    return _written(figure, "svg", metadata={"Date": None}).decode()
+def to_files(figure: Figure, name: str) -> dict[str, str | bytes]:
+    """The figure as ``name.png``, sharp enough for a slide, and ``name.svg``, on a white ground."""
+    png = io.BytesIO()
+    with style():
+        figure.savefig(png, format="png", dpi=220)
+    return {f"{name}.png": png.getvalue(), f"{name}.svg": _to_svg(figure)}
 
 
 def to_inline_svg(figure: Figure, name: str, alternative: str) -> str:
@@ -407,7 +393,7 @@ def to_inline_svg(figure: Figure, name: str, alternative: str) -> str:
     Its ids begin with ``name``, which is unique in the page; ``alternative`` says what it shows.
     """
     figure.patch.set_alpha(0)
-    svg = to_svg(figure)
+    svg = _to_svg(figure)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)
     for colour, variable in _variables().items():
@@ -420,10 +406,10 @@ def to_inline_svg(figure: Figure, name: str, alternative: str) -> str:
     return f'{head} role="img" aria-label="{label}" {size}>{rest}'
 
 
-def _written(figure: Figure, kind: str, **options: Any) -> bytes:
-    stream = io.BytesIO()
+def _to_svg(figure: Figure) -> str:
+    stream = io.StringIO()
     with style():
-        figure.savefig(stream, format=kind, **options)
+        figure.savefig(stream, format="svg", metadata={"Date": None})
     return stream.getvalue()
 
 

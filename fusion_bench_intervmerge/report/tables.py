@@ -5,41 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from math import isnan, nan
 from textwrap import shorten
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from ..schema import Json
 from .formatting import NONE, count, duration, percent, readable
 from .runs import REPAIRS, Evaluation, Row
 
 
 class Column(NamedTuple):
-    """A column behind the accuracies: its value of a row, NaN where it is not known, in words.
+    """A column behind the accuracies: a number of ``Row.mean`` or ``Row.costs``, and its words.
 
     One that does not stand there ``always`` does beside rivals, where a row has a value.
     """
 
     title: str
-    value: Callable[[Row], float]
+    name: str
     words: Callable[[float], str]
     always: bool = False
 
 
 COLUMNS = (
-    Column("extra parameters", lambda row: row.costs.get("extra_parameters", nan), count, True),
-    Column("gap closed", lambda row: row.mean["gap_closed"], lambda v: f"{100 * v:.0f}%", True),
-    Column("seconds", lambda row: row.mean["seconds"], duration, True),
-    Column("of the experts", lambda row: row.mean["of_experts"], percent),
-    Column("bytes", lambda row: row.costs.get("bytes", nan), count),
-    Column("labels a task", lambda row: row.costs.get("labels", nan), lambda v: f"{v:.0f}"),
-    Column("passes an image", lambda row: row.costs.get("passes", nan), lambda v: f"{v:g}"),
-    Column(
-        "needs the task",
-        lambda row: row.costs.get("needs_task", nan),
-        lambda v: "yes" if v else "no",
-    ),
+    Column("extra parameters", "extra_parameters", count, True),
+    Column("gap closed", "gap_closed", lambda v: f"{100 * v:.0f}%", True),
+    Column("seconds", "seconds", duration, True),
+    Column("of the experts", "of_experts", percent),
+    Column("bytes", "bytes", count),
+    Column("labels a task", "labels", lambda v: f"{v:.0f}"),
+    Column("passes an image", "passes", lambda v: f"{v:g}"),
+    Column("needs the task", "needs_task", lambda v: "yes" if v else "no"),
 )
 
 
@@ -72,7 +69,7 @@ def cells(evaluation: Evaluation) -> pd.DataFrame:
     found = pd.DataFrame([[cell(row, name) for name in names] for row in rows], columns=names)
     rivals = any(row.kind == "rival" for row in rows)
     for column in COLUMNS:
-        values = [column.value(row) for row in rows]
+        values = [{**row.mean, **row.costs}.get(column.name, nan) for row in rows]
         if column.always or (rivals and not all(map(isnan, values))):
             texts = [NONE if isnan(v) else column.words(v) for v in values]
             found[column.title] = [Cell(t, "", v) for t, v in zip(texts, values, strict=True)]
@@ -84,10 +81,10 @@ def label(row: Row) -> str:
     return f"+ {row.label}" if row.kind in REPAIRS else row.label
 
 
-def to_json(evaluation: Evaluation) -> dict[str, Any]:
+def to_json(evaluation: Evaluation) -> Json:
     """The table as plain values: shares in [0, 1], nothing rounded, every seed's own number."""
 
-    def number(row: Row, name: str) -> dict[str, Any] | None:
+    def number(row: Row, name: str) -> Json | None:
         values, std = row.values[name].dropna().tolist(), float(row.std[name])
         about = {"std": None if isnan(std) else std, "by_seed": values}
         return {"mean": float(row.mean[name]), **about} if values else None
@@ -123,11 +120,9 @@ def to_csv(evaluation: Evaluation) -> str:
         line = {"base": row.base, "method": row.method, "kind": row.kind, "seeds": len(row.seeds)}
         for name in names:
             line |= {name: 100 * row.mean[name], f"{name}_std": 100 * row.std[name]}
-        line |= {
-            "extra_parameters": row.extra_parameters,
-            "gap_closed": 100 * row.mean["gap_closed"],
-        }
-        lines.append(line | {"seconds": row.mean["seconds"]})
+        line["extra_parameters"] = row.extra_parameters
+        line |= {"gap_closed": 100 * row.mean["gap_closed"], "seconds": row.mean["seconds"]}
+        lines.append(line)
     found = pd.DataFrame(lines).astype({"extra_parameters": "Int64"})
     return found.to_csv(index=False, float_format="%.2f", lineterminator="\n")
 

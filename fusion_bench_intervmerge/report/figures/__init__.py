@@ -1,8 +1,8 @@
 """The figures of a report: one file each, found by walking this package.
 
 A module draws what is given to it: it has ``PLACE``, its place in the page, and ``pictures``, from
-an ``Evaluation``, a ``Run`` or a ``Study`` (its annotation says which) to what there is to draw. To
-add a figure, put a module beside these; nothing else changes.
+an ``Evaluation`` or a ``Study`` (its annotation says which) to what there is to draw. To add a
+figure, put a module beside these; nothing else changes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import get_type_hints
 
 from matplotlib.figure import Figure
 
-from ..runs import Evaluation, Run
+from ..runs import Evaluation
 from ..study import Study
 from ..style import WIDE, Canvas, Palette, style
 
@@ -43,7 +43,7 @@ class Picture:
             return self.make(Canvas(width, palette))
 
 
-def pictures(subject: Evaluation | Run | Study) -> Iterator[Picture]:
+def pictures(subject: Evaluation | Study) -> Iterator[Picture]:
     """The figures of it, in the order of a page."""
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     modules = [importlib.import_module(f"{__name__}.{name}") for name in names]

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter
 
 from ..formatting import count, percent, readable
 from ..runs import Evaluation, Row
-from ..style import HUES, INK, MUTED, SURFACE, Canvas, Panels, label_points
+from ..style import HUES, INK, MUTED, Canvas, Look, Panels, label_points, number_axis
 from . import Picture
 
 PLACE = 5
-MERGE, REPAIR = "merge", "repair of a merge"
-TOLD, FREE = "rival, told the task", "rival, not told the task"
-LOOKS = {MERGE: (MUTED, "o"), REPAIR: (HUES[0], "s"), TOLD: (HUES[1], "D"), FREE: (HUES[2], "^")}
+MERGE = Look("merge", MUTED, "o")
+REPAIR = Look("repair of a merge", HUES[0], "s")
+TOLD = Look("rival, told the task", HUES[1], "D")
+FREE = Look("rival, not told the task", HUES[2], "^")
 
 
 def pictures(of: Evaluation) -> Iterator[Picture]:
@@ -47,9 +45,9 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return front
 
 
-def _kind(row: Row) -> str:
+def _look(row: Row) -> Look:
     if row.kind != "rival":
-        return row.kind if row.kind == MERGE else REPAIR
+        return MERGE if row.kind == "merge" else REPAIR
     return TOLD if row.costs.get("needs_task") else FREE
 
 
@@ -59,51 +57,31 @@ def _draw(of: Evaluation, shown: Sequence[Row], canvas: Canvas) -> Figure:
     stored = [row.costs["bytes"] for row in shown if row.costs["bytes"]]
     zero = min(stored) / 4  # where what stores nothing stands
     points = [(row, max(row.costs["bytes"], zero), 100 * row.mean["average"]) for row in shown]
-    _bytes_axis(panel, zero, max(stored))
+    tens = [10.0**e for e in range(2, 13) if zero * 2 < 10.0**e < max(stored) * 2]
+    words = FuncFormatter(lambda x, _: "0" if x == zero else count(x).replace(".0", ""))
+    number_axis(panel, [zero, *tens], True, words)
+    panel.set_xlim(zero / 1.6, max(stored) * 3)
     panels.percent(panel.yaxis, integer=True)
     panels.named("bytes beyond one model (log scale)", "average accuracy over tasks")
     for row in of.references(""):
         Panels.reference(panel, row)
-    kinds = [kind for kind in LOOKS if any(_kind(row) == kind for row in shown)]
     handles = []
-    for kind in kinds:
-        colour, marker = LOOKS[kind]
-        own = [(x, y) for row, x, y in points if _kind(row) == kind]
-        look: dict[str, Any] = {
-            "marker": marker,
-            "color": colour,
-            "ls": "",
-            "mec": SURFACE,
-            "mew": 0.6,
-            "ms": 6,
-        }
-        panel.plot(*zip(*own, strict=True), alpha=0.85, zorder=4, **look)
-        handles.append(Line2D([], [], label=kind, **look))
+    for look in (MERGE, REPAIR, TOLD, FREE):
+        if own := [(x, y) for row, x, y in points if _look(row) is look]:
+            panel.plot(*zip(*own, strict=True), alpha=0.85, zorder=4, **look.point)
+            handles.append(look.handle())
     front = pareto([(x, y) for _, x, y in points])
     panel.plot(*zip(*front, strict=True), color=INK, lw=1.2, drawstyle="steps-post", zorder=2)
     figure = panels.finish(handles)
     best = {(x, y): row for row, x, y in points}
     # of points that lie above each other, the highest
-    above = [*[x for x, _ in front[1:]], float("inf")]
-    named = [
-        (x, y, best[x, y]) for (x, y), more in zip(front, above, strict=True) if more > 1.1 * x
-    ]
+    above = [x for x, _ in front[1:]] + [float("inf")]
+    named = [(*at, best[at]) for at, more in zip(front, above, strict=True) if more > 1.1 * at[0]]
     named += [(x, y, row) for row, x, y in points if row.kind == "rival" and (x, y) not in front]
     label_points(panel, [(x, y, _name(row), percent(row.mean["average"])) for x, y, row in named])
     return figure
 
 
 def _name(row: Row) -> str:
-    on = f" on {readable(row.base)}" if row.base and row.kind != MERGE else ""
+    on = f" on {readable(row.base)}" if row.base and row.kind != "merge" else ""
     return f"{row.label}{on}"
-
-
-def _bytes_axis(panel: Axes, zero: float, most: float) -> None:
-    panel.set_xscale("log")
-    tens = [10.0**e for e in range(2, 13) if zero * 2 < 10.0**e < most * 2]
-    panel.xaxis.set_major_locator(FixedLocator([zero, *tens]))
-    panel.xaxis.set_minor_locator(NullLocator())
-    panel.xaxis.set_major_formatter(
-        FuncFormatter(lambda x, _: "0" if x == zero else count(x).replace(".0", ""))
-    )
-    panel.set_xlim(zero / 1.6, most * 3)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from ..formatting import count, percent, readable
 from ..runs import Evaluation
-from ..style import SURFACE, Canvas, Palette, Panels, label_points, parameter_axis
+from ..style import Canvas, Palette, Panels, label_points, parameter_axis
 from . import Picture
 
 PLACE = 10
@@ -34,9 +34,8 @@ def pictures(of: Evaluation) -> Iterator[Picture]:
 def _draw(of: Evaluation, canvas: Canvas) -> Figure:
     bases = [base for base in of.bases if any(row.base == base for row in of.repairs)]
     alone = len(bases) == 1
-    panels = canvas.panels(
-        len(bases), high=3.2 if not alone else 4.3 if canvas.wide else 3.9, sharey=True
-    )
+    high = 3.2 if not alone else 4.3 if canvas.wide else 3.9
+    panels = canvas.panels(len(bases), high, sharey=True)
     shown = [row for row in of.rows if row.kind != "pretrained"]
     averages = [100 * value for row in shown for value in row.values["average"]]
     low, high = min(averages), max(averages)
@@ -47,8 +46,8 @@ def _draw(of: Evaluation, canvas: Canvas) -> Figure:
         # where panels share their heights, each says what it is
         panel.tick_params(labelleft=True)
         sizes = [row.extra_parameters for row in of.repairs if row.base == base]
-        if any(sizes):
-            parameter_axis(panel, list(filter(None, sizes)))
+        if sizes := list(filter(None, sizes)):
+            parameter_axis(panel, sizes)
         else:
             panel.set_xticks([])
     panels.named("extra parameters, all tasks (log scale)", "average accuracy over tasks")
@@ -67,32 +66,15 @@ def _scatter(panel: Axes, base: str, of: Evaluation, palette: Palette, labelled:
     repairs = {row.method: row for row in of.repairs if row.base == base and row.extra_parameters}
     labels = []
     for family in palette.families(repairs):
-        points = [
-            (float(repairs[name].extra_parameters or 0), 100 * repairs[name].mean["average"])
-            for name in family
-        ]
-        panel.plot(
-            *zip(*points, strict=True),
-            color=palette[family[-1]].colour,
-            lw=1.6,
-            zorder=2,
-            alpha=0.55,
-        )
-        for name, (x, y) in zip(family, points, strict=True):
-            look, row = palette[name], repairs[name]
+        points = []
+        for look, row in ((palette[name], repairs[name]) for name in family):
             mean, std = row.mean["average"], row.std["average"]
-            panel.errorbar(
-                x,
-                y,
-                yerr=100 * std,
-                fmt=look.marker,
-                color=look.colour,
-                ms=7.5,
-                mec=SURFACE,
-                elinewidth=1.4,
-                capsize=3,
-                zorder=4,
-            )
+            x, y = float(row.extra_parameters or 0), 100 * mean
+            marked = look.point | {"ms": 7.5, "mew": 1}
+            panel.errorbar(x, y, 100 * std, elinewidth=1.4, zorder=4, **marked)
+            points.append((x, y))
             labels.append((x, y, look.label, f"{percent(mean, std)}, {count(x)}"))
+        colour = palette[family[-1]].colour
+        panel.plot(*zip(*points, strict=True), color=colour, lw=1.6, zorder=2, alpha=0.55)
     if labelled and labels:
         label_points(panel, labels)

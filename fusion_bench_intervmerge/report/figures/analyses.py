@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ... import analysis
 from ..formatting import readable
-from ..runs import ANALYSIS, LAYOUT, Analysis, Evaluation, laid_out_otherwise
+from ..runs import ANALYSIS, LAYOUT, Evaluation, laid_out_otherwise
 from . import Picture
 
 PLACE = 50
@@ -36,7 +36,7 @@ def pictures(of: Evaluation) -> Iterator[Picture]:
             yield replace(one, name=name, title=one.title + title, file=name)
 
 
-def of_merge(found: Analysis) -> Iterator[Picture]:
+def of_merge(found: analysis.Found) -> Iterator[Picture]:
     """The figures of what was analysed of a merge."""
     for name, module in analysis.modules().items():
         if name in found and hasattr(module, "figures"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -12,7 +11,7 @@ from matplotlib.patches import Rectangle
 
 from ..formatting import readable
 from ..runs import REPORT, Evaluation, Run, read_json
-from ..style import ACCENT, Canvas
+from ..style import ACCENT, INK, Canvas, centred
 from . import Picture
 
 PLACE = 25
@@ -55,27 +54,15 @@ def draw(counts: pd.DataFrame, canvas: Canvas) -> Figure:
     panels.rows(panel, range(len(counts)), list(counts.index))
     panel.grid(visible=False)
     panel.set_xlim(-0.6, len(counts.columns) - 0.4)
-    turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-    panel.set_xticks(
-        range(len(counts.columns)),
-        list(map(readable, counts)),
-        fontsize=8,
-        **({} if canvas.wide else turned),
-    )
+    panel.set_xticks(range(len(counts.columns)), list(map(readable, counts)), fontsize=8)
+    for text in [] if canvas.wide else panel.get_xticklabels():
+        text.set(rotation=45, ha="right", rotation_mode="anchor")
     for row, (task, of) in enumerate(counts.iterrows()):
-        for column, number in enumerate(of):
-            if number:
-                corner, share = (column - 0.46, row - 0.46), number / of.sum()
+        for column, images in enumerate(of):
+            if images:
+                corner, share = (column - 0.46, row - 0.46), images / of.sum()
                 square = Rectangle(corner, 0.92, 0.92, color=ACCENT, lw=0, alpha=0.6 * share)
                 panel.add_patch(square)
-                panel.text(
-                    column,
-                    row,
-                    str(number),
-                    ha="center",
-                    va="center",
-                    fontsize=7.5,
-                    weight="bold" if counts.columns[column] == task else "normal",
-                    color=canvas.INK,
-                )
+                bold = counts.columns[column] == task
+                centred(panel, (column, row), str(images), INK, "bold" if bold else "normal")
     return panels.finish()

@@ -1,6 +1,6 @@
-"""The distillation loss at each step, smoothed.
+"""How repairs came about: the loss at each step, and how close to the experts they are after it.
 
-One trained model is drawn task by task; several by their mean over tasks, a line a seed.
+Of one trained model the loss is drawn task by task; of several the mean over tasks, a line a seed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from ..style import Canvas
 from . import Picture
 
 PLACE = 30
+_FEW = 6  # models whose features are all shown
+_BIAS, _AGREEMENT = "distance of features to the expert's", "predictions equal to the expert's"
 
 
 def pictures(of: Evaluation) -> Iterator[Picture]:
-    """None where no run kept its losses."""
+    """The losses as far as runs kept them, and the features unless there are too many models."""
     trained = of.models[of.models["losses"].map(bool)] if len(of.models) else of.models
     if len(trained):
         several = trained["method"].nunique() > 1
@@ -30,6 +32,26 @@ def pictures(of: Evaluation) -> Iterator[Picture]:
             "The distillation loss at each step, a running mean over a fortieth of the steps"
             + ("; methods with different losses cannot be compared by it." if several else "."),
             partial(_by_task if len(trained) == 1 else _by_method, trained),
+        )
+    measured = [(run, m) for run in of.runs for m in run.models.values() if m.features]
+    for number, (run, model) in enumerate(measured if len(measured) <= _FEW else []):
+        found = pd.DataFrame(model.features).T
+        found.loc["mean"] = found.mean()
+        shown = {
+            title: scale
+            * found[[f"{kind}_before", f"{kind}_after"]].set_axis(
+                ["merged", model.method or "repaired"], axis=1
+            )
+            for title, kind, scale in ((_BIAS, "bias", 1), (_AGREEMENT, "agreement", 100))
+            if f"{kind}_after" in found and found[f"{kind}_after"].notna().all()
+        }
+        yield Picture(
+            f"features-{number}",
+            "Distance to the experts" + (f" ({run.name})" if len(measured) > 1 else ""),
+            "On training images: the mean absolute difference of image features to the expert's, "
+            "before the repair and after it"
+            + (", and how often the predicted class is the expert's." if len(shown) > 1 else "."),
+            partial(Canvas.dots, shown=shown, percent=[_AGREEMENT]),
         )
 
 
@@ -48,7 +70,7 @@ def _by_method(trained: pd.DataFrame, canvas: Canvas) -> Figure:
             panel.plot(curve, color=canvas.palette[model.method].colour, lw=1.4)
     panels.named("step (each task)", "loss, mean over tasks")
     looks = [canvas.palette[method] for method in trained["method"].unique()]
-    return panels.finish([look.handle(color=look.colour, lw=1.6) for look in looks], gap=0.5)
+    return panels.finish([look.handle(lw=1.6) for look in looks], gap=0.5)
 
 
 def _smooth(losses: dict[str, list[float]]) -> pd.DataFrame:
