@@ -140,10 +140,10 @@ def test_the_fused_activation_is_clips():
     assert torch.autograd.gradcheck(FusedQuickGELU(), x)
 
 
-def test_fused_activations_last_for_a_while(make_tower):
+def test_what_is_cheap_to_train_lasts_for_a_while(make_tower):
     tower = make_tower()
     kinds = [type(module) for module in tower.modules()]
-    with pytest.raises(RuntimeError, match="stop"), tower.fused_activations():
+    with pytest.raises(RuntimeError, match="stop"), tower.cheap_to_train():
         fused = [module for module in tower.modules() if isinstance(module, FusedQuickGELU)]
         assert len(fused) == (tower.num_blocks if tower.family != "dinov2" else 0)
         raise RuntimeError("stop")

@@ -249,7 +249,7 @@ class _Trainer:
         try:
             for parameter in types:
                 parameter.data = parameter.data.double()
-            with model.tower.in_dtype(self.dtype), model.tower.fused_activations():
+            with model.tower.in_dtype(self.dtype), model.tower.cheap_to_train():
                 yield
         finally:
             for parameter, dtype in types.items():
@@ -287,7 +287,7 @@ class _Trainer:
                 expert = experts[task]()
                 check_expert(task, expert, self.model.tower)
                 expert = expert.to(self.fabric.device).eval()
-                with torch.no_grad(), expert.in_dtype(self.dtype), expert.fused_activations():
+                with torch.no_grad(), expert.in_dtype(self.dtype), expert.cheap_to_train():
                     targets[task] = self._representations(task, expert, cache)
                 shown.update(len(self.schedules[task].unique))
                 del expert
