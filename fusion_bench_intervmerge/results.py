@@ -8,13 +8,13 @@ a sentence: words are made where something is shown.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from .errors import ConfigError
 from .files import write_json
-from .schema import checked
+from .schema import Json, checked
 
 VERSION: Literal[1] = 1
 FILE = "intervmerge.json"
@@ -94,7 +94,7 @@ class Result(Record):
     seed: int | None = None
     rank: int | None = None
     budget: int | None = None
-    settings: dict[str, Any] = {}
+    settings: Json = {}
     extra_parameters: int | None = None
     extra_parameters_folded: int | None = None
     extra_parameters_by_task: dict[str, int] = {}
@@ -139,7 +139,7 @@ class Results(Record):
             write_json(Path(folder) / FILE, content)
 
 
-def parse_results(content: Any, where: str) -> Results:
+def parse_results(content: object, where: str) -> Results:
     """The results that a file holds.
 
     Args:
@@ -156,7 +156,7 @@ def parse_results(content: Any, where: str) -> Results:
     return checked(Results, content, where)
 
 
-def in_words(images: Any) -> str:
+def in_words(images: object) -> str:
     """The images of a saved model's metadata in words; what are words already stays."""
     if not isinstance(images, list):
         return str(images)

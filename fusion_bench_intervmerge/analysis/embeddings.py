@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..schema import Json
 from . import EXPERT, Drawing, Found
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def figures(found: Found) -> Iterator[Drawing]:
         )
 
 
-def _points(value: Any) -> np.ndarray:
+def _points(value: list[list[float]]) -> np.ndarray:
     points = np.array(value[:_SHOWN], float)
     if points.ndim != 2 or points.shape[1] != 2:
         raise ValueError("embeddings: a point has two coordinates")
@@ -110,25 +111,11 @@ def _draw(tasks: Mapping[str, Mapping[str, np.ndarray]], canvas: Canvas) -> Figu
             _strokes(panel, own, expert, color=palette[name].colour, lw=0.6 * size, alpha=0.45)
             _strokes(panel, expert, expert, color=canvas.INK, lw=2.6 * size)
             _strokes(panel, own, own, color=palette[name].colour, lw=3.6 * size)
-        panel.text(
-            0.05,
-            -_HIGH * row - 0.05,
-            canvas.readable(task),
-            va="top",
-            zorder=4,
-            fontsize=7 + canvas.wide,
-            bbox=canvas.PLATE,
-        )
+        look: Json = {"size": 7 + canvas.wide, "va": "top", "bbox": canvas.PLATE, "zorder": 4}
+        panel.text(0.05, -_HIGH * row - 0.05, canvas.readable(task), **look)
     for column, name in enumerate(names):
-        panel.text(
-            column + 0.5,
-            0.02,
-            palette[name].label,
-            ha="center",
-            va="bottom",
-            weight="bold",
-            fontsize=7.5 + canvas.wide,
-        )
+        look = {"size": 7.5 + canvas.wide, "weight": "bold", "ha": "center", "va": "bottom"}
+        panel.text(column + 0.5, 0.02, palette[name].label, **look)
     return panels.finish()
 
 

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +68,12 @@ class Look:
     colour: str
     marker: str
     family: str = ""
+    shape: Json = field(default_factory={"mec": SURFACE, "mew": 0.6, "ms": 5.8}.copy)
 
     @property
     def point(self) -> Json:
         """Settings of a point among others."""
-        look: Json = {"marker": self.marker, "color": self.colour, "ls": ""}
-        if self.family == "merged":  # a ring
-            return look | {"mfc": SURFACE, "mew": 1.3, "ms": 5.5}
-        if self.family == "expert":
-            return look | {"mew": 1.8, "ms": 10}
-        return look | {"mec": SURFACE, "mew": 0.6, "ms": 5.8}
+        return {"marker": self.marker, "color": self.colour, "ls": "", **self.shape}
 
     def handle(self, **line: object) -> Line2D:
         """An entry of a legend: the point, or a line of this colour."""
@@ -85,7 +81,8 @@ class Look:
         return Line2D([], [], label=self.label, **look)
 
 
-MERGED, EXPERT = Look("merged", MUTED, "o", "merged"), Look("experts", INK, "|", "expert")
+MERGED = Look("merged", MUTED, "o", "merged", {"mfc": SURFACE, "mew": 1.3, "ms": 5.5})  # a ring
+EXPERT = Look("experts", INK, "|", "expert", {"mew": 1.8, "ms": 10})
 
 
 class Palette(dict[str, Look]):

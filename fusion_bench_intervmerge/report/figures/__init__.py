@@ -1,4 +1,4 @@
-"""The figures of a report: one file each, found by walking this package.
+"""The figures of a report: a file a subject, found by walking this package.
 
 A module draws what is given to it: it has ``PLACE``, its place in the page, and ``pictures``, from
 an ``Evaluation`` or a ``Study`` (its annotation says which) to what there is to draw. To add a
@@ -8,13 +8,13 @@ figure, put a module beside these; nothing else changes.
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import get_type_hints
 
 from matplotlib.figure import Figure
 
+from ...registry import names_in
 from ..runs import Evaluation
 from ..study import Study
 from ..style import WIDE, Canvas, Palette, style
@@ -45,8 +45,7 @@ class Picture:
 
 def pictures(subject: Evaluation | Study) -> Iterator[Picture]:
     """The figures of it, in the order of a page."""
-    names = [module.name for module in pkgutil.iter_modules(__path__)]
-    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names_in(__path__)]
     for module in sorted(modules, key=lambda module: module.PLACE):
         if isinstance(subject, get_type_hints(module.pictures)["of"]):
             yield from module.pictures(subject)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ..formatting import readable
-from ..runs import REPORT, Evaluation, Run, read_json
+from ..runs import REPORT, Evaluation, read_json
 from ..style import ACCENT, INK, Canvas, centred
 from . import Picture
 
@@ -20,7 +20,17 @@ _FEW = 3  # models that are shown; of each the first seed
 
 def pictures(of: Evaluation) -> Iterator[Picture]:
     """One of each model that has a router; none where every task was told."""
-    found = [pair for run in of.runs for pair in _routed(run).items()]
+    found = []  # model; images, a row a task, a column what it was taken for
+    for run in of.runs:
+        report = read_json(run.folder / REPORT) or {}
+        first = min((model.seed or 0 for model in run.models.values()), default=0)
+        for name, model in run.models.items():
+            own = report if set(run.tasks) <= set(report) else report.get(name, {})
+            if "routed" in own.get("average", {}) and (model.seed or 0) == first:
+                counts = pd.DataFrame(own["confusion"]).T
+                names = [*run.tasks, *(["none"] if "none" in counts else [])]
+                counts = counts.reindex(index=run.tasks, columns=names).fillna(0).astype(int)
+                found.append((name, counts))
     for number, (name, counts) in enumerate(found[:_FEW]):
         right = counts.to_numpy().diagonal().sum() / counts.to_numpy().sum()
         yield Picture(
@@ -31,20 +41,6 @@ def pictures(of: Evaluation) -> Iterator[Picture]:
             partial(draw, counts),
             "confusion" + (f"_{number}" if number else ""),
         )
-
-
-def _routed(run: Run) -> dict[str, pd.DataFrame]:
-    """Model -> images, a row a task, a column what it was taken for."""
-    report = read_json(run.folder / REPORT) or {}
-    found = {}
-    first = min((model.seed or 0 for model in run.models.values()), default=0)
-    for name, model in run.models.items():
-        own = report if set(run.tasks) <= set(report) else report.get(name, {})
-        if "routed" in own.get("average", {}) and (model.seed or 0) == first:
-            counts = pd.DataFrame(own["confusion"]).T
-            names = [*run.tasks, *(["none"] if "none" in counts else [])]
-            found[name] = counts.reindex(index=run.tasks, columns=names).fillna(0).astype(int)
-    return found
 
 
 def draw(counts: pd.DataFrame, canvas: Canvas) -> Figure:

@@ -1,0 +1,147 @@
+"""Average accuracy against what is stored beyond one model: bytes, and extra parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from ...schema import Json
+from ..formatting import count, percent, readable
+from ..runs import Evaluation, Row
+from ..style import HUES, Canvas, Look, Palette, Panels, label_points, number_axis, parameter_axis
+from . import Picture
+
+PLACE = 10
+MOST = 9  # panels
+MERGE = Look("merge", Canvas.MUTED, "o")
+REPAIR = Look("repair of a merge", HUES[0], "s")
+TOLD = Look("rival, told the task", HUES[1], "D")
+FREE = Look("rival, not told the task", HUES[2], "^")
+
+
+def pictures(of: Evaluation) -> Iterator[Picture]:
+    """Bytes where rivals stand beside the repairs, or one repair is stored in several ways.
+
+    Parameters unless there is nothing to compare, or there are more merges than panels can show.
+    """
+    shown = [row for row in of.rows if row.costs.get("bytes") is not None]
+    sizes = {(row.base, row.extra_parameters): row.costs["bytes"] for row in shown}
+    stored = any(sizes[row.base, row.extra_parameters] != row.costs["bytes"] for row in shown)
+    if any(row.kind == "rival" for row in shown) or stored:
+        yield Picture(
+            "bytes",
+            "Accuracy against bytes",
+            "Average accuracy over tasks against what is stored beyond one model, over all tasks. "
+            "The line joins what nothing else beats at its size or a smaller one.",
+            partial(_by_bytes, of, shown),
+            "accuracy_vs_bytes",
+        )
+    merges = {row.base for row in of.repairs if row.base}
+    if 0 < len(merges) <= MOST and len([row for row in of.rows if row.kind != "pretrained"]) > 1:
+        yield Picture(
+            "parameters",
+            "Accuracy against extra parameters",
+            "Average accuracy over tasks. Lines are the merge without repair and the experts; "
+            "whiskers are the standard deviation over seeds.",
+            partial(_by_parameters, of),
+            "accuracy_vs_parameters",
+        )
+
+
+def _look(row: Row) -> Look:
+    if row.kind != "rival":
+        return MERGE if row.kind == "merge" else REPAIR
+    return TOLD if row.costs.get("needs_task") else FREE
+
+
+def _by_bytes(of: Evaluation, shown: Sequence[Row], canvas: Canvas) -> Figure:
+    panels = canvas.panels(high=4.8)
+    (panel,) = panels.axes
+    stored = [row.costs["bytes"] for row in shown if row.costs["bytes"]]
+    zero = min(stored) / 4  # where what stores nothing stands
+    points = [(row, max(row.costs["bytes"], zero), 100 * row.mean["average"]) for row in shown]
+    tens = [10.0**e for e in range(2, 13) if zero * 2 < 10.0**e < max(stored) * 2]
+    words = FuncFormatter(lambda x, _: "0" if x == zero else count(x).replace(".0", ""))
+    number_axis(panel, [zero, *tens], True, words)
+    panel.set_xlim(zero / 1.6, max(stored) * 3)
+    panels.percent(panel.yaxis, integer=True)
+    panels.named("bytes beyond one model (log scale)", "average accuracy over tasks")
+    for row in of.references(""):
+        Panels.reference(panel, row)
+    handles = []
+    for look in (MERGE, REPAIR, TOLD, FREE):
+        if own := [(x, y) for row, x, y in points if _look(row) is look]:
+            panel.plot(*zip(*own, strict=True), alpha=0.85, zorder=4, **look.point)
+            handles.append(look.handle())
+    front: list[tuple[float, float]] = []  # what no other point with as few bytes reaches
+    for x, y in sorted(((x, y) for _, x, y in points), key=lambda at: (at[0], -at[1])):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    line: Json = {"color": canvas.INK, "lw": 1.2, "drawstyle": "steps-post"}
+    panel.plot(*zip(*front, strict=True), zorder=2, **line)
+    figure = panels.finish(handles)
+    best = {(x, y): row for row, x, y in points}
+    # of points that lie above each other, the highest
+    above = [x for x, _ in front[1:]] + [float("inf")]
+    named = [(*at, best[at]) for at, more in zip(front, above, strict=True) if more > 1.1 * at[0]]
+    named += [(x, y, row) for row, x, y in points if row.kind == "rival" and (x, y) not in front]
+    label_points(panel, [(x, y, _name(row), percent(row.mean["average"])) for x, y, row in named])
+    return figure
+
+
+def _name(row: Row) -> str:
+    on = f" on {readable(row.base)}" if row.base and row.kind != "merge" else ""
+    return f"{row.label}{on}"
+
+
+def _by_parameters(of: Evaluation, canvas: Canvas) -> Figure:
+    bases = [base for base in of.bases if any(row.base == base for row in of.repairs)]
+    alone = len(bases) == 1
+    high = 3.2 if not alone else 4.3 if canvas.wide else 3.9
+    panels = canvas.panels(len(bases), high, sharey=True)
+    shown = [row for row in of.rows if row.kind != "pretrained"]
+    averages = [100 * value for row in shown for value in row.values["average"]]
+    low, high = min(averages), max(averages)
+    room = max(0.12 * (high - low), 1.0)  # for the references' names
+    for base, panel in zip(bases, panels.axes, strict=True):
+        panel.set(title="" if alone else readable(base), ylim=(low - room, high + room))
+        panels.percent(panel.yaxis, integer=True)
+        # where panels share their heights, each says what it is
+        panel.tick_params(labelleft=True)
+        sizes = [row.extra_parameters for row in of.repairs if row.base == base]
+        if sizes := list(filter(None, sizes)):
+            parameter_axis(panel, sizes)
+        else:
+            panel.set_xticks([])
+    panels.named("extra parameters, all tasks (log scale)", "average accuracy over tasks")
+    families = canvas.palette.families({row.method for row in of.repairs})
+    # beside each other the panels have no room for a label at every point
+    looks = [canvas.palette[name] for family in families for name in family if not alone]
+    figure = panels.finish([look.handle() for look in looks])
+    for base, panel in zip(bases, panels.axes, strict=True):
+        _scatter(panel, base, of, canvas.palette, labelled=alone)
+    return figure
+
+
+def _scatter(panel: Axes, base: str, of: Evaluation, palette: Palette, labelled: bool) -> None:
+    for row in of.references(base):
+        Panels.reference(panel, row)
+    repairs = {row.method: row for row in of.repairs if row.base == base and row.extra_parameters}
+    labels = []
+    for family in palette.families(repairs):
+        points = []
+        for look, row in ((palette[name], repairs[name]) for name in family):
+            mean, std = row.mean["average"], row.std["average"]
+            x, y = float(row.extra_parameters or 0), 100 * mean
+            marked = look.point | {"ms": 7.5, "mew": 1}
+            panel.errorbar(x, y, 100 * std, elinewidth=1.4, zorder=4, **marked)
+            points.append((x, y))
+            labels.append((x, y, look.label, f"{percent(mean, std)}, {count(x)}"))
+        colour = palette[family[-1]].colour
+        panel.plot(*zip(*points, strict=True), color=colour, lw=1.6, zorder=2, alpha=0.55)
+    if labelled and labels:
+        label_points(panel, labels)
