@@ -36,6 +36,15 @@ class TaskVector:
     def __add__(self, other: TaskVector) -> TaskVector:
         return TaskVector({name: t + other.tensors[name] for name, t in self.tensors.items()})
 
+    def __mul__(self, factor: float) -> TaskVector:
+        return TaskVector({name: t * factor for name, t in self.tensors.items()})
+
+    __rmul__ = __mul__
+
+    def added_to(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """theta0 + tau."""
+        return {name: weights[name] + t for name, t in self.tensors.items()}
+
     def trim(self, keep: float) -> TaskVector:
         """Keep the share ``keep`` of the entries that are largest in magnitude; the others are 0.
 
