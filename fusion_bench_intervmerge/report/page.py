@@ -140,7 +140,7 @@ def _subtitle(evaluation: Evaluation) -> str:
     seeds = max(len(row.seeds) for row in evaluation.rows)
     text = f"{listed([readable(base) for base in evaluation.bases])}, {tasks}"
     text += f", {methods} repair{'s' * (methods != 1)}" if methods else ""
-    return text + (f", {seeds} seeds each" if seeds > 1 else "")
+    return text + (f", {seeds} seeds" if seeds > 1 else "")
 
 
 def _headline(evaluation: Evaluation) -> str | None:
