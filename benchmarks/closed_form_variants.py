@@ -32,7 +32,7 @@ from fusion_bench_intervmerge import InterventionModel, solve
 from fusion_bench_intervmerge.fusion.embedded import EmbeddedCLIPVisionModelPool
 from fusion_bench_intervmerge.fusion.experts import ExpertPool
 from fusion_bench_intervmerge.fusion.merge import run_base
-from fusion_bench_intervmerge.images import choose_images
+from fusion_bench_intervmerge.images import DataSettings, choose_images
 from fusion_bench_intervmerge.solving import solver, sweep
 from fusion_bench_intervmerge.solving.regression import Regression
 
@@ -163,7 +163,7 @@ def weighed(bench: Bench, fit: bool, share: bool, last: bool) -> Iterator[None]:
         key = (at["task"], at["images"])
         if key not in metrics:
             images = bench.data["train"][at["task"]].tensors[0]
-            chosen = choose_images(at["task"], len(images), at_most=at["images"], seed=0)
+            chosen = choose_images(at["task"], len(images), DataSettings(images=at["images"]))
             metrics[key] = _metrics(bench.pool.tower(at["task"]), images[chosen])
         matrix = metrics[key][at["block"]]
         matrix = matrix + 0.1 * matrix.diagonal().mean() * torch.eye(len(matrix)).double()

@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fusion_bench_intervmerge import InterventionModel, RouterSettings, solve
 from fusion_bench_intervmerge.fusion.corruption import Corrupted, StreamSettings
 from fusion_bench_intervmerge.fusion.experts import ExpertPool
-from fusion_bench_intervmerge.images import choose_images
+from fusion_bench_intervmerge.images import DataSettings, choose_images
 from fusion_bench_intervmerge.merging import mix
 from fusion_bench_intervmerge.routing import ROUTERS, Router
 from fusion_bench_intervmerge.routing.passes import read
@@ -151,7 +151,7 @@ def sample(seen: Seen, tasks: list[str], images: int, seed: int) -> dict[str, Te
     found = {}
     for index, task in enumerate(tasks):
         rows = seen.rows[seen.of == index]
-        found[task] = rows[choose_images(task, len(rows), at_most=images, seed=seed)]
+        found[task] = rows[choose_images(task, len(rows), DataSettings(images=images), seed)]
     return found
 
 

@@ -9,7 +9,6 @@ anything is taken from it.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 import signal
@@ -27,6 +26,7 @@ from torch import Tensor
 from .errors import ConfigError
 from .files import whole_file
 from .schema import Json
+from .storage import digest_of
 
 log = logging.getLogger(__name__)
 KEPT = 2
@@ -277,7 +277,7 @@ def _kind(value: object) -> object:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
     """Write a safetensors file with a digest in its header, whole or not at all."""
     with whole_file(path) as temporary:
-        digest = digest_of(header, tensors)
+        digest = digest_of(tensors, json.dumps(header, sort_keys=True))
         save_file(dict(tensors), temporary, {**header, "digest": digest})
 
 
@@ -290,16 +290,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         header, names = file.metadata() or {}, file.keys()
         tensors = {name: file.get_tensor(name) for name in names}
-    if header.pop("digest", None) != digest_of(header, tensors):
+    if header.pop("digest", None) != digest_of(tensors, json.dumps(header, sort_keys=True)):
         raise ValueError("its digest is not that of its content")
     return tensors, header
-
-
-def digest_of(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a file's header and tensors: names, shapes, types, bytes."""
-    sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.flatten()
-        sha.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-    return sha.hexdigest()

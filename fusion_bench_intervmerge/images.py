@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal, Protocol, cast
 
 import torch
 from pydantic import Field
@@ -66,8 +66,19 @@ class RepairSettings(Settings):
         return cls.read(rest | {"data": data})
 
 
+class ImageDataset(Protocol):
+    """A task's images: pixel values, or (pixel values, anything), by their index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> object: ...
+
+
+Datasets = Mapping[str, ImageDataset]  # by task
+
+
 def choose_images(
-    task: str, available: int, *, fraction: float = 1.0, at_most: int | None = None, seed: int = 0
+    task: str, available: int, data: DataSettings | None = None, seed: int = 0
 ) -> list[int]:
     """Indices of the images that may be seen, in random order.
 
@@ -77,31 +88,23 @@ def choose_images(
     Args:
         task: the task's name.
         available: how many images the split has.
-        fraction: share of them, in (0, 1] (Table 8 of the paper).
-        at_most: an upper limit beside it; None for none.
+        data: what share of them (Table 8 of the paper), and at most how many; all by default.
         seed: any integer.
 
     Raises:
-        ConfigError: a share or a limit out of range, or no images at all.
+        ConfigError: there are no images.
     """
-    if not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
-        raise ConfigError("data.fraction", f"{fraction!r}", "a number in (0, 1]")
-    if at_most is not None and at_most < 1:
-        raise ConfigError("data.images", f"{at_most!r}", "a whole number from 1, or null")
+    data = data or DataSettings()
     if available < 1:
         raise ConfigError("modelpool", f"task {task!r} has no images in this split")
     order = torch.randperm(available, generator=generator_of(seed, "subset", task))
-    return order[: math.ceil(fraction * available)][:at_most].tolist()
+    return order[: math.ceil(data.fraction * available)][: data.images].tolist()
 
 
 def generator_of(seed: int, purpose: str, task: str) -> torch.Generator:
     """Random numbers for one purpose and task, whatever else is drawn."""
     digest = hashlib.sha256(f"{seed} {purpose} {task}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-# task -> its images: pixel values, or (pixel values, anything)
-Datasets = Mapping[str, Dataset[object]]
 
 
 class Pixels(Dataset[Tensor]):

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from .encoders import VisionTower
+from .images import ImageDataset
 from .results import Result
 from .settings import Settings
 
@@ -48,7 +48,7 @@ class Experts(Protocol):
     def tower(self, name: str) -> VisionTower:
         """A task's expert, or ``_pretrained_``; a fresh one, which the caller may change."""
 
-    def images(self, task: str, split: str) -> Dataset[object]:
+    def images(self, task: str, split: str) -> ImageDataset:
         """A split's images, preprocessed: items are (pixel values, label), -1 for no label."""
 
 

@@ -1,7 +1,8 @@
-"""Fewer bits for the tensors of edits: half precision, or a byte a number with a scale a row."""
+"""Tensors as bytes: fewer of them for edits (half precision, or a byte a number), and digests."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Literal
 
@@ -10,6 +11,16 @@ from torch import Tensor
 
 Storage = Literal["float32", "float16", "int8"]
 SCALE = ".scale"
+
+
+def digest_of(tensors: Mapping[str, Tensor], header: str = "") -> str:
+    """SHA-256 of a header and of tensors: names, shapes, types, bytes."""
+    sha = hashlib.sha256(header.encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        sha.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    return sha.hexdigest()
 
 
 def pack(tensors: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import copy
 import logging
 import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,14 @@ from torch._dynamo.utils import counters
 
 from fusion_bench_intervmerge import InterventionModel, distill
 from fusion_bench_intervmerge.checkpoint import Interrupted, StateFolder
-from fusion_bench_intervmerge.distillation import DistillationError, Schedule, ThriceAdam, loop
+from fusion_bench_intervmerge.distillation import (
+    DataSettings,
+    DistillationError,
+    DistillSettings,
+    Schedule,
+    ThriceAdam,
+    loop,
+)
 from fusion_bench_intervmerge.distillation.memory import keep_freed_memory
 from fusion_bench_intervmerge.errors import ConfigError
 from fusion_bench_intervmerge.expert_cache import ExpertCache
@@ -46,25 +54,22 @@ WORKER = Path(__file__).parent / "distill_worker.py"
 )
 @settings(max_examples=60, deadline=None)
 def test_a_schedule_is_shuffled_epochs_of_one_subset(num_images, steps, batch_size, fraction, seed):
-    schedule = Schedule(
-        "ants", num_images, steps=steps, batch_size=batch_size, fraction=fraction, seed=seed
-    )
+    data = DataSettings(batch_size=batch_size, fraction=fraction)
+    schedule = Schedule("ants", num_images, steps, data, seed)
     seen = torch.tensor(schedule.unique)[schedule.rows].flatten().tolist()
     assert len(seen) == steps * batch_size
-    size = schedule.subset_size
+    size = len(Schedule("ants", num_images, 0, data, seed).unique)
     assert max(1, fraction * num_images) <= size + 1e-9 and size < fraction * num_images + 1
     for start in range(0, len(seen) - size + 1, size):
         assert set(seen[start : start + size]) == set(seen[:size])
-    again = Schedule(
-        "ants", num_images, steps=2 * steps, batch_size=batch_size, fraction=fraction, seed=seed
-    )
+    again = Schedule("ants", num_images, 2 * steps, data, seed)
     longer = torch.tensor(again.unique)[again.rows].flatten().tolist()
     assert longer[: len(seen)] == seen
 
 
 def test_tasks_and_seeds_have_schedules_of_their_own():
     schedules = [
-        Schedule(task, 100, steps=3, batch_size=8, seed=seed).unique
+        Schedule(task, 100, 3, DataSettings(batch_size=8), seed).unique
         for task in ("ants", "bees")
         for seed in (0, 1)
     ]
@@ -72,19 +77,23 @@ def test_tasks_and_seeds_have_schedules_of_their_own():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("given", "message"),
     [
         ({"steps": -1}, "steps: -1"),
         ({"batch_size": 0}, "data.batch_size: 0"),
-        ({"fraction": 0}, "data.fraction: 0; allowed: a number in (0, 1]"),
+        ({"fraction": 0}, "data.fraction: 0; allowed: a fraction in (0, 1]"),
         ({"fraction": 1.5}, "data.fraction: 1.5"),
-        ({"num_images": 0}, "task 'ants' has no images"),
+        ({"images": 0}, "data.images: 0; allowed: null, or a whole number, 1 to"),
     ],
 )
-def test_schedules_that_cannot_be(arguments, message):
-    with pytest.raises(ConfigError) as error:
-        Schedule(**({"task": "ants", "num_images": 9, "steps": 1, "batch_size": 1} | arguments))
-    assert message in str(error.value)
+def test_settings_that_cannot_be(given, message):
+    with pytest.raises(ConfigError, match="^" + re.escape(message)):
+        DistillSettings.of(None, given)
+
+
+def test_a_task_without_images_has_no_schedule():
+    with pytest.raises(ConfigError, match="task 'ants' has no images"):
+        Schedule("ants", 0, 1)
 
 
 # -- the published curves ------------------------------------------------------------
@@ -93,7 +102,7 @@ def test_schedules_that_cannot_be(arguments, message):
 class PublishedOrder:
     """Batch s % 6 of eight images at step s, as the published curves were made."""
 
-    def __init__(self, task, num_images, *, steps, batch_size, **others):
+    def __init__(self, task, num_images, steps, data, seed):
         self.unique = list(range(num_images))
         self.rows = torch.stack([torch.arange(8) + 8 * (step % 6) for step in range(steps)])
 
@@ -370,7 +379,7 @@ def plain_double_training(model, experts, datasets, steps, mixture):
     with torch.no_grad():
         for task in TASKS:
             targets[task] = experts[task]().double().features(datasets[task].double())
-    schedules = {t: Schedule(t, len(datasets[t]), steps=steps, batch_size=4) for t in TASKS}
+    schedules = {t: Schedule(t, len(datasets[t]), steps, DataSettings(batch_size=4)) for t in TASKS}
     for step in range(steps):
         optimizer.zero_grad()
         if mixture is not None:
@@ -420,7 +429,7 @@ def test_a_precision_that_is_not_known_is_refused(experts, datasets):
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(experts, datasets, tmp_path):
     poisoned = datasets["bees"].clone()
-    schedule = Schedule("bees", len(poisoned), steps=6, batch_size=4)
+    schedule = Schedule("bees", len(poisoned), 6, DataSettings(batch_size=4))
     poisoned[schedule.unique[9]] = float("nan")  # first shown at step 2
     model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
     with pytest.raises(DistillationError, match="'bees' is not finite at step 2") as error:

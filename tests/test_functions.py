@@ -157,7 +157,9 @@ def test_bf16_near_the_identity_costs_the_rounding_of_one_tensor(name, apart, mi
 def test_folding_changes_no_bit_of_the_output(name, copies):
     function = build_function(name, 16, 2, copies=copies)
     z = torch.randn(5, 3, 16)
+    before = torch.get_rng_state()
     folded = function.folded()
+    assert torch.equal(torch.get_rng_state(), before)  # nobody's random numbers are used up
     assert torch.equal(folded(z), function(z))
     count = [sum(p.numel() for p in f.parameters()) for f in (folded, function)]
     assert count[0] <= count[1]

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checkpoint import Interrupted, Progress, StateFolder, interruptible, stop_requested
 from ..encoders import VisionTower, check_expert
-from ..encoders.base import AfterBlock
+from ..encoders.base import AfterBlock, ExpertLoaders
 from ..errors import ConfigError
 from ..expert_cache import ExpertCache
 from ..images import Datasets
@@ -34,8 +34,6 @@ from .settings import DistillSettings
 from .store import ImageStore
 
 log = logging.getLogger(__name__)
-
-Experts = Mapping[str, Callable[[], VisionTower]]
 
 # fp16 gradients of a mean over thousands of features would round to zero
 FP16_SCALE = 2.0**12
@@ -86,7 +84,7 @@ class Distillation:
 
 def distill(
     model: InterventionModel,
-    experts: Experts,
+    experts: ExpertLoaders,
     images: Datasets,
     settings: DistillSettings | None = None,
     *,
@@ -186,15 +184,7 @@ class _Trainer:
         self.mixture, self.fabric = mixture, fabric
         data = settings.data
         self.schedules = {
-            task: Schedule(
-                task,
-                len(images[task]),  # type: ignore[arg-type]
-                steps=settings.steps,
-                batch_size=data.batch_size,
-                fraction=data.fraction,
-                at_most=data.images,
-                seed=settings.seed,
-            )
+            task: Schedule(task, len(images[task]), settings.steps, data, settings.seed)
             for task in tasks
         }
         self.store = ImageStore(images, self.schedules, data.cache_gb * 2**30, data.num_workers)
@@ -277,7 +267,7 @@ class _Trainer:
     # -- before the loop ---------------------------------------------------------------------------
 
     def read_experts(
-        self, experts: Experts, cache: ExpertCache | None
+        self, experts: ExpertLoaders, cache: ExpertCache | None
     ) -> dict[str, Representations]:
         """The experts' representations of every image seen, one expert in memory at a time."""
         targets = {}

@@ -7,7 +7,6 @@ sees or edits the tensor of a site hooks on to the site's *tap*, which it goes t
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -22,10 +21,12 @@ from typing_extensions import Self
 from ..errors import ConfigError
 from ..interventions.sites import SITES
 from ..schema import Count, Json, Size, Strict
+from ..storage import digest_of
 from .activation import FusedQuickGELU
 
 Output: TypeAlias = "Tensor | tuple[Tensor, ...]"  # of a module
 AfterBlock = Callable[[int, Tensor], None]  # told a block's index and output states
+ExpertLoaders = Mapping[str, "Callable[[], VisionTower]"]  # task -> what loads its expert
 
 # What CLIP's activation function is called in the families' libraries.
 QUICK_GELU = ("QuickGELU", "QuickGELUActivation")
@@ -260,12 +261,7 @@ class VisionTower(nn.Module, ABC):
 
     def digest(self) -> str:
         """SHA-256 of all weights: names, shapes, types, bytes."""
-        sha = hashlib.sha256()
-        for name, tensor in sorted(self.weights().items()):
-            sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            flat = tensor.detach().cpu().contiguous().flatten()
-            sha.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-        return sha.hexdigest()
+        return digest_of(self.weights())
 
     @contextmanager
     def in_dtype(self, dtype: torch.dtype) -> Iterator[None]:

@@ -155,7 +155,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
     def seeded(self, pool: Experts) -> bool:
         """A seed decides initial edits, the order of a training's images, and which are taken."""
         data = self.data
-        sizes = [len(pool.images(task, data.split)) for task in pool.tasks]  # type: ignore[arg-type]
+        sizes = [len(pool.images(task, data.split)) for task in pool.tasks]
         every_image = data.fraction == 1 and (data.images is None or data.images >= max(sizes))
         return self._draws or self.settings.steps > 0 or not every_image
 

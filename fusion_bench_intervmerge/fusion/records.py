@@ -78,7 +78,7 @@ def saved(model: InterventionModel, base: str, method: str) -> Result:
 def remembered_images(model: InterventionModel) -> list[Images]:
     """The images that a saved model's edits were found on, as far as it tells."""
     known = model.metadata.get("images")
-    # models of earlier versions tell it in a sentence
+    # a sentence stands for images that are not known, of a model that was made in Python
     kept = [one for one in known if not isinstance(one, str)] if isinstance(known, list) else []
     return [checked(Images, one, "images") for one in kept]
 

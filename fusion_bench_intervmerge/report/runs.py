@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
@@ -297,9 +296,7 @@ def read_json(path: Path, finite: bool = False) -> Json | None:
     """The file's content, None where there is no such file; ``finite``: numbers have to be."""
     try:
         text = path.read_text(encoding="utf-8")
-        value = json.loads(text)
-        if finite and re.search(r"\b(NaN|Infinity)\b", text):
-            raise ValueError("numbers are not finite")
+        value = json.loads(text, parse_constant=_refused if finite else None)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -309,6 +306,10 @@ def read_json(path: Path, finite: bool = False) -> Json | None:
     if not isinstance(value, dict):
         raise ConfigError(str(path), "is not laid out as expected", _EXPECTED)
     return value
+
+
+def _refused(constant: str) -> float:
+    raise ValueError(f"{constant} is not finite")
 
 
 def laid_out_otherwise(path: Path, error: Exception, layout: str = _EXPECTED) -> ConfigError:

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..errors import ConfigError, named
-from ..images import choose_images, read_images
+from ..images import Datasets, DataSettings, choose_images, read_images
 from .passes import read
 from .reading import Reading
 from .routers import Router, router_class
@@ -25,7 +24,7 @@ BATCH = 64
 @torch.no_grad()
 def fit_router(
     model: InterventionModel,
-    images: Mapping[str, Dataset],
+    images: Datasets,
     settings: RouterSettings | Mapping[str, object] | str | None = None,
     *,
     seed: int = 0,
@@ -60,10 +59,10 @@ def fit_router(
         rows: dict[str, Tensor] = {}
         for task, data in images.items():
             model.check_task(task)
-            available = len(data)  # type: ignore[arg-type]
+            available = len(data)
             if available < 2:
                 raise ConfigError("images", f"task {task!r} has {available}", "2 or more")
-            found = choose_images(task, available, at_most=chosen.images, seed=seed)
+            found = choose_images(task, available, DataSettings(images=chosen.images), seed)
             keys = [(task, index) for index in found]
             batches = [keys[start : start + BATCH] for start in range(0, len(keys), BATCH)]
             rows[task] = torch.cat(

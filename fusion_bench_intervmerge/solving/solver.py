@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import lightning as L
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Progress, StateFolder, interruptible
-from ..encoders import VisionTower, check_expert
+from ..encoders import check_expert
+from ..encoders.base import ExpertLoaders
 from ..errors import ConfigError
 from ..images import Datasets, choose_images
 from ..interventions import SITES
@@ -26,8 +27,6 @@ from .settings import SolveSettings
 from .sweep import Place, Sweep
 
 log = logging.getLogger(__name__)
-
-Experts = Mapping[str, Callable[[], VisionTower]]
 
 
 @dataclass
@@ -53,7 +52,7 @@ class Solution:
 @torch.no_grad()
 def solve(
     model: InterventionModel,
-    experts: Experts,
+    experts: ExpertLoaders,
     images: Datasets,
     settings: SolveSettings | None = None,
     *,
@@ -95,16 +94,7 @@ def solve(
         model.check_task(task)
         if task not in images:
             raise ConfigError("modelpool", f"no images for task {task!r}")
-    chosen = {
-        task: choose_images(
-            task,
-            len(images[task]),  # type: ignore[arg-type]
-            fraction=data.fraction,
-            at_most=data.images,
-            seed=settings.seed,
-        )
-        for task in experts
-    }
+    chosen = {task: choose_images(task, len(images[task]), data, settings.seed) for task in experts}
     places = solved_places(model)
     states = states.of("solved") if states is not None else None
     finished = _Finished(states, places, writes=fabric.is_global_zero)

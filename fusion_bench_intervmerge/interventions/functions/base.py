@@ -220,7 +220,8 @@ class Function(nn.Module, ABC):
 
     def _as(self, form: type[Function], **tensors: Tensor) -> Function:
         """Another form over given tensors."""
-        function = form(self.width, self.rank, copies=self.copies, activation=self.activation)
+        with torch.device("meta"):  # no starting values are drawn, from anybody's random numbers
+            function = form(self.width, self.rank, copies=self.copies, activation=self.activation)
         copies = {name: t.detach().clone() for name, t in tensors.items()}
         function.load_state_dict(copies, assign=True)
         return function
