@@ -5,7 +5,7 @@
 #     benchmarks/findings.sh                         # clip-vit-mini_TA8, into docs/figures/studies
 #     benchmarks/findings.sh clip-vit-tiny_TA8 tiny  # into docs/figures/tiny
 #
-# Some 420 runs of the studies and 250 repairs of the comparisons; on two cores most of a working day.
+# Some 460 runs of the studies and 250 repairs of the comparisons; on two cores most of a working day.
 # Stopped, it goes on where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -22,7 +22,7 @@ compare() { # NAME METHOD WORD...: a comparison, unless it is there
 }
 
 for study in tokens blocks single_blocks parts part_size budgets ranks functions data parameters \
-  closed_form images; do
+  closed_form steps images; do
   run=outputs/studies/$pool/$study
   fusion_bench "+experiment=[$study,on_joblib]" "${pools[@]}"
   cp "$run/study.csv" "$to/$study.csv"

@@ -141,7 +141,8 @@ def test_every_study_composes_and_all_its_runs_do(study):
             method = compose(f"+experiment={study}", *job.overrides).method
             sites = [site for site in method.get("interventions", {}).values() if site]
             solved = any(site.get("init") == "regression" for site in sites)
-            assert method.steps == 200 or (solved and method.steps == 0)
+            varied = study == "steps" and method.steps > 0
+            assert method.steps == 200 or (solved and method.steps == 0) or varied
     quick = compose(f"+experiment=[{study},quick]", return_hydra_config=True)
     short = jobs(axes=dict(quick.hydra.sweeper.axes), also=dict(quick.hydra.sweeper.also))
     assert len(short) < len(found) and quick.method.steps == 10
