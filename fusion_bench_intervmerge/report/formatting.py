@@ -71,5 +71,5 @@ def duration(seconds: float) -> str:
 
 def listed(words: Iterable[object]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
-    *first, last = map(str, words or [""])
+    *first, last = map(str, [*words] or [""])
     return f"{', '.join(first)} and {last}" if first else last
