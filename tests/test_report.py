@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import synthetic_runs as synthetic
 from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox
 from rich.console import Console
 
 from fusion_bench_intervmerge import analysis, cli
@@ -307,12 +308,12 @@ def test_labels_of_a_figure_do_not_touch(tmp_path: Path) -> None:
     evaluation = gather([read_run(synthetic.comparison(tmp_path, methods=methods))])
     for width in (style.WIDE, style.NARROW):
         figure = drawn(evaluation, "parameters", width)
-        texts = [t for t in figure.axes[0].texts if t.get_text()]
-        boxes = [t.get_window_extent() for t in texts]
-        labels = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
-        # lines of one label may share a pixel of their boxes
-        shared = [min(a.y1, b.y1) - max(a.y0, b.y0) for a, b in labels]
-        assert max(shared, default=0) < 2
+        figure.draw_without_rendering()
+        (panel,) = figure.axes
+        labels = [found.offsetbox for found in panel.findobj(AnnotationBbox)]
+        assert len(labels) == len(methods)
+        boxes = [found.get_window_extent() for found in [*panel.texts, *labels]]
+        assert not [1 for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
         frame = figure.bbox
         assert all(frame.x0 <= b.x0 and b.x1 <= frame.x1 for b in boxes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from math import isnan, nan
 
 NONE = "—"
@@ -68,6 +69,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f}" if seconds < 10 else f"{seconds:,.0f}"
 
 
-def listed(words: list[str]) -> str:
+def listed(words: Iterable[object]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
-    return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else "".join(words)
+    *first, last = map(str, [*words] or [""])
+    return f"{', '.join(first)} and {last}" if first else last

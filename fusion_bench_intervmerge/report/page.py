@@ -5,13 +5,10 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-import re
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from math import isnan
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -19,11 +16,11 @@ from rich.console import Console
 
 from ..files import write_files
 from ..schema import Json
-from . import tables
+from . import formatting, tables
 from .figures import Picture, pictures
-from .formatting import count, listed, percent, readable
+from .formatting import readable
 from .runs import Evaluation, gather, read_run
-from .study import INDEX, read_study
+from .study import INDEX, Study, read_study
 from .style import HUES, NARROW, Palette, to_files, to_inline_svg
 
 _PACKAGES = (
@@ -69,20 +66,17 @@ def write_report(
     # everything is made before anything is written
     content: dict[str, str | bytes] = {}
     sections = []
-    shown: list[tuple[Picture, Palette]] = []
-    for study in studies:
-        name = re.sub(r"[^\w-]", "_", str(study.about.get("name", "study")))
-        palette = Palette(study.evaluation.methods)
-        shown += [(replace(p, name=f"{name}-{i}"), palette) for i, p in enumerate(pictures(study))]
-    palette = Palette(evaluation.methods)
-    shown += [(picture, palette) for picture in pictures(evaluation)]
-    for picture, palette in shown:
-        both = {"wide": picture.draw(palette), "narrow": picture.draw(palette, NARROW)}
-        if picture.file:
-            content |= to_files(both["wide"], picture.file)
-        words = f"{picture.title}. {picture.text}"
-        svg = {k: to_inline_svg(f, f"{picture.name}-{k}", words) for k, f in both.items()}
-        sections.append((picture, svg))
+    subjects: list[Study | Evaluation] = [*studies, evaluation]
+    for subject in subjects:
+        of = subject.evaluation if isinstance(subject, Study) else subject
+        palette = Palette(of.methods)
+        for picture in pictures(subject):
+            both = {"wide": picture.draw(palette), "narrow": picture.draw(palette, NARROW)}
+            if picture.file:
+                content |= to_files(both["wide"], picture.file)
+            words = f"{picture.title}. {picture.text}"
+            svg = {k: to_inline_svg(f, f"{picture.name}-{k}", words) for k, f in both.items()}
+            sections.append((picture, svg))
     content["report.html"] = _page(evaluation, sections, title, shlex.join(command))
     if evaluation.rows:
         content["table.md"] = tables.to_markdown(evaluation)
@@ -117,61 +111,14 @@ def _page(
             versions.append((package, version(package)))
     return environment.get_template("page.html").render(
         title=title,
-        subtitle=_subtitle(evaluation),
-        headline=_headline(evaluation),
+        of=evaluation,
         caption=tables.caption(evaluation) if rows else "",
         heads=[readable(head) if head in evaluation.tasks else head.capitalize() for head in cells],
         lines=list(zip(rows, cells.to_numpy().tolist(), strict=True)),
         sections=sections,
-        seen=_seen(evaluation),
-        runs=evaluation.runs,
         command=command,
         versions=versions,
         today=datetime.date.today().isoformat(),
         hues=HUES,
+        words=formatting,
     )
-
-
-def _subtitle(evaluation: Evaluation) -> str:
-    tasks = f"{len(evaluation.tasks)} tasks"
-    if not evaluation.rows:
-        return f"{tasks}, not evaluated by a task pool"
-    methods = len({row.method for row in evaluation.repairs})
-    seeds = max(len(row.seeds) for row in evaluation.rows)
-    text = f"{listed([readable(base) for base in evaluation.bases])}, {tasks}"
-    text += f", {methods} repair{'s' * (methods != 1)}" if methods else ""
-    return text + (f", {seeds} seeds" if seeds > 1 else "")
-
-
-def _headline(evaluation: Evaluation) -> str | None:
-    """The best repair in a sentence; None where there is no merge to compare with."""
-    merges = {row.base: row for row in evaluation.rows if row.kind == "merge"}
-    repairs = [row for row in evaluation.repairs if row.base in merges]
-    if not repairs:
-        return None
-    best = max(repairs, key=lambda row: row.mean["average"])
-    before, after = merges[best.base].mean["average"], best.mean["average"]
-    if after <= before:
-        return "No repair improves on the merge."
-    text = (
-        f"{best.label} takes {readable(best.base)} from {percent(before)}% to {percent(after)}% "
-        "average accuracy"
-    )
-    if best.extra_parameters:
-        text += f" with {count(best.extra_parameters)} extra parameters"
-    if not isnan(gap := best.mean["gap_closed"]):
-        text += f", {100 * gap:.0f}% of the way to the experts"
-    return f"{text}."
-
-
-def _seen(evaluation: Evaluation) -> list[Json]:
-    """Which images each method saw; methods that saw the same stand together."""
-    found = []
-    for images in dict.fromkeys(row.images for row in evaluation.repairs if row.images):
-        rows = [row for row in evaluation.repairs if row.images == images]
-        seeds = sorted({seed for row in rows for seed in row.seeds})
-        words = f"seed{'s' * (len(seeds) != 1)} {listed(list(map(str, seeds)))}"
-        methods = listed(list(dict.fromkeys(row.label for row in rows)))
-        about = {"images": images, "transductive": rows[0].transductive}
-        found.append({**about, "methods": methods, "seeds": words})
-    return found

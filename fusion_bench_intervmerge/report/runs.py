@@ -39,7 +39,8 @@ class Run:
         folder: where it lies.
         tasks: in the pool's order.
         models: every model by name.
-        accuracies: name -> task -> share of test images; empty where no task pool evaluated.
+        reports: name -> task -> ``accuracy``, a share of test images, and whatever else its task
+            pool found; empty where none evaluated.
         command, config: the command line, and the composed configuration as YAML, where Hydra's
             files tell.
         analysis: merge -> what was analysed of it.
@@ -49,7 +50,7 @@ class Run:
     folder: Path
     tasks: list[str]
     models: dict[str, results.Result]
-    accuracies: dict[str, dict[str, float]] = field(default_factory=dict)
+    reports: dict[str, Json] = field(default_factory=dict)
     command: str | None = None
     config: str | None = None
     analysis: dict[str, Found] = field(default_factory=dict)
@@ -81,7 +82,8 @@ class Run:
                 "images": images,
                 "setting": f"{costs}, {images}, {model.transductive}",
             }
-            found.append(line | self.accuracies.get(name, {}))
+            own = self.reports.get(name)
+            found.append(line | {task: own[task]["accuracy"] for task in self.tasks if own})
         return pd.DataFrame(found)
 
 
@@ -195,13 +197,13 @@ def read_run(folder: str | Path) -> Run:
         found = results.Results(tasks=list(map(str, (analysed or {}).get("tasks", []))), models={})
     else:
         found = results.parse_results(details, str(folder / results.FILE))
-    accuracies, report = {}, report or {}
+    reports, report = dict[str, Json](), report or {}
     try:
         for name in found.models if report else ():
             # a run of one model reports it alone, others by name
-            own = report if set(found.tasks) <= set(report) else report[name]
-            accuracies[name] = {task: own[task]["accuracy"] for task in found.tasks}
-            for task, share in accuracies[name].items():
+            reports[name] = report if set(found.tasks) <= set(report) else report[name]
+            for task in found.tasks:
+                share = reports[name][task]["accuracy"]
                 if not isinstance(share, (int, float)) or not 0 <= share <= 1:
                     problem = f"the accuracy of {task} is {share!r}, which is no share"
                     raise ValueError(f"{name}: {problem}")
@@ -214,7 +216,7 @@ def read_run(folder: str | Path) -> Run:
                 raise ValueError(f"{name}: the tasks' encoders differ")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise laid_out_otherwise(folder / ANALYSIS, error, LAYOUT) from None
-    about = accuracies, *_hydra(folder), analysis, found.problems
+    about = reports, *_hydra(folder), analysis, found.problems
     return Run(folder, found.tasks, found.models, *about)
 
 
@@ -231,7 +233,7 @@ def gather(runs: Sequence[Run], bases: Sequence[str] = ()) -> Evaluation:
         if set(run.tasks) != set(tasks):
             problem = f"its tasks are not those of {runs[0].folder}"
             raise ConfigError(str(run.folder), problem, "runs on the same tasks")
-    tables = [run.table().assign(run=i) for i, run in enumerate(runs) if run.accuracies]
+    tables = [run.table().assign(run=i) for i, run in enumerate(runs) if run.reports]
     models = pd.concat(tables or [pd.DataFrame()], ignore_index=True)
     evaluation = Evaluation(tasks, models, list(runs))
     for base in bases:

@@ -96,7 +96,10 @@ def read_study(folder: str | Path) -> Study:
         raise ConfigError(str(folder / INDEX), problem, "the folder of a grid of runs") from None
     runs, labels = [], {}
     for name, job in jobs:
-        if not _finished(folder / name / REPORT):
+        report = None
+        with suppress(ConfigError):  # of a run that was killed as it wrote it
+            report = read_json(folder / name / REPORT)
+        if report is None:
             continue
         run = read_run(folder / name)
         if "also" not in job:
@@ -190,10 +193,3 @@ def to_csv(study: Study) -> str:
     numbers = models[["seed", "extra_parameters", *of.tasks, "average"]]
     shown = pd.concat([models[["kind", "base"]], labels, numbers], axis=1)
     return shown.to_csv(index=False, float_format="%.6f", lineterminator="\n")
-
-
-def _finished(report: Path) -> bool:
-    """Whether a run's report is there, and whole: FusionBench may be killed as it writes it."""
-    with suppress(ConfigError):
-        return read_json(report) is not None
-    return False

@@ -26,7 +26,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.text import Annotation
+from matplotlib.offsetbox import AnnotationBbox, TextArea, VPacker
 from matplotlib.ticker import FixedLocator, Formatter, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
@@ -49,10 +49,7 @@ _WAYS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, -1), (-1, 1), (1, 1), (-1, -1))
 # behind text that may lie over grid lines
 PLATE = {"facecolor": SURFACE, "edgecolor": "none", "pad": 0.6}
 # of the two lines of a label
-_LINES: tuple[Json, Json] = (
-    {"color": INK, "fontsize": 8, "weight": "bold", "zorder": 7},
-    {"color": MUTED, "fontsize": 7.5, "zorder": 6},
-)
+_LINES = ({"color": INK, "fontsize": 8, "weight": "bold"}, {"color": MUTED, "fontsize": 7.5})
 
 
 def style() -> AbstractContextManager[None]:
@@ -200,20 +197,17 @@ class Canvas:
 
         ``x`` and ``y`` name the axes; heights are distances, or percentages of accuracy, agreement.
         """
-        shown = {}
+        shown, lines = {}, dict[str, Json]()
         for name, values in curves.items():
             means = pd.DataFrame({"mean over tasks": values.mean(axis=1)})
             shown[name] = means.join(values) if len(values.columns) > 1 else values
+            marker, colour = "o" if len(values) <= 50 else "", self.palette[name].colour
+            lines[name] = {"color": colour, "marker": marker, "lw": 1.4, "ms": 2.8}
+            if name == "merged":  # over the others: some repairs leave every block as it was
+                lines[name] |= {"ls": (0, (2, 1.5)), "zorder": 3}
         titles = list(shown[name])
         high, more = (1.55, 0.65) if len(titles) > 1 else (3.2, 0.0)
         panels = self.panels(len(titles), high, more, (2, 3), sharex=True, sharey=True)
-        lines: dict[str, Json] = {
-            name: {"color": self.palette[name].colour, "lw": 1.4, "ms": 2.8}
-            | {"marker": "o" if len(values) <= 50 else ""}
-            # over the others: a repair of the image features leaves every block as it was
-            | ({"ls": (0, (2, 1.5)), "zorder": 3} if name == "merged" else {})
-            for name, values in curves.items()
-        }
         for title, panel in zip(titles, panels.axes, strict=True):
             for name, values in shown.items():
                 panel.plot(values[title], **lines[name])
@@ -267,15 +261,12 @@ class Panels:
     def reference(panel: Axes, row: Row, of: str = "average", text: bool = True) -> None:
         """A line at the merge's accuracy (dashed, its name below), or the experts' (name above)."""
         merge, value = row.kind == "merge", 100 * row.mean[of]
-        colour, down = (MUTED, -4) if merge else (INK, 4)
+        colour, down, va = (MUTED, -4, "top") if merge else (INK, 4, "bottom")
         panel.axhline(value, color=colour, lw=1.1, ls=DASHES if merge else "-", zorder=1)
         if text:
-            place: Json = {
-                "xycoords": ("axes fraction", "data"),
-                "va": "top" if merge else "bottom",
-            }
-            words = f"{row.label}  {value:.1f}"
-            note(panel, words, (0, value), (3, down), color=colour, fontsize=8, bbox=PLATE, **place)
+            place: Json = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+            look: Json = {"color": colour, "va": va, "fontsize": 8, "bbox": PLATE}
+            panel.annotate(f"{row.label}  {value:.1f}", (0, value), (3, down), **place, **look)
 
     def finish(self, handles: Sequence[Line2D] = (), gap: float = 0.2) -> Figure:
         """A legend above the panels, in as many columns as fit, and the layout settled.
@@ -291,13 +282,6 @@ class Panels:
         self.figure.draw_without_rendering()
         self.figure.set_layout_engine("none")
         return self.figure
-
-
-def note(
-    panel: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **look: Any
-) -> Annotation:
-    """Text beside a point, ``offset`` in points away from it."""
-    return panel.annotate(text, at, offset, textcoords="offset points", **look)
 
 
 def centred(
@@ -342,7 +326,7 @@ def label_points(panel: Axes, labels: Sequence[tuple[float, float, str, str]]) -
     for bars in panel.collections:
         lines += [bars.get_transform().transform_path(path) for path in bars.get_paths()]
     anchors = panel.transData.transform([label[:2] for label in labels])
-    taken = [text.get_window_extent() for text in panel.texts if text.get_text()]
+    taken = [text.get_window_extent() for text in panel.texts]
     taken += [Bbox([anchor, anchor]).padded(6 * pixel) for anchor in anchors]
 
     def cost(box: Bbox) -> float:
@@ -350,38 +334,34 @@ def label_points(panel: Axes, labels: Sequence[tuple[float, float, str, str]]) -
         across = sum(path.intersects_bbox(box, filled=False) for path in lines)
         return 20 * box.padded(2).count_overlaps(taken) + 6 * across + 50 * (not inside)
 
-    free = {"annotation_clip": False, "in_layout": False}
+    sides: Mapping[int, Any] = {1: "left", 0: "center", -1: "right"}
+    look: Json = {"boxcoords": "offset points", "annotation_clip": False}
+    look |= {"pad": 0.07, "bboxprops": {"fc": SURFACE, "ec": "none"}}
+    arrow: Json = {"arrowstyle": "-", "color": MUTED, "lw": 0.6, "shrinkA": 1, "shrinkB": 5}
     for (x, y, *words), anchor in zip(labels, anchors, strict=True):
-        texts = [
-            note(panel, word, (x, y), (0, 0), bbox=PLATE, **free, **line)
-            for word, line in zip(words, _LINES, strict=True)
-        ]
-        extents = [text.get_window_extent() for text in texts]
-        width, height = max(box.width for box in extents), sum(box.height for box in extents)
+        texts = [TextArea(word, textprops=line) for word, line in zip(words, _LINES, strict=True)]
+        label = VPacker(children=[*texts])
+        label.set_figure(panel.figure)
+        size = label.get_window_extent().size
         places = []
-        for ring, (right, up) in itertools.product(_RINGS, _WAYS):
-            r = ring * pixel * (0.75 if right and up else 1)
-            x0, y0 = anchor[0] + r * right, anchor[1] + r * up
-            x0, y0 = x0 + width * (right - 1) / 2, y0 + height * (up - 1) / 2
-            places.append((Bbox.from_bounds(x0, y0, width, height), right, r * right / pixel))
+        for ring, way in itertools.product(_RINGS, np.array(_WAYS)):
+            away = ring * pixel * (0.75 if way.all() else 1)
+            corner = anchor + away * way + size * (way - 1) / 2
+            places.append((Bbox([corner, corner + size]), way, away / pixel * way))
         costs = [cost(box) + 0.3 * i for i, (box, *_) in enumerate(places)]
-        box, side, at = places[int(np.argmin(costs))]
+        box, way, at = places[int(np.argmin(costs))]
         taken.append(box)
-        (left, bottom), (right, top) = (box.get_points() - anchor) / pixel
-        for text, height in zip(texts, ((bottom + top) / 2, bottom), strict=True):
-            text.set(ha={1: "left", 0: "center", -1: "right"}[side], position=(at, height))
-        near = np.clip(0, (left, bottom), (right, top))
-        if np.hypot(*near) > 14:
-            arrow = {"arrowstyle": "-", "color": MUTED, "lw": 0.6, "shrinkA": 1, "shrinkB": 5}
-            note(panel, "", (x, y), tuple(near), arrowprops=arrow, zorder=2)
+        label.align = sides[way[0]]
+        corner, away = tuple((1 - way) / 2), np.hypot(*at)
+        look |= {"box_alignment": corner, "arrowprops": None, "zorder": 6}
+        if away > 14:  # the longer an arrow, the lower: it lies below what it passes
+            look |= {"arrowprops": {**arrow, "relpos": corner}, "zorder": 3 - away / 100}
+        panel.add_artist(AnnotationBbox(label, (x, y), tuple(at), **look))
 
 
-def to_files(figure: Figure, name: str) -> dict[str, str | bytes]:
+def to_files(figure: Figure, name: str) -> dict[str, bytes]:
     """The figure as ``name.png``, sharp enough for a slide, and ``name.svg``, on a white ground."""
-    png = io.BytesIO()
-    with style():
-        figure.savefig(png, format="png", dpi=220)
-    return {f"{name}.png": png.getvalue(), f"{name}.svg": _to_svg(figure)}
+    return {f"{name}.png": _written(figure, "png", dpi=220), f"{name}.svg": _written(figure, "svg")}
 
 
 def to_inline_svg(figure: Figure, name: str, alternative: str) -> str:
@@ -390,7 +370,7 @@ def to_inline_svg(figure: Figure, name: str, alternative: str) -> str:
     Its ids begin with ``name``, which is unique in the page; ``alternative`` says what it shows.
     """
     figure.patch.set_alpha(0)
-    svg = _to_svg(figure)
+    svg = _written(figure, "svg").decode()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)
     for colour, variable in _variables().items():
@@ -403,10 +383,10 @@ def to_inline_svg(figure: Figure, name: str, alternative: str) -> str:
     return f'{head} role="img" aria-label="{label}" {size}>{rest}'
 
 
-def _to_svg(figure: Figure) -> str:
-    stream = io.StringIO()
+def _written(figure: Figure, form: str, **how: Any) -> bytes:
+    stream = io.BytesIO()
     with style():
-        figure.savefig(stream, format="svg", metadata={"Date": None})
+        figure.savefig(stream, format=form, metadata={"Date": None}, **how)
     return stream.getvalue()
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from ...schema import Json
 from ..formatting import count, percent, readable
 from ..runs import Evaluation, Row
-from ..style import HUES, Canvas, Look, Palette, Panels, label_points, number_axis, parameter_axis
+from ..style import HUES, Canvas, Look, label_points, number_axis, parameter_axis
 from . import Picture
 
 PLACE = 10
@@ -71,7 +69,7 @@ def _by_bytes(of: Evaluation, shown: Sequence[Row], canvas: Canvas) -> Figure:
     panels.percent(panel.yaxis, integer=True)
     panels.named("bytes beyond one model (log scale)", "average accuracy over tasks")
     for row in of.references(""):
-        Panels.reference(panel, row)
+        panels.reference(panel, row)
     handles = []
     for look in (MERGE, REPAIR, TOLD, FREE):
         if own := [(x, y) for row, x, y in points if _look(row) is look]:
@@ -81,25 +79,24 @@ def _by_bytes(of: Evaluation, shown: Sequence[Row], canvas: Canvas) -> Figure:
     for x, y in sorted(((x, y) for _, x, y in points), key=lambda at: (at[0], -at[1])):
         if not front or y > front[-1][1]:
             front.append((x, y))
-    line: Json = {"color": canvas.INK, "lw": 1.2, "drawstyle": "steps-post"}
-    panel.plot(*zip(*front, strict=True), zorder=2, **line)
+    panel.plot(*zip(*front, strict=True), color=canvas.INK, lw=1.2, ds="steps-post", zorder=2)
     figure = panels.finish(handles)
     best = {(x, y): row for row, x, y in points}
     # of points that lie above each other, the highest
     above = [x for x, _ in front[1:]] + [float("inf")]
     named = [(*at, best[at]) for at, more in zip(front, above, strict=True) if more > 1.1 * at[0]]
     named += [(x, y, row) for row, x, y in points if row.kind == "rival" and (x, y) not in front]
-    label_points(panel, [(x, y, _name(row), percent(row.mean["average"])) for x, y, row in named])
+    labels = []
+    for x, y, row in named:
+        on = f" on {readable(row.base)}" if row.base and row.kind != "merge" else ""
+        labels.append((x, y, row.label + on, percent(row.mean["average"])))
+    label_points(panel, labels)
     return figure
 
 
-def _name(row: Row) -> str:
-    on = f" on {readable(row.base)}" if row.base and row.kind != "merge" else ""
-    return f"{row.label}{on}"
-
-
 def _by_parameters(of: Evaluation, canvas: Canvas) -> Figure:
-    bases = [base for base in of.bases if any(row.base == base for row in of.repairs)]
+    palette, repairs = canvas.palette, of.repairs
+    bases = [base for base in of.bases if any(row.base == base for row in repairs)]
     alone = len(bases) == 1
     high = 3.2 if not alone else 4.3 if canvas.wide else 3.9
     panels = canvas.panels(len(bases), high, sharey=True)
@@ -107,41 +104,33 @@ def _by_parameters(of: Evaluation, canvas: Canvas) -> Figure:
     averages = [100 * value for row in shown for value in row.values["average"]]
     low, high = min(averages), max(averages)
     room = max(0.12 * (high - low), 1.0)  # for the references' names
+    labels = []
     for base, panel in zip(bases, panels.axes, strict=True):
         panel.set(title="" if alone else readable(base), ylim=(low - room, high + room))
         panels.percent(panel.yaxis, integer=True)
         # where panels share their heights, each says what it is
         panel.tick_params(labelleft=True)
-        sizes = [row.extra_parameters for row in of.repairs if row.base == base]
-        if sizes := list(filter(None, sizes)):
-            parameter_axis(panel, sizes)
+        for row in of.references(base):
+            panels.reference(panel, row)
+        rows = {row.method: row for row in repairs if row.base == base and row.extra_parameters}
+        sizes = {name: float(row.costs["extra_parameters"]) for name, row in rows.items()}
+        if sizes:
+            parameter_axis(panel, sizes.values())
         else:
             panel.set_xticks([])
+        for family in palette.families(rows):
+            for name in family:
+                mean, std = rows[name].mean["average"], rows[name].std["average"]
+                point = palette[name].point | {"ms": 7.5, "mew": 1, "elinewidth": 1.4}
+                panel.errorbar(sizes[name], 100 * mean, 100 * std, zorder=4, **point)
+                words = palette[name].label, f"{percent(mean, std)}, {count(sizes[name])}"
+                labels.append((sizes[name], 100 * mean, *words))
+            x, y = [sizes[n] for n in family], [100 * rows[n].mean["average"] for n in family]
+            panel.plot(x, y, color=palette[family[-1]].colour, lw=1.6, zorder=2, alpha=0.55)
     panels.named("extra parameters, all tasks (log scale)", "average accuracy over tasks")
-    families = canvas.palette.families({row.method for row in of.repairs})
     # beside each other the panels have no room for a label at every point
-    looks = [canvas.palette[name] for family in families for name in family if not alone]
-    figure = panels.finish([look.handle() for look in looks])
-    for base, panel in zip(bases, panels.axes, strict=True):
-        _scatter(panel, base, of, canvas.palette, labelled=alone)
+    names = [name for family in palette.families(row.method for row in repairs) for name in family]
+    figure = panels.finish([palette[name].handle() for name in names if not alone])
+    if alone and labels:
+        label_points(panels.axes[0], labels)
     return figure
-
-
-def _scatter(panel: Axes, base: str, of: Evaluation, palette: Palette, labelled: bool) -> None:
-    for row in of.references(base):
-        Panels.reference(panel, row)
-    repairs = {row.method: row for row in of.repairs if row.base == base and row.extra_parameters}
-    labels = []
-    for family in palette.families(repairs):
-        points = []
-        for look, row in ((palette[name], repairs[name]) for name in family):
-            mean, std = row.mean["average"], row.std["average"]
-            x, y = float(row.extra_parameters or 0), 100 * mean
-            marked = look.point | {"ms": 7.5, "mew": 1}
-            panel.errorbar(x, y, 100 * std, elinewidth=1.4, zorder=4, **marked)
-            points.append((x, y))
-            labels.append((x, y, look.label, f"{percent(mean, std)}, {count(x)}"))
-        colour = palette[family[-1]].colour
-        panel.plot(*zip(*points, strict=True), color=colour, lw=1.6, zorder=2, alpha=0.55)
-    if labelled and labels:
-        label_points(panel, labels)

@@ -23,7 +23,7 @@ def pictures(of: Evaluation) -> Iterator[Picture]:
                 drawings = list(of_merge(analysed))  # those of merges that are not shown too
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
                 raise laid_out_otherwise(run.folder / ANALYSIS, error, LAYOUT) from error
-            if merge in of.bases or not run.accuracies:
+            if merge in of.bases or not run.reports:
                 found.append((number, run, merge, drawings))
     several = len({merge for _, _, merge, _ in found}) > 1
     for number, run, merge, drawings in found:

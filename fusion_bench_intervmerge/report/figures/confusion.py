@@ -9,8 +9,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from ...schema import Json
 from ..formatting import readable
-from ..runs import REPORT, Evaluation, read_json
+from ..runs import Evaluation
 from ..style import ACCENT, INK, Canvas, centred
 from . import Picture
 
@@ -22,11 +23,9 @@ def pictures(of: Evaluation) -> Iterator[Picture]:
     """One of each model that has a router; none where every task was told."""
     found = []  # model; images, a row a task, a column what it was taken for
     for run in of.runs:
-        report = read_json(run.folder / REPORT) or {}
         first = min((model.seed or 0 for model in run.models.values()), default=0)
-        for name, model in run.models.items():
-            own = report if set(run.tasks) <= set(report) else report.get(name, {})
-            if "routed" in own.get("average", {}) and (model.seed or 0) == first:
+        for name, own in run.reports.items():
+            if "routed" in own.get("average", {}) and (run.models[name].seed or 0) == first:
                 counts = pd.DataFrame(own["confusion"]).T
                 names = [*run.tasks, *(["none"] if "none" in counts else [])]
                 counts = counts.reindex(index=run.tasks, columns=names).fillna(0).astype(int)
@@ -38,21 +37,20 @@ def pictures(of: Evaluation) -> Iterator[Picture]:
             "Which task is taken for which" + (f" ({name})" if len(found) > 1 else ""),
             f"Images of the task at the left that the router takes for the one below: {right:.1%} "
             "are told right.",
-            partial(draw, counts),
+            partial(_draw, counts),
             "confusion" + (f"_{number}" if number else ""),
         )
 
 
-def draw(counts: pd.DataFrame, canvas: Canvas) -> Figure:
+def _draw(counts: pd.DataFrame, canvas: Canvas) -> Figure:
     """A square a pair of tasks, the darker the more; the numbers are images."""
     panels = canvas.panels(1, high=0.34 * len(counts) + 0.9)
     (panel,) = panels.axes
     panels.rows(panel, range(len(counts)), list(counts.index))
     panel.grid(visible=False)
     panel.set_xlim(-0.6, len(counts.columns) - 0.4)
-    panel.set_xticks(range(len(counts.columns)), list(map(readable, counts)), fontsize=8)
-    for text in [] if canvas.wide else panel.get_xticklabels():
-        text.set(rotation=45, ha="right", rotation_mode="anchor")
+    turned: Json = {} if canvas.wide else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    panel.set_xticks(range(len(counts.columns)), list(map(readable, counts)), fontsize=8, **turned)
     for row, (task, of) in enumerate(counts.iterrows()):
         for column, images in enumerate(of):
             if images:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from ...schema import Json
 from ..formatting import percent, readable
 from ..study import Study
-from ..style import ACCENT, DASHES, Canvas, Palette, centred, note, number_axis, parameter_axis
+from ..style import ACCENT, DASHES, Canvas, Look, Palette, centred, number_axis, parameter_axis
 from . import Picture
 
 PLACE = 1
@@ -23,13 +23,13 @@ TEXT = "Mean over seeds; whiskers are the standard deviation, lines the merge an
 def pictures(of: Study) -> Iterator[Picture]:
     """The averages, and each task where the study asks for them; none without finished settings."""
     if of.about.get("x"):
-        found = {"curves": partial(_curves, of, ["average"])}
-        found["curves_by_task"] = partial(_curves, of, of.evaluation.tasks)
+        found = [partial(_curves, of, ["average"]), partial(_curves, of, of.evaluation.tasks)]
     else:
-        found = {"settings": partial(_averages, of), "gains": partial(_gains, of)}
-    shown = list(found)[: 2 if of.about.get("by_task") else 1]
-    for name in shown if of.settings() else []:
-        yield Picture(name, of.title, TEXT, found[name])
+        found = [partial(_averages, of), partial(_gains, of)]
+    name = re.sub(r"[^\w-]", "_", str(of.about.get("name", "study")))
+    shown = found[: 2 if of.about.get("by_task") else 1] if of.settings() else []
+    for number, draw in enumerate(shown):
+        yield Picture(f"{name}-{number}", of.title, TEXT, draw)
 
 
 def _averages(of: Study, canvas: Canvas) -> Figure:
@@ -39,7 +39,7 @@ def _averages(of: Study, canvas: Canvas) -> Figure:
     columns = (len(bases), len(bases))
     panels = canvas.panels(len(bases), 0.3 * len(names) + 0.95, 0, columns, sharey=True)
     look: Json = {"fmt": "o", "color": ACCENT, "ms": 6.5, "mec": canvas.SURFACE, "elinewidth": 1.3}
-    words: Json = {"fontsize": 7.5, "color": canvas.MUTED}
+    words: Json = {"fontsize": 7.5, "color": canvas.MUTED, "textcoords": "offset points"}
     for base, panel in zip(bases, panels.axes, strict=True):
         panels.rows(panel, range(len(names)), names)
         for row in rows:
@@ -47,12 +47,12 @@ def _averages(of: Study, canvas: Canvas) -> Figure:
                 y, mean, std = names.index(row.method), row.mean["average"], row.std["average"]
                 panel.errorbar(100 * mean, y, xerr=100 * std, zorder=3, **look)
                 end = mean if len(row.seeds) < 2 else mean + std
-                note(panel, percent(mean, std), (100 * end, y), (7, 0), va="center", **words)
+                panel.annotate(percent(mean, std), (100 * end, y), (7, 0), va="center", **words)
         for row in of.evaluation.references(base):
             value, merge = 100 * row.mean["average"], row.kind == "merge"
             panel.axvline(value, color=canvas.MUTED, lw=1.1, ls=DASHES if merge else "-", zorder=1)
             place: Json = {"xycoords": ("data", "axes fraction"), "ha": "center"}
-            note(panel, f"{row.label} {value:.1f}", (value, 1), (0, 3), **place, **words)
+            panel.annotate(f"{row.label} {value:.1f}", (value, 1), (0, 3), **place, **words)
         left, right = panel.get_xlim()
         # room for the last number; there is no accuracy beyond 100
         panel.set_xlim(left, max(right + 0.06 * (right - left), 100) if right > 80 else right * 1.1)
@@ -115,8 +115,6 @@ def _curves(of: Study, names: list[str], canvas: Canvas) -> Figure:
     looks = [palette[name] for name in series if len(series) > 1]
     handles = [look.handle(marker=look.marker, lw=1.6, ms=5.5) for look in looks]
     if not average:
-        handles += [
-            Line2D([], [], color=canvas.MUTED, lw=1.1, ls=DASHES, label="the merge"),
-            Line2D([], [], color=canvas.INK, lw=1.1, label="the expert"),
-        ]
+        handles.append(Look("the merge", canvas.MUTED, "").handle(lw=1.1, ls=DASHES))
+        handles.append(Look("the expert", canvas.INK, "").handle(lw=1.1))
     return panels.finish(handles, gap=0.5)

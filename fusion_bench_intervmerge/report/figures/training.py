@@ -31,7 +31,7 @@ def pictures(of: Evaluation) -> Iterator[Picture]:
             "Training",
             "The distillation loss at each step, a running mean over a fortieth of the steps"
             + ("; methods with different losses cannot be compared by it." if several else "."),
-            partial(_by_task if len(trained) == 1 else _by_method, trained),
+            partial(_losses, trained),
         )
     measured = [(run, m) for run in of.runs for m in run.models.values() if m.features]
     for number, (run, model) in enumerate(measured if len(measured) <= _FEW else []):
@@ -55,20 +55,18 @@ def pictures(of: Evaluation) -> Iterator[Picture]:
         )
 
 
-def _by_task(trained: pd.DataFrame, canvas: Canvas) -> Figure:
-    (model,) = trained.itertuples()
-    return canvas.curves({model.method: _smooth(model.losses)}, "step (each task)", "loss")
-
-
-def _by_method(trained: pd.DataFrame, canvas: Canvas) -> Figure:
-    bases = trained.groupby("base", sort=False)
+def _losses(trained: pd.DataFrame, canvas: Canvas) -> Figure:
+    """Of one model task by task; of several the mean over tasks, a line a seed, a panel a merge."""
+    x, curves = "step (each task)", trained["losses"].map(_smooth)
+    if len(trained) == 1:
+        return canvas.curves(curves.set_axis(trained["method"]).to_dict(), x, "loss")
+    bases = trained.groupby("base", sort=False)["method"]
     panels = canvas.panels(len(bases), 3.1, 0.3, columns=(1, 2), sharey=True)
-    for (base, models), panel in zip(bases, panels.axes, strict=True):
+    for (base, methods), panel in zip(bases, panels.axes, strict=True):
         panel.set_title(readable(base) if len(bases) > 1 else "")
-        for model in models.itertuples():
-            curve = _smooth(model.losses).mean(axis=1)
-            panel.plot(curve, color=canvas.palette[model.method].colour, lw=1.4)
-    panels.named("step (each task)", "loss, mean over tasks")
+        for model, method in methods.items():
+            panel.plot(curves[model].mean(axis=1), color=canvas.palette[method].colour, lw=1.4)
+    panels.named(x, "loss, mean over tasks")
     looks = [canvas.palette[method] for method in trained["method"].unique()]
     return panels.finish([look.handle(lw=1.6) for look in looks], gap=0.5)
 
