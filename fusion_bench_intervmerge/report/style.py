@@ -175,7 +175,7 @@ class Canvas:
         panels = self.panels(len(shown), high, 0.35, sharex=deviations is not None)
         y = np.arange(len(rows)) + 0.35 * (np.arange(len(rows)) == len(rows) - 1)
         for (title, values), panel in zip(shown.items(), panels.axes, strict=True):
-            panels.rows(panel, y, rows)
+            panels.rows(panel, y, list(map(readable, rows)))
             panel.axhline(y[-1] - 0.68, color=GRID, lw=0.8)
             panel.get_yticklabels()[-1].set_fontweight("bold")
             panel.hlines(y, values.min(axis=1), values.max(axis=1), color=GRID, lw=2.5, zorder=1)
@@ -243,7 +243,7 @@ class Panels:
     def rows(self, panel: Axes, heights: Sequence[float], labels: Sequence[str]) -> None:
         """Horizontal lines, named by the first panel of each line of panels."""
         first = self.axes.index(panel) % self.columns == 0
-        panel.set_yticks(heights, list(map(readable, labels)) if first else [""] * len(labels))
+        panel.set_yticks(heights, labels if first else [""] * len(labels))
         panel.set_ylim(heights[-1] + 0.6, -0.6)
         panel.tick_params(axis="y", labelcolor=INK)
         panel.tick_params(axis="x", length=0, labelbottom=True)

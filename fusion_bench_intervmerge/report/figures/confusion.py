@@ -46,7 +46,7 @@ def _draw(counts: pd.DataFrame, canvas: Canvas) -> Figure:
     """A square a pair of tasks, the darker the more; the numbers are images."""
     panels = canvas.panels(1, high=0.34 * len(counts) + 0.9)
     (panel,) = panels.axes
-    panels.rows(panel, range(len(counts)), list(counts.index))
+    panels.rows(panel, range(len(counts)), list(map(readable, counts.index)))
     panel.grid(visible=False)
     panel.set_xlim(-0.6, len(counts.columns) - 0.4)
     turned: Json = {} if canvas.wide else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}

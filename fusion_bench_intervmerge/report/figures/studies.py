@@ -40,6 +40,7 @@ def _averages(of: Study, canvas: Canvas) -> Figure:
     panels = canvas.panels(len(bases), 0.3 * len(names) + 0.95, 0, columns, sharey=True)
     look: Json = {"fmt": "o", "color": ACCENT, "ms": 6.5, "mec": canvas.SURFACE, "elinewidth": 1.3}
     words: Json = {"fontsize": 7.5, "color": canvas.MUTED, "textcoords": "offset points"}
+    words["bbox"] = canvas.PLATE
     for base, panel in zip(bases, panels.axes, strict=True):
         panels.rows(panel, range(len(names)), names)
         for row in rows:
