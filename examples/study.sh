@@ -7,7 +7,7 @@
 #     examples/study.sh ranks clip-vit-b32_TA8 method.steps=1000 hydra/launcher=joblib
 #
 # The first word is the study (docs/studies.md), the second the pool, the others go to fusion_bench.
-# On the embedded pool and two CPU cores a study takes 5 to 15 minutes. Stopped, it goes on where it
+# On the embedded pool and two CPU cores a study takes a quarter of an hour to an hour. Stopped, it goes on where it
 # was with the same command.
 set -euo pipefail
 study=${1:-tokens}
