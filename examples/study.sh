@@ -7,8 +7,8 @@
 #     examples/study.sh ranks clip-vit-b32_TA8 method.steps=1000 hydra/launcher=joblib
 #
 # The first word is the study (docs/studies.md), the second the pool, the others go to fusion_bench.
-# On the embedded pool and two CPU cores a study takes a quarter of an hour to an hour. Stopped, it goes on where it
-# was with the same command.
+# On the embedded pool and two CPU cores a study takes a quarter of an hour to an hour. Stopped, it
+# goes on where it was with the same command.
 set -euo pipefail
 study=${1:-tokens}
 pool=${2:-clip-vit-mini_TA8}

@@ -277,7 +277,7 @@ def _kind(value: object) -> object:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
     """Write a safetensors file with a digest in its header, whole or not at all."""
     with whole_file(path) as temporary:
-        digest = digest_of(tensors, json.dumps(header, sort_keys=True))
+        digest = digest_of(tensors, header)
         save_file(dict(tensors), temporary, {**header, "digest": digest})
 
 
@@ -290,6 +290,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         header, names = file.metadata() or {}, file.keys()
         tensors = {name: file.get_tensor(name) for name in names}
-    if header.pop("digest", None) != digest_of(tensors, json.dumps(header, sort_keys=True)):
+    if header.pop("digest", None) != digest_of(tensors, header):
         raise ValueError("its digest is not that of its content")
     return tensors, header

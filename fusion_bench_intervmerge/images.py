@@ -77,9 +77,7 @@ class ImageDataset(Protocol):
 Datasets = Mapping[str, ImageDataset]  # by task
 
 
-def choose_images(
-    task: str, available: int, data: DataSettings | None = None, seed: int = 0
-) -> list[int]:
+def choose_images(task: str, available: int, data: DataSettings, seed: int = 0) -> list[int]:
     """Indices of the images that may be seen, in random order.
 
     They follow from (seed, task, number of images) alone, so that every method sees the same ones;
@@ -88,13 +86,12 @@ def choose_images(
     Args:
         task: the task's name.
         available: how many images the split has.
-        data: what share of them (Table 8 of the paper), and at most how many; all by default.
+        data: what share of them (Table 8 of the paper), and at most how many.
         seed: any integer.
 
     Raises:
         ConfigError: there are no images.
     """
-    data = data or DataSettings()
     if available < 1:
         raise ConfigError("modelpool", f"task {task!r} has no images in this split")
     order = torch.randperm(available, generator=generator_of(seed, "subset", task))

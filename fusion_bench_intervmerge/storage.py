@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Literal
 
@@ -13,9 +14,9 @@ Storage = Literal["float32", "float16", "int8"]
 SCALE = ".scale"
 
 
-def digest_of(tensors: Mapping[str, Tensor], header: str = "") -> str:
-    """SHA-256 of a header and of tensors: names, shapes, types, bytes."""
-    sha = hashlib.sha256(header.encode())
+def digest_of(tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> str:
+    """SHA-256 of a file's header, if it has one, and of tensors: names, shapes, types, bytes."""
+    sha = hashlib.sha256(b"" if header is None else json.dumps(header, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().cpu().contiguous().flatten()

@@ -93,7 +93,7 @@ def test_settings_that_cannot_be(given, message):
 
 def test_a_task_without_images_has_no_schedule():
     with pytest.raises(ConfigError, match="task 'ants' has no images"):
-        Schedule("ants", 0, 1)
+        Schedule("ants", 0, 1, DataSettings())
 
 
 # -- the published curves ------------------------------------------------------------

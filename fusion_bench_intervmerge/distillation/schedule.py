@@ -31,15 +31,7 @@ class Schedule:
         ConfigError: there are no images.
     """
 
-    def __init__(
-        self,
-        task: str,
-        num_images: int,
-        steps: int,
-        data: DataSettings | None = None,
-        seed: int = 0,
-    ):
-        data = data or DataSettings()
+    def __init__(self, task: str, num_images: int, steps: int, data: DataSettings, seed: int = 0):
         subset = torch.tensor(choose_images(task, num_images, data, seed))
         order = generator_of(seed, "order", task)
         needed = steps * data.batch_size or len(subset)
