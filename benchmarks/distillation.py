@@ -10,8 +10,9 @@
 * floor: what the arithmetic costs: one forward pass of the expert, one forward and backward pass of
   the frozen encoder with its edits, and nothing else.
 
-All three run in one process, in turns, and the median counts. Weights are random: speed does not
-depend on them. Peak memory is of a process of its own for each (``--memory``).
+All three run in one process, in turns, on the GPU if there is one, and the median counts. Weights
+are random: speed does not depend on them. Peak memory is of a process of its own for each
+(``--memory``): on a CPU what it holds, on a GPU what it has allocated there.
 """
 
 from __future__ import annotations
@@ -54,6 +55,21 @@ BATCH = 16
 PAPER_IMAGES = (19850, 8041, 6300, 2700, 26032, 12630, 10000, 1880)
 PAPER_DRAWS = 16000
 WAYS = ("naive", "ours", "floor")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def wait() -> None:
+    """Until the device has done all that it was told."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def machine() -> dict[str, object]:
+    """What the numbers hang on, for the JSON file."""
+    facts: dict[str, object] = {"torch": torch.__version__, "machine": platform.machine()}
+    if DEVICE == "cuda":
+        return {**facts, "card": torch.cuda.get_device_name()}
+    return {**facts, "threads": torch.get_num_threads()}
 
 
 def tower(size: str, seed: int = 0) -> VisionTower:
@@ -68,7 +84,7 @@ class Setting:
     def __init__(self, size: str, tasks: int, rank: int, trained: bool, dtype: torch.dtype):
         self.names = [f"task{i}" for i in range(tasks)]
         self.trained, self.dtype = trained, dtype
-        self.pretrained = tower(size)
+        self.pretrained = tower(size).to(DEVICE)
         self.theta0 = {n: p.detach().clone() for n, p in self.pretrained.mergeable().items()}
         self.seeds = {name: i for i, name in enumerate(self.names)}
         side = SIZES[size]["image_size"]
@@ -82,7 +98,7 @@ class Setting:
         with torch.no_grad():
             for parameter in expert.mergeable().values():
                 # cheap noise: drawing millions of normals would be most of the time
-                parameter.add_(1e-3 * torch.rand(1, generator=generator))
+                parameter.add_(1e-3 * torch.rand(1, generator=generator).item())
         return expert
 
     def experts(self) -> dict[str, Callable[[], VisionTower]]:
@@ -96,7 +112,7 @@ class Setting:
         return InterventionModel(copy.deepcopy(self.pretrained), self.names, self.sites)
 
     def coefficients(self) -> torch.Tensor:
-        return torch.full((len(self.names), len(self.theta0)), 0.3)
+        return torch.full((len(self.names), len(self.theta0)), 0.3, device=DEVICE)
 
 
 def naive(setting: Setting) -> Callable[[], float]:
@@ -111,8 +127,8 @@ def naive(setting: Setting) -> Callable[[], float]:
     moving = [coefficients] if setting.trained else []
     optimizer = torch.optim.Adam([*model.edits.parameters(), *moving], lr=1e-3)
     names = list(model.tower.mergeable())
-    pretrained = torch.ones(1, len(names))  # its coefficient is always 1
-    one_hot = torch.eye(len(setting.names))[:, :, None].expand(-1, -1, len(names))
+    pretrained = torch.ones(1, len(names), device=DEVICE)  # its coefficient is always 1
+    one_hot = torch.eye(len(setting.names), device=DEVICE)[:, :, None].expand(-1, -1, len(names))
     turn = 0
 
     class Features(nn.Module):
@@ -135,9 +151,10 @@ def naive(setting: Setting) -> Callable[[], float]:
     def step() -> float:
         nonlocal turn
         task, turn = turn % len(setting.names), turn + 1
+        wait()
         started = time.perf_counter()
-        images = setting.images[:BATCH]
-        with torch.autocast("cpu", torch.bfloat16, enabled=setting.dtype == torch.bfloat16):
+        images = setting.images[:BATCH].to(DEVICE)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=setting.dtype == torch.bfloat16):
             student = weights(coefficients.clamp(0, 1))
             with model.for_task(setting.names[task]):
                 own = torch.func.functional_call(features, student, (images,))
@@ -148,6 +165,7 @@ def naive(setting: Setting) -> Callable[[], float]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        wait()
         return (time.perf_counter() - started) / BATCH
 
     return step
@@ -194,19 +212,21 @@ def floor(setting: Setting) -> Callable[[], float]:
     """Seconds an image of a bare expert pass and a bare forward and backward pass."""
     model = setting.model()
     expert = setting.expert(setting.names[0])
-    images = setting.images[:BATCH].to(setting.dtype)
+    images = setting.images[:BATCH].to(DEVICE, setting.dtype)
     model.tower.to(setting.dtype)
     expert.to(setting.dtype)
     for parameter in model.tower.mergeable().values():
         parameter.requires_grad_(setting.trained)
 
     def step() -> float:
+        wait()
         started = time.perf_counter()
         with torch.no_grad():
             target = expert.features(images)
         with model.for_task(setting.names[0]):
             features = model.tower.features(images)
         (features.float() - target.float()).abs().mean().backward()
+        wait()
         elapsed = time.perf_counter() - started
         model.zero_grad(set_to_none=True)
         return elapsed / BATCH
@@ -285,6 +305,8 @@ def main() -> None:
     seconds = measure(arguments)
     if arguments.only:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if DEVICE == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**30
         print(json.dumps({"peak_gib": peak}))
         return
     rows = {
@@ -311,10 +333,8 @@ def main() -> None:
         )
     Console().print(table)
     if arguments.json:
-        facts = {"threads": torch.get_num_threads(), "torch": torch.__version__}
-        facts |= {"machine": platform.machine(), "settings": vars(arguments), "ways": rows}
         with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump(facts, file, indent=2)
+            json.dump({**machine(), "settings": vars(arguments), "ways": rows}, file, indent=2)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from typing import Any
 
 import lightning as L
 import torch
-from distillation import PROJECTION, SIZES, Setting
+from distillation import PROJECTION, SIZES, Setting, machine
 from rich.console import Console
 from rich.table import Table
 
@@ -93,8 +92,7 @@ def main() -> None:
     if seconds is not None:
         console.print(f"Surgery r=16, 8 tasks, 1,000 steps, features in hand: {seconds:.1f} s")
     if arguments.json:
-        facts = {"threads": torch.get_num_threads(), "torch": torch.__version__}
-        facts |= {"machine": platform.machine(), "settings": vars(arguments)}
+        facts = {**machine(), "settings": vars(arguments)}
         lines = [{**s, "ms_per_image": t} for s, t in zip(settings, best, strict=True)]
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump({**facts, "distillation": lines, "surgery_seconds": seconds}, file, indent=2)

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable
 
 import torch
-from distillation import SIZES, tower
+from distillation import DEVICE, SIZES, machine, tower, wait
 from rich.console import Console
 from rich.table import Table
 
@@ -38,13 +37,12 @@ def measure(size: str, tasks: int, batch: int, turns: int) -> dict[str, dict[str
     """Images a second, by edits and way."""
     names = [f"task{i}" for i in range(tasks)]
     side = SIZES[size]["image_size"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    images = torch.randn(batch, 3, side, side, device=device)
+    images = torch.randn(batch, 3, side, side, device=DEVICE)
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(0))
     mixed = [names[i % tasks] for i in order.tolist()]
     found: dict[str, dict[str, float]] = {}
     for label, edits in EDITS.items():
-        model = InterventionModel(tower(size), names, edits).to(device)
+        model = InterventionModel(tower(size), names, edits).to(DEVICE)
         folded = model.fold()
         ways: dict[str, Callable[[], torch.Tensor]] = {
             "merged": lambda m=model: m.tower.features(images),
@@ -56,10 +54,10 @@ def measure(size: str, tasks: int, batch: int, turns: int) -> dict[str, dict[str
         with torch.inference_mode():
             for turn in range(turns + 1):
                 for name, run in ways.items():
-                    _wait()
+                    wait()
                     started = time.perf_counter()
                     run()
-                    _wait()
+                    wait()
                     if turn:  # the first turn warms up
                         seconds[name] = min(seconds[name], time.perf_counter() - started)
             alone = edits_alone(model, mixed)
@@ -76,19 +74,14 @@ def edits_alone(model: InterventionModel, tasks: list[str]) -> float:
     best = float("inf")
     for _ in range(20):
         with model.for_task(tasks, len(tasks)):
-            _wait()
+            wait()
             started = time.perf_counter()
             for site, placement in model.placements.items():
                 for block in placement.blocks:
                     model.apply_edit(site, block, features if site == "output" else states)
-            _wait()
+            wait()
             best = min(best, time.perf_counter() - started)
     return best
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -111,10 +104,9 @@ def main() -> None:
         table.add_row(label, f"{rates['merged']:.1f}", *shares, alone)
     Console().print(table)
     if arguments.json:
-        facts = {"threads": torch.get_num_threads(), "torch": torch.__version__}
-        facts |= {"machine": platform.machine(), "settings": vars(arguments)}
+        facts = {**machine(), "settings": vars(arguments), "images_per_second": found}
         with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({**facts, "images_per_second": found}, file, indent=2)
+            json.dump(facts, file, indent=2)
 
 
 if __name__ == "__main__":

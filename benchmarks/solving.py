@@ -6,8 +6,9 @@
   nothing else; the experts are loaded as ``solve`` loads them.
 * ours: ``solve``, all of it: reading, both encoders, sums, regressions, edits.
 
-Both run in one process, in turns, and the median of the ratio counts. Weights and images are
-random: speed does not depend on them. Peak memory is of a process of its own (``--only``).
+Both run in one process, in turns, on the GPU if there is one, and the median of the ratio counts.
+Weights and images are random: speed does not depend on them. Peak memory is of a process of its own
+(``--only``): on a CPU what it holds, on a GPU what it has allocated there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import statistics
 import time
 
 import torch
-from distillation import SIZES, Setting
+from distillation import DEVICE, SIZES, Setting, machine, wait
 
 from fusion_bench_intervmerge import InterventionModel, solve
 
@@ -41,22 +42,27 @@ class Images(torch.utils.data.Dataset):
 
 
 def bare(setting: Setting, images: Images, model: InterventionModel) -> float:
+    wait()
     started = time.perf_counter()
     with torch.no_grad():
         for name in setting.names:
             expert = setting.expert(name)
             for batch in images.pixels.split(BATCH):
+                batch = batch.to(DEVICE)
                 expert.features(batch)
                 model.tower.features(batch)
+    wait()
     return time.perf_counter() - started
 
 
 def ours(
     setting: Setting, images: Images, model: InterventionModel, budget: int | None, cache: float
 ) -> float:
+    wait()
     started = time.perf_counter()
     datasets = dict.fromkeys(setting.names, images)
     solve(model, setting.experts(), datasets, budget=budget, cache_gb=cache)
+    wait()
     return time.perf_counter() - started
 
 
@@ -85,7 +91,9 @@ def main() -> None:
             seconds["ours"].append(found)
         print({way: [round(s, 2) for s in times] for way, times in seconds.items()}, flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    result = {**vars(options), "seconds": seconds, "peak_gib": round(peak, 2)}
+    if DEVICE == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    result = {**machine(), **vars(options), "seconds": seconds, "peak_gib": round(peak, 2)}
     if not options.only:
         pairs = zip(seconds["ours"], seconds["bare"], strict=True)
         result["ratio"] = round(statistics.median(a / b for a, b in pairs), 3)

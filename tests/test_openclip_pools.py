@@ -484,7 +484,7 @@ def make_task_pool(kind: type, **changes) -> HostTaskPool:
 def accuracy_and_loss(features, task_pool, task):
     """By hand: all of a task's images in one batch, through the head."""
     labels = torch.tensor([item["label"] for item in task_pool._test_datasets[task]])
-    logits = task_pool._classifier_heads[task](features)
+    logits = task_pool._classifier_heads[task].cpu()(features)
     losses = nn.functional.cross_entropy(logits, labels, reduction="none").split(4)
     loss = sum(batch.mean() for batch in losses) / len(losses)  # FusionBench averages the batches
     return (logits.argmax(-1) == labels).float().mean().item(), loss.item()
@@ -494,6 +494,7 @@ def accuracy_and_loss(features, task_pool, task):
 def test_each_task_is_evaluated_with_its_own_edits(repaired):
     pool = make_task_pool(OpenCLIPVisionModelTaskPool)
     report = pool.evaluate(repaired)
+    repaired.cpu()  # the pool has moved it to the GPU, where there is one
     for task in TASKS:
         items = [repaired.val_preprocess(i["image"]) for i in pool._test_datasets[task]]
         edited = repaired.encode(torch.stack(items), task)

@@ -362,14 +362,15 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
     def _report(self, pool: ExpertPool, model: InterventionModel, done: Distillation) -> Result:
         """Print how far the model got; keep the whole story beside FusionBench's report."""
         dummy = self._program is not None and not has_task_pool(self._program)
+        rows, home = {}, model.device
         model.to(self.fabric.device)
-        rows = {}
         for task, seen in done.images.items():
             count = min(DIAGNOSED_IMAGES, len(seen))
             head = pool.head(task) if dummy else None
             expert = done.expert_features[task][:count]
             images = pool.images(task, self.data.split)
             rows[task] = diagnose(model, task, images, seen[:count], expert, head)
+        model.to(home)  # a caller's images are where the pool's models were
         used = [self.images_used]
         if self.settings.extend is not None:
             new = used[0].model_copy(update={"tasks": list(done.images)})
