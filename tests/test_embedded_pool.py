@@ -317,6 +317,32 @@ def test_the_model_pool_has_eight_experts_and_their_datasets(configs):
         assert dataset[3]["image"].mode == "RGB" and dataset[3]["label"] == 3
 
 
+def test_the_processor_makes_an_images_pixels_once_and_they_are_hugging_faces(configs, monkeypatch):
+    models = instantiate(configs[0].modelpool)
+    processor, calls = models.load_processor(), []
+    theirs = CLIPProcessor.from_pretrained(processor.tokenizer.name_or_path)
+    assert models.load_processor() is processor
+    process = CLIPProcessor.__call__
+    monkeypatch.setattr(
+        CLIPProcessor, "__call__", lambda *a, **k: calls.append(k) or process(*a, **k)
+    )
+    wide = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
+    for image in (models.load_test_dataset("shapes")[0]["image"], wide):
+        expected = process(theirs, images=[image], return_tensors="pt")["pixel_values"]
+        calls.clear()
+        for _ in range(3):
+            found = processor(images=[image], return_tensors="pt")["pixel_values"]
+            assert torch.equal(found, expected)
+            found.zero_()  # what a caller does to its tensor, no other sees
+        assert len(calls) == 1
+    # what is not remembered: several images, other modes, other wishes, captions
+    for given in ({"images": [wide, wide]}, {"images": [wide.convert("L")]}, {"text": ["a"]}):
+        found = processor(**given, return_tensors="pt")
+        for name, value in process(theirs, **given, return_tensors="pt").items():
+            assert torch.equal(found[name], value)
+    assert isinstance(processor(images=[wide], return_tensors="np")["pixel_values"], np.ndarray)
+
+
 def test_a_merged_model_may_be_added(configs, folder):
     models = pool.EmbeddedCLIPVisionModelPool(
         models={"_merged_": str(folder / "experts" / "digits")}

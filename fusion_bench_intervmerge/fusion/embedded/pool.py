@@ -21,6 +21,7 @@ from fusion_bench_intervmerge.tinyclip import POOLS, TINY, Pool, ensure_pool
 from fusion_bench_intervmerge.tinyclip.tasks import SPLITS
 
 from ..screen import one_line
+from .processor import processor_in
 
 
 class PoolSettings(Settings):
@@ -72,6 +73,13 @@ class EmbeddedCLIPVisionModelPool(CLIPVisionModelPool):
         of = {"seed": self.seed} | ({} if self.pool == TINY.name else {"pool": self.pool})
         arguments = {"processor": own["_pretrained_"], **datasets(self.tasks, **of), **kwargs}
         super().__init__({**own, **(models or {})}, **arguments)
+
+    def load_processor(self, *args: object, **kwargs: object) -> CLIPProcessor:
+        """The pool's own makes each image's pixels once; another is loaded as FusionBench does."""
+        folder = ensure_pool(self.seed, self.pool) / "pretrained"
+        if self._processor == str(folder) and not (args or kwargs):
+            return processor_in(folder)
+        return super().load_processor(*args, **kwargs)
 
 
 def folders(tasks: Iterable[str]) -> dict[str, str]:
@@ -148,7 +156,7 @@ def load_clip(seed: int = 0, pool: str = TINY.name) -> CLIPModel:
 
 def load_processor(seed: int = 0, pool: str = TINY.name) -> CLIPProcessor:
     """The image processor and tokenizer of an embedded pool."""
-    return CLIPProcessor.from_pretrained(ensure_pool(seed, pool) / "pretrained")
+    return processor_in(ensure_pool(seed, pool) / "pretrained")
 
 
 def register_tasks() -> None:
