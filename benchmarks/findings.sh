@@ -40,4 +40,7 @@ compare three_merges_held_out compare_closed_form 'method.data={split: train, im
   '~method.coefficients.adamerging_task' '~method.methods.all_tokens_r4' \
   '~method.methods.closed_form_refined_rank_4'
 compare why compare method.analyses=all 'method.seeds=[0]'
+for seed in 1 2; do # an analysis looks at a method's first seed
+  compare "why_$seed" compare 'method.analyses=[bias,stitching]' "method.seeds=[$seed]"
+done
 cp "$out"/why/report/{bias_by_block,stitching,contributions}.png "$to"
