@@ -4,8 +4,8 @@
 #     examples/compare.sh                                # the embedded pool, three seeds
 #     examples/compare.sh clip-vit-b32_TA8 method.steps=1000
 #
-# The first word is the pool, the others go to fusion_bench. On the embedded pool it takes five to
-# seven minutes on two CPU cores.
+# The first word is the pool, the others go to fusion_bench. On the embedded pool it takes
+# six minutes on two CPU cores.
 set -euo pipefail
 pool=${1:-clip-vit-mini_TA8}
 run=${RUN:-outputs/compare}
