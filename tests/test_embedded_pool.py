@@ -18,7 +18,7 @@ from fusion_bench.tasks.clip_classification import get_classnames_and_templates
 from fusion_bench.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
-from transformers import CLIPModel, CLIPProcessor, CLIPTokenizerFast, CLIPVisionModel
+from transformers import AutoProcessor, CLIPModel, CLIPProcessor, CLIPTokenizerFast, CLIPVisionModel
 
 from fusion_bench_intervmerge.cache import CACHE_VARIABLE, cache_root
 from fusion_bench_intervmerge.errors import ConfigError
@@ -317,7 +317,9 @@ def test_the_model_pool_has_eight_experts_and_their_datasets(configs):
         assert dataset[3]["image"].mode == "RGB" and dataset[3]["label"] == 3
 
 
-def test_the_processor_makes_an_images_pixels_once_and_they_are_hugging_faces(configs, monkeypatch):
+def test_the_processor_makes_an_images_pixels_once_and_they_are_hugging_faces(
+    configs, monkeypatch, tmp_path
+):
     models = instantiate(configs[0].modelpool)
     processor, calls = models.load_processor(), []
     theirs = CLIPProcessor.from_pretrained(processor.tokenizer.name_or_path)
@@ -341,6 +343,8 @@ def test_the_processor_makes_an_images_pixels_once_and_they_are_hugging_faces(co
         for name, value in process(theirs, **given, return_tensors="pt").items():
             assert torch.equal(found[name], value)
     assert isinstance(processor(images=[wide], return_tensors="np")["pixel_values"], np.ndarray)
+    processor.save_pretrained(tmp_path)
+    assert type(AutoProcessor.from_pretrained(tmp_path)) is CLIPProcessor
 
 
 def test_a_merged_model_may_be_added(configs, folder):

@@ -30,6 +30,10 @@ class RememberingProcessor(CLIPProcessor):
                 return BatchFeature({"pixel_values": pixels.clone()})
         return super().__call__(*args, **kwargs)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class it derives from, whose name in the files is known to ``AutoProcessor``."""
+        return CLIPProcessor(self.image_processor, self.tokenizer).save_pretrained(*args, **kwargs)
+
     # The instances are few and as old as the process (see ``processor_in``).
     @lru_cache(maxsize=REMEMBERED)  # noqa: B019
     def _remembered(self, size: tuple[int, int], pixels: bytes) -> Tensor:
