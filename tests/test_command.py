@@ -352,7 +352,6 @@ def comparisons(tmp_path_factory):
     for family, seeds in FAMILIES.items():
         folder = tmp_path_factory.mktemp("comparison")
         overrides = ["method=intervmerge/compare", f"method.seeds={seeds}", "method.steps=25"]
-        overrides += ["~method.methods.intervmerge_r1", "~method.methods.closed_form_rank_1"]
         pools = [f"modelpool={family}", f"taskpool={family}"]
         pools += ["+method/rivals@method.rivals.emr=emr_merging"]
         in_process(*overrides, *pools, folder=folder)

@@ -21,12 +21,7 @@ SCRIPTS = {
     "own_function.py": (["--steps=3"], "read back: scale, 6,144 extra parameters"),
 }
 SHELL = {
-    "compare.sh": [
-        "clip-vit-mini_TA8",
-        "method.seeds=[0]",
-        "method.data={images: 64}",
-        "fast_dev_run=true",
-    ],
+    "compare.sh": ["clip-vit-mini_TA8", "method.seeds=[0]", "fast_dev_run=true"],
     "save_and_load.sh": ["clip-vit-mini_TA8", "digits", "fast_dev_run=true"],
 }
 # Stands for a command on the PATH, and writes down what it was given.

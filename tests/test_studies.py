@@ -167,11 +167,11 @@ def test_a_grid_without_a_finished_run_says_what_its_job_said(tmp_path):
 
 
 def test_a_killed_grid_goes_on_where_it_stopped(tmp_path):
-    """2 x 2 runs in two processes, killed half-way, then the same command again."""
+    """2 x 2 x 2 runs in two processes, killed half-way, then the same command again."""
     grid = tmp_path / "grid"
     command = [
         "-m", "hydra/sweeper=grid", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
-        "method=intervmerge,surgery", "method.seed=0,1", "++method.steps=1",
+        "method=intervmerge,surgery", "method.seed=0,1", "method.steps=1,2",
         f"hydra.sweep.dir={grid}", *SMALL,
     ]  # fmt: skip
 
@@ -187,23 +187,23 @@ def test_a_killed_grid_goes_on_where_it_stopped(tmp_path):
         start_new_session=True,  # joblib's workers are of its group, and are killed with it
     )
     try:
-        while len(reports()) < 2:
+        while len(reports()) < 3:
             assert process.poll() is None, "the grid ended before it could be killed"
             time.sleep(0.05)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     before = reports()
-    assert 2 <= len(before) < 4
+    assert 3 <= len(before) < 8
     torn = next(iter(before))
     torn.write_text(torn.read_text()[:-20])
     half = read_study(grid)
-    assert half.finished == len(before) - 1 < half.planned == 4
+    assert half.finished == len(before) - 1 < half.planned == 8
 
     shown = fusion_bench(*command, cwd=tmp_path).stdout
-    assert f"{len(before) - 1} of 4 runs are finished" in " ".join(shown.split())
+    assert f"{len(before) - 1} of 8 runs are finished" in " ".join(shown.split())
     after = reports()
-    assert len(after) == 4 and after[torn] != before.pop(torn)
+    assert len(after) == 8 and after[torn] != before.pop(torn)
     assert {path: after[path] for path in before} == before, "a finished run was run again"
     for path in after:
         assert set(TASKS) < json.loads(path.read_text()).keys()
