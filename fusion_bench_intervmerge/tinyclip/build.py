@@ -128,7 +128,8 @@ def _build(pool: Pool, folder: Path, train: bool) -> None:
     tuning, training_ = recipe.finetuning, recipe.pretraining
     work = len(pool.tasks) * (sizes + tuning.steps * tuning.batch_size)
     title = f"building {pool.name}, once, in {folder.parent}"
-    log.info("%s; this takes a few minutes", title)
+    takes = "a few minutes" if train or not shipped.has(pool) else "some seconds"
+    log.info("%s; this takes %s", title, takes)
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with tqdm(  # none in a log file
         total=work + training_.steps * training_.batch_size,
