@@ -18,9 +18,11 @@ from open_clip.transformer import VisionTransformer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fusion_bench_intervmerge import InterventionModel, distill
-from fusion_bench_intervmerge.distillation import ThriceAdam
-from fusion_bench_intervmerge.encoders import VisionTower, as_tower
+from fusion_bench_intervmerge.distillation.loop import distill
+from fusion_bench_intervmerge.distillation.settings import ThriceAdam
+from fusion_bench_intervmerge.encoders import as_tower
+from fusion_bench_intervmerge.encoders.base import VisionTower
+from fusion_bench_intervmerge.model.model import InterventionModel
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "reference.safetensors"
 

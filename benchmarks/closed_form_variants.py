@@ -28,13 +28,15 @@ import torch
 from fusion_bench.method import SimpleAverageAlgorithm, TaskArithmeticAlgorithm
 from torch.utils.data import DataLoader, TensorDataset
 
-from fusion_bench_intervmerge import InterventionModel, solve
-from fusion_bench_intervmerge.fusion.embedded import EmbeddedCLIPVisionModelPool
+from fusion_bench_intervmerge.data import DataSettings, choose_images
+from fusion_bench_intervmerge.fusion.embedded.pool import EmbeddedCLIPVisionModelPool
 from fusion_bench_intervmerge.fusion.experts import ExpertPool
 from fusion_bench_intervmerge.fusion.merge import run_base
-from fusion_bench_intervmerge.images import DataSettings, choose_images
-from fusion_bench_intervmerge.solving import solver, sweep
+from fusion_bench_intervmerge.model.model import InterventionModel
+from fusion_bench_intervmerge.solving import solve as solver
+from fusion_bench_intervmerge.solving import sweep
 from fusion_bench_intervmerge.solving.regression import Regression
+from fusion_bench_intervmerge.solving.solve import solve
 
 BUDGET, COST = 24768, 2 * 64 + 1
 SEEDS = (0, 1, 2)

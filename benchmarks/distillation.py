@@ -36,9 +36,11 @@ from rich.table import Table
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from fusion_bench_intervmerge import InterventionModel, distill
-from fusion_bench_intervmerge.encoders import VisionTower, as_tower
+from fusion_bench_intervmerge.distillation.loop import distill
+from fusion_bench_intervmerge.encoders import as_tower
+from fusion_bench_intervmerge.encoders.base import VisionTower
 from fusion_bench_intervmerge.merging import Mixture, TaskVector
+from fusion_bench_intervmerge.model.model import InterventionModel
 
 SIZES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 6}

@@ -27,11 +27,10 @@ from rich.table import Table
 from service import make_model
 from torch import Tensor
 
-from fusion_bench_intervmerge import InterventionModel
-from fusion_bench_intervmerge.clip import image_processor
-from fusion_bench_intervmerge.export import export, plain_encoder
-from fusion_bench_intervmerge.export.command import known_heads
-from fusion_bench_intervmerge.export.files import SUFFIXES
+from fusion_bench_intervmerge.deploy.clip import image_processor
+from fusion_bench_intervmerge.deploy.command import known_heads
+from fusion_bench_intervmerge.deploy.export import SUFFIXES, export, plain_encoder
+from fusion_bench_intervmerge.model.model import InterventionModel
 from fusion_bench_intervmerge.tinyclip.tasks import TASKS
 
 FORMATS = [("onnx", "fp32"), ("torch", "fp32"), ("onnx", "fp16"), ("onnx", "int8")]

@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from fusion_bench_intervmerge import InterventionModel, artifact
-from fusion_bench_intervmerge.artifact import ArtifactError
-from fusion_bench_intervmerge.encoders import VisionTower, as_tower
+from fusion_bench_intervmerge.config import ArtifactError, ConfigError
+from fusion_bench_intervmerge.encoders import as_tower
+from fusion_bench_intervmerge.encoders.base import VisionTower
 from fusion_bench_intervmerge.encoders.convert import to_openclip
-from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.model import artifact
+from fusion_bench_intervmerge.model.model import InterventionModel
 
 TASKS = ["mnist", "svhn", "stanford-cars"]
 SITES = {

@@ -35,8 +35,8 @@ import torch
 from safetensors.torch import save
 
 from fusion_bench_intervmerge import pickles
+from fusion_bench_intervmerge.config import ConfigError
 from fusion_bench_intervmerge.encoders.openclip import OpenCLIPTower
-from fusion_bench_intervmerge.errors import ConfigError
 from fusion_bench_intervmerge.fusion.openclip import checkpoints
 
 LIMIT_S = 60

@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from fusion_bench_intervmerge import InterventionModel, distill
-from fusion_bench_intervmerge.checkpoint import StateFolder
+from fusion_bench_intervmerge.distillation.loop import distill
+from fusion_bench_intervmerge.distillation.states import StateFolder
 from fusion_bench_intervmerge.encoders.openclip import MEAN, STD, OpenCLIPTower
 from fusion_bench_intervmerge.merging import mix
+from fusion_bench_intervmerge.model.model import InterventionModel
 
 TASKS = ["ants", "bees", "cats"]
 STEPS = 20

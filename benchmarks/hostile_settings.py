@@ -234,10 +234,10 @@ class Door:
         from hydra.core.hydra_config import HydraConfig
         from transformers import CLIPConfig, CLIPModel
 
-        from fusion_bench_intervmerge import InterventionModel
         from fusion_bench_intervmerge.encoders import as_tower
         from fusion_bench_intervmerge.fusion import algorithm, analyse, comparison
-        from fusion_bench_intervmerge.fusion.embedded import ensure_pool
+        from fusion_bench_intervmerge.model.model import InterventionModel
+        from fusion_bench_intervmerge.tinyclip.build import ensure_pool
 
         small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
         small |= {"num_attention_heads": 4}
@@ -296,8 +296,7 @@ class Door:
         from hydra.errors import ConfigCompositionException
         from omegaconf import OmegaConf
 
-        from fusion_bench_intervmerge.artifact import ArtifactError
-        from fusion_bench_intervmerge.errors import ConfigError
+        from fusion_bench_intervmerge.config import ArtifactError, ConfigError
 
         given = [o.replace("SAVED", str(self._saved)) for o in overrides]
         logging.disable(logging.ERROR)

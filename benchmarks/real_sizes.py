@@ -21,9 +21,10 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from fusion_bench_intervmerge import InterventionModel, distill
+from fusion_bench_intervmerge.distillation.loop import distill
 from fusion_bench_intervmerge.encoders.convert import to_openclip
 from fusion_bench_intervmerge.merging import CoefficientSettings, initial_coefficients, mix
+from fusion_bench_intervmerge.model.model import InterventionModel
 
 EDIT = "{attention: {function: noreft, rank: 1}}"
 SURGERY = "{output: {function: surgery, rank: 16}}"

@@ -25,19 +25,19 @@ import torch
 from fusion_bench.utils import instantiate
 from fusion_bench.utils.hydra_utils import initialize_hydra_config
 from fusion_bench.utils.instantiate_utils import set_print_function_call_permeanent
+from fusion_bench_intervmerge.routing.routers import ROUTERS, router_class
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusion_bench_intervmerge import InterventionModel, RouterSettings, solve
+from fusion_bench_intervmerge.data import DataSettings, choose_images
 from fusion_bench_intervmerge.fusion.corruption import Corrupted, StreamSettings
 from fusion_bench_intervmerge.fusion.experts import ExpertPool
-from fusion_bench_intervmerge.images import DataSettings, choose_images
 from fusion_bench_intervmerge.merging import mix
-from fusion_bench_intervmerge.routing import ROUTERS, Router
-from fusion_bench_intervmerge.routing.passes import read
-from fusion_bench_intervmerge.routing.reading import Reading
-from fusion_bench_intervmerge.routing.routers import router_class
+from fusion_bench_intervmerge.model.model import InterventionModel
+from fusion_bench_intervmerge.model.passes import read
+from fusion_bench_intervmerge.model.router import Reading, Router, RouterSettings
+from fusion_bench_intervmerge.solving.solve import solve
 
 SCALE = 100.0  # CLIP's logit scale: what the largest softmax is taken of
 

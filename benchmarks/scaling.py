@@ -19,7 +19,7 @@ from distillation import PROJECTION, SIZES, Setting, machine
 from rich.console import Console
 from rich.table import Table
 
-from fusion_bench_intervmerge import distill
+from fusion_bench_intervmerge.distillation.loop import distill
 
 BASE = {"tasks": 8, "rank": 1, "batch": 16, "unique": None, "steps": 1}
 LINES: list[dict[str, Any]] = [

@@ -38,11 +38,12 @@ from rich.console import Console
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
-from fusion_bench_intervmerge import InterventionModel
-from fusion_bench_intervmerge.clip import image_processor
+from fusion_bench_intervmerge.deploy.clip import image_processor
+from fusion_bench_intervmerge.deploy.command import known_heads
 from fusion_bench_intervmerge.encoders import as_tower
-from fusion_bench_intervmerge.export.command import known_heads
-from fusion_bench_intervmerge.fusion.embedded import ensure_pool, load_processor
+from fusion_bench_intervmerge.fusion.embedded.pool import load_processor
+from fusion_bench_intervmerge.model.model import InterventionModel
+from fusion_bench_intervmerge.tinyclip.build import ensure_pool
 from fusion_bench_intervmerge.tinyclip.tasks import TASKS
 
 SERVE = Path(__file__).parents[1] / "examples" / "serve.py"

@@ -20,7 +20,7 @@ from distillation import DEVICE, SIZES, machine, tower, wait
 from rich.console import Console
 from rich.table import Table
 
-from fusion_bench_intervmerge import InterventionModel
+from fusion_bench_intervmerge.model.model import InterventionModel
 
 EDITS = {
     "r=1": {"attention": {"rank": 1}},

@@ -23,7 +23,8 @@ import time
 import torch
 from distillation import DEVICE, SIZES, Setting, machine, wait
 
-from fusion_bench_intervmerge import InterventionModel, solve
+from fusion_bench_intervmerge.model.model import InterventionModel
+from fusion_bench_intervmerge.solving.solve import solve
 
 BATCH = 32
 

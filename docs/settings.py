@@ -17,16 +17,16 @@ import yaml
 from hydra.utils import get_class
 from pydantic_core import PydanticUndefined
 
+from fusion_bench_intervmerge.config import Settings
 from fusion_bench_intervmerge.fusion.corruption import StreamSettings
-from fusion_bench_intervmerge.interventions import (
+from fusion_bench_intervmerge.interventions.config import InterventionConfig
+from fusion_bench_intervmerge.interventions.functions import (
     FUNCTION_NAMES,
-    InterventionConfig,
     build_function,
+    function_class,
 )
-from fusion_bench_intervmerge.interventions.functions import function_class
 from fusion_bench_intervmerge.merging import CoefficientSettings
-from fusion_bench_intervmerge.routing import RouterSettings
-from fusion_bench_intervmerge.settings import Settings
+from fusion_bench_intervmerge.model.router import RouterSettings
 
 DOCS = Path(__file__).parent
 CONFIG = DOCS.parent / "config"

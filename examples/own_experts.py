@@ -25,8 +25,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPModel, CLIPProcessor, CLIPVisionModel
 
-from fusion_bench_intervmerge.fusion import IntervMergeAlgorithm
-from fusion_bench_intervmerge.fusion.embedded import ensure_pool
+from fusion_bench_intervmerge.fusion.algorithm import IntervMergeAlgorithm
+from fusion_bench_intervmerge.tinyclip.build import ensure_pool
 
 
 class Drawn(Dataset):

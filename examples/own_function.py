@@ -21,9 +21,9 @@ from fusion_bench.utils.hydra_utils import initialize_hydra_config
 from fusion_bench.utils.instantiate_utils import set_print_function_call_permeanent
 from torch import Tensor, nn
 
-from fusion_bench_intervmerge import InterventionModel
-from fusion_bench_intervmerge.fusion import IntervMergeAlgorithm
-from fusion_bench_intervmerge.interventions import Function
+from fusion_bench_intervmerge.fusion.algorithm import IntervMergeAlgorithm
+from fusion_bench_intervmerge.interventions.functions import Function
+from fusion_bench_intervmerge.model.model import InterventionModel
 
 
 class Scale(Function):

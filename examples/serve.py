@@ -30,7 +30,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import Route
 
-from fusion_bench_intervmerge.hub.names import local_folder
+from fusion_bench_intervmerge.model.hub import local_folder
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MOST_PIXELS = 32_000_000
@@ -85,10 +85,10 @@ class Classifier(litserve.LitAPI):
 
     def setup(self, device):
         # Here and not above: the process that takes the requests needs none of it.
-        from fusion_bench_intervmerge import InterventionModel
-        from fusion_bench_intervmerge.clip import image_processor
-        from fusion_bench_intervmerge.export.command import known_heads, read_classes
-        from fusion_bench_intervmerge.export.plain import Heads
+        from fusion_bench_intervmerge.deploy.clip import image_processor
+        from fusion_bench_intervmerge.deploy.command import known_heads, read_classes
+        from fusion_bench_intervmerge.deploy.export import Heads
+        from fusion_bench_intervmerge.model.model import InterventionModel
 
         name, classes, clip = self.sources
         self.model = InterventionModel.from_pretrained(name).fold().to(device)

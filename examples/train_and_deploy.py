@@ -22,9 +22,10 @@ from fusion_bench.utils.hydra_utils import initialize_hydra_config
 from fusion_bench.utils.instantiate_utils import set_print_function_call_permeanent
 from torch.utils.data import DataLoader, Subset
 
-from fusion_bench_intervmerge import InterventionModel, distill
+from fusion_bench_intervmerge.distillation.loop import distill
 from fusion_bench_intervmerge.fusion.experts import ExpertPool
 from fusion_bench_intervmerge.merging import mix
+from fusion_bench_intervmerge.model.model import InterventionModel
 
 
 def main() -> None:

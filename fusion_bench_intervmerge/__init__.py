@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .distillation import DistillSettings, distill
-    from .interventions import InterventionConfig
-    from .model import InterventionModel
-    from .routing import RouterSettings, fit_router
-    from .solving import SolveSettings, solve
+    from .distillation.loop import distill
+    from .distillation.settings import DistillSettings
+    from .interventions.config import InterventionConfig
+    from .model.model import InterventionModel
+    from .model.router import RouterSettings
+    from .solving.fit_router import fit_router
+    from .solving.solve import SolveSettings, solve
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,14 +26,14 @@ __all__ = [
 ]
 
 _HOME = {
-    "DistillSettings": ".distillation",
-    "InterventionConfig": ".interventions",
-    "InterventionModel": ".model",
-    "RouterSettings": ".routing",
-    "SolveSettings": ".solving",
-    "distill": ".distillation",
-    "fit_router": ".routing",
-    "solve": ".solving",
+    "DistillSettings": ".distillation.settings",
+    "InterventionConfig": ".interventions.config",
+    "InterventionModel": ".model.model",
+    "RouterSettings": ".model.router",
+    "SolveSettings": ".solving.solve",
+    "distill": ".distillation.loop",
+    "fit_router": ".solving.fit_router",
+    "solve": ".solving.solve",
 }
 
 

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .errors import ArtifactError, ConfigError
-from .export import command as export
-from .hub import command as hub
+from .config import ArtifactError, ConfigError
+from .deploy import command as export
+from .deploy import push_command as hub
 from .report import command as report
 
 

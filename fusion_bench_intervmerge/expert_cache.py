@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .checkpoint import read_tensors, write_tensors
-from .errors import ConfigError
+from .config import ConfigError
+from .distillation.states import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 

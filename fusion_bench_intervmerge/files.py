@@ -16,8 +16,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import ConfigError
+from .config import ConfigError
 
+# == files
+# Files and folders that appear whole or not at all, also while others read or write them.
+#
+# What is being written is in a hidden folder beside its place, locked by the process that writes it.
+# The lock ends with the process, so the next one that writes there can tell what a killed process
+# left behind, and removes it. Modes are the umask's.
+#
 try:
     import fcntl
 except ImportError:  # Windows: nothing is locked, and nothing that was left behind is removed
@@ -194,3 +201,20 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+# == cache
+# Where this package keeps what it builds once and reads many times.
+CACHE_VARIABLE = "FUSION_BENCH_INTERVMERGE_CACHE"
+
+
+def cache_root() -> Path:
+    """The cache folder: ``$FUSION_BENCH_INTERVMERGE_CACHE``, else the user's own cache folder.
+
+    Returns:
+        An absolute path; the folder itself is made by whoever writes into it.
+    """
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen).expanduser().absolute()
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser().absolute() / "fusion-bench-intervmerge"

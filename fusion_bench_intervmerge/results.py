@@ -12,9 +12,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from .errors import ConfigError
+from .config import ConfigError, Json, checked
 from .files import write_json
-from .schema import Json, checked
 
 VERSION: Literal[1] = 1
 FILE = "intervmerge.json"

@@ -20,7 +20,8 @@ from transformers import (
     Dinov2WithRegistersForImageClassification,
 )
 
-from fusion_bench_intervmerge.encoders import VisionTower, as_tower
+from fusion_bench_intervmerge.encoders import as_tower
+from fusion_bench_intervmerge.encoders.base import VisionTower
 from fusion_bench_intervmerge.encoders.convert import to_openclip
 
 # what hostile files are made of; the campaigns themselves are longer than tests may be

@@ -22,10 +22,12 @@ import torch
 from conftest import TASKS, hf_tower
 from safetensors.torch import save_file
 
-from fusion_bench_intervmerge import InterventionModel, distill, solve
-from fusion_bench_intervmerge.checkpoint import StateFolder
 from fusion_bench_intervmerge.distillation import loop
+from fusion_bench_intervmerge.distillation.loop import distill
+from fusion_bench_intervmerge.distillation.states import StateFolder
 from fusion_bench_intervmerge.merging import mix
+from fusion_bench_intervmerge.model.model import InterventionModel
+from fusion_bench_intervmerge.solving.solve import solve
 from fusion_bench_intervmerge.solving.sweep import Sweep
 
 

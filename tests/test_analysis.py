@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusion_bench_intervmerge import InterventionModel
 from fusion_bench_intervmerge.analysis import ANALYSES, analyse, read_analyses
 from fusion_bench_intervmerge.analysis.base import TaskEncoders
 from fusion_bench_intervmerge.analysis.bias import bias
 from fusion_bench_intervmerge.analysis.contributions import without_each
 from fusion_bench_intervmerge.analysis.embeddings import pca
 from fusion_bench_intervmerge.analysis.stitching import stitch
-from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.config import ConfigError
+from fusion_bench_intervmerge.model.model import InterventionModel
 
 TASK = TASKS[0]
 EVERYWHERE = {

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_command import TINY, in_process
 
 from fusion_bench_intervmerge.cli import main as report
-from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.config import ConfigError
 
 TASKS = ["digits", "positions"]
 OTHERS = ["letters", "shapes", "counting", "colours", "gratings", "textures"]

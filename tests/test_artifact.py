@@ -26,10 +26,10 @@ from safetensors.torch import load_file, save_file
 from test_model import EVERYWHERE, SETTINGS
 from transformers import CLIPVisionModelWithProjection
 
-from fusion_bench_intervmerge import InterventionModel, artifact
-from fusion_bench_intervmerge.artifact import ArtifactError
-from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.config import ArtifactError, ConfigError
 from fusion_bench_intervmerge.files import opened_folder, whole_folder, write_json
+from fusion_bench_intervmerge.model import artifact
+from fusion_bench_intervmerge.model.model import InterventionModel
 
 
 @pytest.mark.parametrize("sites", SETTINGS)

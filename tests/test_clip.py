@@ -13,10 +13,10 @@ from PIL import Image
 from test_model import EVERYWHERE, SETTINGS
 from transformers import CLIPConfig, CLIPModel, pipeline
 
-from fusion_bench_intervmerge import InterventionModel
-from fusion_bench_intervmerge.clip import image_processor
-from fusion_bench_intervmerge.errors import ConfigError
-from fusion_bench_intervmerge.export import zero_shot_heads
+from fusion_bench_intervmerge.config import ConfigError
+from fusion_bench_intervmerge.deploy.clip import image_processor
+from fusion_bench_intervmerge.deploy.export import zero_shot_heads
+from fusion_bench_intervmerge.model.model import InterventionModel
 
 
 def hf_clip(**vision):
@@ -110,7 +110,7 @@ def test_what_does_not_fit(family, tmp_path):
 def make_repaired(num_blocks=None):
     """Edits at random on the embedded CLIP itself, or on its first blocks."""
     from fusion_bench_intervmerge.encoders import as_tower
-    from fusion_bench_intervmerge.fusion.embedded import ensure_pool
+    from fusion_bench_intervmerge.tinyclip.build import ensure_pool
     from fusion_bench_intervmerge.tinyclip.tasks import TASKS as EMBEDDED
 
     base, tasks = str(ensure_pool() / "pretrained"), ["digits", "shapes"]
@@ -133,7 +133,7 @@ def repaired():
 
 
 def test_the_pipeline_takes_it(repaired):
-    from fusion_bench_intervmerge.fusion.embedded import load_processor
+    from fusion_bench_intervmerge.fusion.embedded.pool import load_processor
     from fusion_bench_intervmerge.tinyclip.tasks import TASKS as EMBEDDED
 
     processor, shapes = load_processor(), EMBEDDED["shapes"]

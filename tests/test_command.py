@@ -15,10 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from fusion_bench_intervmerge import InterventionModel
-from fusion_bench_intervmerge.cache import CACHE_VARIABLE
+from fusion_bench_intervmerge.config import ConfigError
 from fusion_bench_intervmerge.distillation import loop
-from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.files import CACHE_VARIABLE
+from fusion_bench_intervmerge.model.model import InterventionModel
 
 ROOT = Path(__file__).parents[1]
 COMMAND = str(Path(sys.executable).with_name("fusion_bench"))
@@ -233,7 +233,11 @@ def test_the_report_is_what_encode_gives(run):
     from fusion_bench.models.hf_clip import HFCLIPClassifier
     from fusion_bench.tasks.clip_classification import get_classnames_and_templates
 
-    from fusion_bench_intervmerge.fusion.embedded import load_clip, load_dataset, load_processor
+    from fusion_bench_intervmerge.fusion.embedded.pool import (
+        load_clip,
+        load_dataset,
+        load_processor,
+    )
 
     _, log_dir = run
     model = InterventionModel.from_pretrained(log_dir / "intervmerge")
@@ -475,7 +479,7 @@ def test_live_models_stay_as_they_are():
     from fusion_bench import BaseModelPool
     from fusion_bench.method import TaskArithmeticAlgorithm
 
-    from fusion_bench_intervmerge.fusion import IntervMergeAlgorithm
+    from fusion_bench_intervmerge.fusion.algorithm import IntervMergeAlgorithm
     from fusion_bench_intervmerge.fusion.experts import ExpertPool
 
     models = {"_pretrained_": hf_tower().model}
@@ -503,7 +507,7 @@ def test_a_stopped_run_knows_its_images():
     from conftest import hf_tower
     from fusion_bench import BaseModelPool
 
-    from fusion_bench_intervmerge.fusion import IntervMergeAlgorithm
+    from fusion_bench_intervmerge.fusion.algorithm import IntervMergeAlgorithm
     from fusion_bench_intervmerge.fusion.experts import ExpertPool
 
     method = IntervMergeAlgorithm({"attention": {}})
@@ -527,7 +531,7 @@ def test_a_stopped_run_knows_its_images():
     ],
 )
 def test_a_training_outlives_a_save_that_failed(failure, said, tmp_path, monkeypatch):
-    from fusion_bench_intervmerge.fusion.embedded import ensure_pool
+    from fusion_bench_intervmerge.tinyclip.build import ensure_pool
 
     pool = ensure_pool()
     (tmp_path / "cache").mkdir()
@@ -633,7 +637,7 @@ def test_within_hydra_an_error_is_one_that_hydra_shows_as_a_line(tmp_path):
 
 
 def test_ctrl_c_is_one_line(tmp_path, monkeypatch):
-    from fusion_bench_intervmerge.checkpoint import Interrupted
+    from fusion_bench_intervmerge.distillation.states import Interrupted
 
     told = "stopped after step 12 of 200; the same command goes on from there"
 

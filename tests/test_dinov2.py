@@ -11,8 +11,10 @@ from fusion_bench.taskpool.image_classification import ImageClassificationTaskPo
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fusion_bench_intervmerge import InterventionModel, distill, solve
+from fusion_bench_intervmerge.distillation.loop import distill
 from fusion_bench_intervmerge.merging import mix
+from fusion_bench_intervmerge.model.model import InterventionModel
+from fusion_bench_intervmerge.solving.solve import solve
 
 TASKS = ["mnist", "svhn"]  # FusionBench wants to know how many classes there are
 READ = "class and patches"

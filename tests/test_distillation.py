@@ -24,20 +24,16 @@ from safetensors.torch import load_file
 from test_model import intervmerge, surgery_v2
 from torch._dynamo.utils import counters
 
-from fusion_bench_intervmerge import InterventionModel, distill
-from fusion_bench_intervmerge.checkpoint import Interrupted, StateFolder
-from fusion_bench_intervmerge.distillation import (
-    DataSettings,
-    DistillationError,
-    DistillSettings,
-    Schedule,
-    ThriceAdam,
-    loop,
-)
+from fusion_bench_intervmerge.config import ConfigError
+from fusion_bench_intervmerge.data import DataSettings, Schedule
+from fusion_bench_intervmerge.distillation import loop
+from fusion_bench_intervmerge.distillation.loop import DistillationError, distill
 from fusion_bench_intervmerge.distillation.memory import keep_freed_memory
-from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.distillation.settings import DistillSettings, ThriceAdam
+from fusion_bench_intervmerge.distillation.states import Interrupted, StateFolder
 from fusion_bench_intervmerge.expert_cache import ExpertCache
 from fusion_bench_intervmerge.merging import Mixture, TaskVector, mix
+from fusion_bench_intervmerge.model.model import InterventionModel
 
 WORKER = Path(__file__).parent / "distill_worker.py"
 
@@ -594,7 +590,7 @@ def test_the_state_of_another_run_is_not_taken(experts, datasets, tmp_path):
 def test_a_full_disk_is_reported_and_training_goes_on(
     experts, datasets, tmp_path, caplog, monkeypatch
 ):
-    from fusion_bench_intervmerge import checkpoint
+    from fusion_bench_intervmerge.distillation import states as checkpoint
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")

@@ -18,10 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_command import in_process
 
-from fusion_bench_intervmerge import InterventionConfig, InterventionModel
-from fusion_bench_intervmerge.distillation import DataSettings
-from fusion_bench_intervmerge.interventions import FUNCTION_NAMES
+from fusion_bench_intervmerge.data import DataSettings
+from fusion_bench_intervmerge.interventions.config import InterventionConfig
+from fusion_bench_intervmerge.interventions.functions import FUNCTION_NAMES
 from fusion_bench_intervmerge.merging import CoefficientSettings
+from fusion_bench_intervmerge.model.model import InterventionModel
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "settings.md").read_text()
@@ -101,7 +102,7 @@ def test_the_site_builds_strictly_and_fetches_nothing(tmp_path):
 
 
 def test_a_pool_of_ones_own_needs_no_class_names(tmp_path, capfd):
-    from fusion_bench_intervmerge.fusion.embedded import ensure_pool
+    from fusion_bench_intervmerge.tinyclip.build import ensure_pool
 
     built = ensure_pool()
     pool = {

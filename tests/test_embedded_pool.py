@@ -20,10 +20,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 from transformers import AutoProcessor, CLIPModel, CLIPProcessor, CLIPTokenizerFast, CLIPVisionModel
 
-from fusion_bench_intervmerge.cache import CACHE_VARIABLE, cache_root
-from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.config import ConfigError
+from fusion_bench_intervmerge.files import CACHE_VARIABLE, cache_root
 from fusion_bench_intervmerge.fusion.embedded import pool
-from fusion_bench_intervmerge.tinyclip import TINY, build, ensure_pool, tasks, training
+from fusion_bench_intervmerge.tinyclip import build, tasks, training
+from fusion_bench_intervmerge.tinyclip.build import ensure_pool
+from fusion_bench_intervmerge.tinyclip.pools import TINY
 from fusion_bench_intervmerge.tinyclip.recipe import Recipe, Stage
 from fusion_bench_intervmerge.tinyclip.tasks import SPLITS, TASKS
 

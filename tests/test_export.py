@@ -18,12 +18,12 @@ from test_clip import make_repaired
 from test_model import EVERYWHERE, SETTINGS
 from torch.nn import functional as F
 
-from fusion_bench_intervmerge import InterventionModel
 from fusion_bench_intervmerge.cli import main
+from fusion_bench_intervmerge.config import ConfigError
+from fusion_bench_intervmerge.deploy.export import export, plain_encoder
 from fusion_bench_intervmerge.encoders import tower_from_spec
-from fusion_bench_intervmerge.errors import ConfigError
-from fusion_bench_intervmerge.export import export, plain_encoder
-from fusion_bench_intervmerge.interventions import Function, build_function
+from fusion_bench_intervmerge.interventions.functions import Function, build_function
+from fusion_bench_intervmerge.model.model import InterventionModel
 
 INDICES = torch.tensor([0, 2, 1, 1, 0, 2, 2, 2, 0, 1, 0, 1])
 MIXED = [TASKS[index] for index in INDICES]

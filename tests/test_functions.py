@@ -10,10 +10,13 @@ from conftest import TASKS, acts, hf_tower, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion_bench_intervmerge import InterventionModel
-from fusion_bench_intervmerge.errors import ConfigError
-from fusion_bench_intervmerge.interventions import FUNCTION_NAMES, build_function
-from fusion_bench_intervmerge.interventions.functions import function_class
+from fusion_bench_intervmerge.config import ConfigError
+from fusion_bench_intervmerge.interventions.functions import (
+    FUNCTION_NAMES,
+    build_function,
+    function_class,
+)
+from fusion_bench_intervmerge.model.model import InterventionModel
 
 PUBLISHED = ["noreft", "loreft", "direft", "consreft", "lobireft", "nodireft"]
 

@@ -8,13 +8,13 @@ from conftest import TASKS, hf_tower, openclip_tower, perturbed
 from torch import nn
 from torch.nn.functional import normalize
 
-from fusion_bench_intervmerge import InterventionModel
 from fusion_bench_intervmerge.fusion.hosted_models import (
     HostedInterventionModel,
     HostedModel,
     by_task,
 )
-from fusion_bench_intervmerge.protocols import TaskConditionalModel
+from fusion_bench_intervmerge.model.model import InterventionModel
+from fusion_bench_intervmerge.model.protocols import TaskConditionalModel
 
 SITES = {"attention": {"rank": 2}, "output": {"function": "surgery", "rank": 3}}
 

@@ -21,13 +21,12 @@ from test_clip import make_repaired
 from test_command import in_process
 from test_examples import commands
 
-from fusion_bench_intervmerge import InterventionModel
-from fusion_bench_intervmerge.artifact import ArtifactError
 from fusion_bench_intervmerge.cli import main
-from fusion_bench_intervmerge.clip import image_processor
-from fusion_bench_intervmerge.errors import ConfigError
-from fusion_bench_intervmerge.export import zero_shot_heads
-from fusion_bench_intervmerge.hub.push import read_results
+from fusion_bench_intervmerge.config import ArtifactError, ConfigError
+from fusion_bench_intervmerge.deploy.clip import image_processor
+from fusion_bench_intervmerge.deploy.export import zero_shot_heads
+from fusion_bench_intervmerge.deploy.push import read_results
+from fusion_bench_intervmerge.model.model import InterventionModel
 
 UV = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
 
@@ -195,7 +194,7 @@ def test_train_push_and_classify_elsewhere(hub, tmp_path, capfd):
         pytest.skip("needs uv for a fresh environment")
     from transformers import CLIPModel
 
-    from fusion_bench_intervmerge.fusion.embedded import load_processor
+    from fusion_bench_intervmerge.fusion.embedded.pool import load_processor
     from fusion_bench_intervmerge.tinyclip.pools import MINI
 
     drawn, _ = MINI.tasks["shapes"].images(0, "test", 6)

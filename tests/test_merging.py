@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.config import ConfigError
 from fusion_bench_intervmerge.merging import (
     CoefficientSettings,
     Mixture,

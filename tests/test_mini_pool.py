@@ -15,18 +15,12 @@ from omegaconf import OmegaConf
 from test_embedded_pool import CONFIG
 from transformers import CLIPModel, CLIPTokenizerFast, CLIPVisionModel
 
-from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.config import ConfigError
 from fusion_bench_intervmerge.fusion.embedded import pool as pools
-from fusion_bench_intervmerge.tinyclip import (
-    MINI,
-    POOLS,
-    Pool,
-    ensure_pool,
-    material,
-    shipped,
-    training,
-)
+from fusion_bench_intervmerge.tinyclip import material, shipped, training
+from fusion_bench_intervmerge.tinyclip.build import ensure_pool
 from fusion_bench_intervmerge.tinyclip.mini import Pictures
+from fusion_bench_intervmerge.tinyclip.pools import MINI, POOLS, Pool
 from fusion_bench_intervmerge.tinyclip.processor import write_processor
 from fusion_bench_intervmerge.tinyclip.tasks import SPLITS
 from fusion_bench_intervmerge.tinyclip.tokenizer import write_tokenizer

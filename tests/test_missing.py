@@ -20,9 +20,10 @@ from transformers import (
     ViTModel,
 )
 
+from fusion_bench_intervmerge.config import ConfigError
 from fusion_bench_intervmerge.encoders import as_tower
-from fusion_bench_intervmerge.errors import ConfigError
-from fusion_bench_intervmerge.fusion import ComparisonAlgorithm, IntervMergeAlgorithm
+from fusion_bench_intervmerge.fusion.algorithm import IntervMergeAlgorithm
+from fusion_bench_intervmerge.fusion.comparison import ComparisonAlgorithm
 from fusion_bench_intervmerge.fusion.experts import ExpertPool
 from fusion_bench_intervmerge.fusion.hub import warn_if_unreachable
 
@@ -143,7 +144,7 @@ def test_a_task_pool_of_the_other_family(family):
     from fusion_bench.taskpool import CLIPVisionModelTaskPool
 
     from fusion_bench_intervmerge.fusion.host import check_task_pool
-    from fusion_bench_intervmerge.fusion.openclip import OpenCLIPVisionModelTaskPool
+    from fusion_bench_intervmerge.fusion.openclip.taskpool import OpenCLIPVisionModelTaskPool
 
     class Program:
         taskpool = object.__new__(OpenCLIPVisionModelTaskPool)

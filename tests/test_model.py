@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from open_clip.transformer import VisionTransformer
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from fusion_bench_intervmerge import InterventionConfig, InterventionModel
+from fusion_bench_intervmerge.config import ConfigError
 from fusion_bench_intervmerge.encoders import as_tower
-from fusion_bench_intervmerge.errors import ConfigError
-from fusion_bench_intervmerge.prefix import PastAttention, prefix_of
+from fusion_bench_intervmerge.interventions.config import InterventionConfig
+from fusion_bench_intervmerge.model.model import InterventionModel
+from fusion_bench_intervmerge.model.prefix import PastAttention, prefix_of
 
 EVERYWHERE = {
     "attention": {"rank": 2},

@@ -22,22 +22,19 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision import transforms as T
 
-from fusion_bench_intervmerge import InterventionModel
+from fusion_bench_intervmerge.config import ConfigError
 from fusion_bench_intervmerge.encoders import as_tower
 from fusion_bench_intervmerge.encoders.openclip import MEAN, STD, OpenCLIPTower
-from fusion_bench_intervmerge.errors import ConfigError
-from fusion_bench_intervmerge.fusion.openclip import (
-    ImageEncoder,
-    OpenCLIPVisionModelPool,
-    OpenCLIPVisionModelTaskPool,
-    checkpoints,
-)
+from fusion_bench_intervmerge.fusion.openclip import checkpoints
 from fusion_bench_intervmerge.fusion.openclip.checkpoints import (
     load_encoder,
     load_head,
     save_encoder,
 )
-from fusion_bench_intervmerge.fusion.openclip.encoder import named_spec
+from fusion_bench_intervmerge.fusion.openclip.encoder import ImageEncoder, named_spec
+from fusion_bench_intervmerge.fusion.openclip.pool import OpenCLIPVisionModelPool
+from fusion_bench_intervmerge.fusion.openclip.taskpool import OpenCLIPVisionModelTaskPool
+from fusion_bench_intervmerge.model.model import InterventionModel
 
 # isort: split
 # after our package, which makes these importable before Python 3.12
@@ -583,7 +580,7 @@ def embedded():
 def test_the_embedded_pool_is_the_hugging_face_one_in_openclips_form(embedded):
     from fusion_bench.models.hf_clip import HFCLIPClassifier
 
-    from fusion_bench_intervmerge.fusion.embedded import EmbeddedCLIPVisionModelPool
+    from fusion_bench_intervmerge.fusion.embedded.pool import EmbeddedCLIPVisionModelPool
     from fusion_bench_intervmerge.tinyclip.tasks import TASKS
 
     theirs, ours = EmbeddedCLIPVisionModelPool(), embedded.EmbeddedOpenCLIPVisionModelPool()

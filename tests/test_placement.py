@@ -8,14 +8,14 @@ from conftest import acts, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion_bench_intervmerge.errors import ConfigError
-from fusion_bench_intervmerge.interventions import (
-    InterventionConfig,
+from fusion_bench_intervmerge.config import ConfigError
+from fusion_bench_intervmerge.interventions.config import InterventionConfig, read_interventions
+from fusion_bench_intervmerge.interventions.functions import build_function
+from fusion_bench_intervmerge.interventions.placement import (
     Placement,
-    build_function,
-    read_interventions,
+    resolve_blocks,
+    resolve_tokens,
 )
-from fusion_bench_intervmerge.interventions.placement import resolve_blocks, resolve_tokens
 
 
 def fit(width=768, num_blocks=12, num_tokens=50, **settings_):

@@ -20,15 +20,10 @@ from matplotlib.offsetbox import AnnotationBbox
 from rich.console import Console
 
 from fusion_bench_intervmerge import analysis, cli
-from fusion_bench_intervmerge.report import (
-    Evaluation,
-    formatting,
-    gather,
-    read_run,
-    style,
-    write_report,
-)
+from fusion_bench_intervmerge.report import formatting, style
 from fusion_bench_intervmerge.report.figures import Picture, analyses, pictures
+from fusion_bench_intervmerge.report.page import write_report
+from fusion_bench_intervmerge.report.runs import Evaluation, gather, read_run
 from fusion_bench_intervmerge.report.tables import to_terminal
 from fusion_bench_intervmerge.results import Images, Result, Results, in_words, parse_results
 

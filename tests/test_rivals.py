@@ -12,12 +12,12 @@ from conftest import TASKS, fine_tuned, hf_tower
 from fusion_bench import BaseModelPool
 from torch import nn
 
-from fusion_bench_intervmerge.errors import ConfigError
-from fusion_bench_intervmerge.fusion import ComparisonAlgorithm
+from fusion_bench_intervmerge.config import ConfigError
+from fusion_bench_intervmerge.fusion.comparison import ComparisonAlgorithm
 from fusion_bench_intervmerge.fusion.experts import ExpertPool
 from fusion_bench_intervmerge.fusion.rivals import FusionBenchMethod, Storage
 from fusion_bench_intervmerge.fusion.tall_masks import TallMasks
-from fusion_bench_intervmerge.protocols import Repair, TaskConditionalModel
+from fusion_bench_intervmerge.model.protocols import Repair, TaskConditionalModel
 from fusion_bench_intervmerge.results import parse_results
 
 TASK_ARITHMETIC = {"_target_": "fusion_bench.method.TaskArithmeticAlgorithm", "scaling_factor": 0.3}

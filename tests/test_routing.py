@@ -9,12 +9,13 @@ import sys
 import pytest
 import torch
 from conftest import TASKS, hf_tower, openclip_tower, perturbed
+from fusion_bench_intervmerge.routing.routers import ROUTERS
 from safetensors.torch import load_file, save_file
 
-from fusion_bench_intervmerge import InterventionModel, RouterSettings, fit_router
-from fusion_bench_intervmerge.artifact import ArtifactError
-from fusion_bench_intervmerge.errors import ConfigError
-from fusion_bench_intervmerge.routing import ROUTERS
+from fusion_bench_intervmerge.config import ArtifactError, ConfigError
+from fusion_bench_intervmerge.model.model import InterventionModel
+from fusion_bench_intervmerge.model.router import RouterSettings
+from fusion_bench_intervmerge.solving.fit_router import fit_router
 
 SITES = {
     "class token": {"attention": {"rank": 2}},
@@ -199,7 +200,7 @@ def spoilt(change):
     """A saved model whose router is changed, its digests right."""
     import json
 
-    from fusion_bench_intervmerge import artifact
+    from fusion_bench_intervmerge.model import artifact
 
     def write(folder):
         fitted(settings={"dims": 8}).save_pretrained(folder)

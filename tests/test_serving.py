@@ -23,7 +23,7 @@ litserve = pytest.importorskip("litserve")
 from browser import CHROMIUM, Browser  # noqa: E402
 from conftest import blocks  # noqa: E402
 
-from fusion_bench_intervmerge import fit_router  # noqa: E402
+from fusion_bench_intervmerge.solving.fit_router import fit_router  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TASKS = ["digits", "shapes"]

@@ -9,16 +9,15 @@ from pathlib import Path
 import pytest
 from conftest import hf_tower
 
-from fusion_bench_intervmerge import InterventionModel, SolveSettings
-from fusion_bench_intervmerge.distillation import DistillSettings
-from fusion_bench_intervmerge.errors import ConfigError
-from fusion_bench_intervmerge.fusion import (
-    AnalyseInterventionModel,
-    ComparisonAlgorithm,
-    IntervMergeAlgorithm,
-    LoadInterventionModel,
-)
+from fusion_bench_intervmerge.config import ConfigError
+from fusion_bench_intervmerge.distillation.settings import DistillSettings
+from fusion_bench_intervmerge.fusion.algorithm import IntervMergeAlgorithm
+from fusion_bench_intervmerge.fusion.analyse import AnalyseInterventionModel
+from fusion_bench_intervmerge.fusion.comparison import ComparisonAlgorithm
+from fusion_bench_intervmerge.fusion.load import LoadInterventionModel
 from fusion_bench_intervmerge.fusion.settings import MethodSettings
+from fusion_bench_intervmerge.model.model import InterventionModel
+from fusion_bench_intervmerge.solving.solve import SolveSettings
 
 ADAM = {"_target_": "torch.optim.Adam"}
 INF, NAN = float("inf"), float("nan")

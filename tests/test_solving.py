@@ -18,13 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
-from fusion_bench_intervmerge import InterventionModel, distill, solve
-from fusion_bench_intervmerge.checkpoint import StateFolder
+from fusion_bench_intervmerge.config import ConfigError
 from fusion_bench_intervmerge.distillation import loop
-from fusion_bench_intervmerge.errors import ConfigError
-from fusion_bench_intervmerge.interventions import build_function
-from fusion_bench_intervmerge.solving import Moments, Regression, allocate, sweep
-from fusion_bench_intervmerge.solving.solver import solved_places
+from fusion_bench_intervmerge.distillation.loop import distill
+from fusion_bench_intervmerge.distillation.states import StateFolder
+from fusion_bench_intervmerge.interventions.functions import build_function
+from fusion_bench_intervmerge.model.model import InterventionModel
+from fusion_bench_intervmerge.solving import sweep
+from fusion_bench_intervmerge.solving.regression import Moments, Regression
+from fusion_bench_intervmerge.solving.solve import allocate, solve, solved_places
 
 ROWS, WIDTH = 90, 7
 BLOCK = {"function": "nodireft", "tokens": "all", "init": "regression", "rank": 2}

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fusion_bench_intervmerge.checkpoint import Progress, StateFolder
-from fusion_bench_intervmerge.storage import digest_of
+from fusion_bench_intervmerge.data import digest_of
+from fusion_bench_intervmerge.distillation.states import Progress, StateFolder
 
 STEPS = 9
 

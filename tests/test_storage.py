@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion_bench_intervmerge.storage import pack, size, unpack
+from fusion_bench_intervmerge.model.artifact import pack, size, unpack
 
 
 def tensors(seed: int, spread: float) -> dict[str, torch.Tensor]:

@@ -1,89 +1,51 @@
-"""The house's own rules: who may import whom, and what a wheel must hold."""
+"""The house's own rules: who may import whom."""
 
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "fusion_bench_intervmerge"
-
-# From the ground up; a module imports its own floor and those below. What stands in no room is
-# where its name is.
-FLOORS = [
-    [
-        "cache",
-        "errors",
-        "files",
-        "pickles",
-        "precision",
-        "progress",
-        "registry",
-        "schema",
-        "settings",
-    ],
-    ["task_names", "storage", "results", "memory", "images", "checkpoint"],
-    ["interventions"],
-    ["encoders", "expert_cache", "routes", "hub.names", "hub.card"],
-    ["merging", "protocols", "prefix", "routing"],
-    ["artifact", "model", "clip"],
-    ["solving", "distillation"],
-    ["analysis", "export", "hub", "report", "tinyclip"],
-    ["fusion", "cli"],
-]
+TREES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text("utf-8"))
+    for path in (ROOT / PACKAGE).rglob("*.py")
+}
 
 
-def floor(module: str) -> int:
-    names = [(n, name) for n, names in enumerate(FLOORS) for name in names]
-    fits = [(len(name), n) for n, name in names if f"{module}.".startswith(f"{name}.")]
-    assert fits, f"{module} stands on no floor; add it to FLOORS"
-    return max(fits)[1]
-
-
-def modules() -> Iterator[tuple[str, ast.Module]]:
-    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
-        parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
-        yield ".".join(parts), ast.parse(path.read_text(encoding="utf-8"))
-
-
-def imported(module: str, tree: ast.Module) -> Iterator[str]:
-    """Modules of the package that are imported when this one is, by their names in it."""
+def imported(module: str) -> Iterator[str]:
+    """Every module that a module names in an import: in functions and for types alone as well."""
     package = module.split(".")[:-1]
-    for node in tree.body:  # what a function or TYPE_CHECKING imports comes later, or never
-        if isinstance(node, ast.ImportFrom) and node.level:
-            home = package[: len(package) - node.level + 1]
-            path = [*home, *(node.module or "").split(".")] if node.module else home
-            for name in node.names if not node.module else [None]:
-                yield ".".join([*path, name.name] if name else path)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE}."):
-            yield str(node.module).removeprefix(f"{PACKAGE}.")
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            home = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*home, *(node.module or "").split(".")]).strip(".")
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                yield inner if inner in TREES or f"{inner}.__init__" in TREES else base
 
 
-MODULES = dict(modules())
+def own(name: str) -> str | None:
+    """The module of the package that an import names, if any; a package is its ``__init__``."""
+    return next((m for m in (name, f"{name}.__init__") if m in TREES), None)
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m not in ("__init__", "_version")])
-def test_imports_go_down_only(module):
-    for other in imported(module, MODULES[module]):
-        if other not in ("", "__init__", "__version__"):
-            assert floor(other) <= floor(module), f"{module} imports {other}, which stands above"
+GRAPH = {module: {m for name in imported(module) if (m := own(name))} for module in TREES}
+
+
+def test_no_module_imports_itself_by_a_detour():
+    try:
+        TopologicalSorter(GRAPH).prepare()
+    except CycleError as error:
+        raise AssertionError(" -> ".join(error.args[1])) from None
 
 
 def test_nothing_below_fusion_imports_fusionbench():
-    for module, tree in MODULES.items():
-        for node in ast.walk(tree):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and not node.level:
-                names = [node.module or ""]
-            host = [name for name in names if name.split(".")[0] == "fusion_bench"]
-            assert not host or module.startswith("fusion."), f"{module} imports {host}"
-
-
-def test_every_folder_with_code_is_in_the_wheel():
-    listed = set(re.findall(r'^  "([\w.]+)",$', (ROOT / "pyproject.toml").read_text(), re.M))
-    for path in (ROOT / PACKAGE).rglob("*.py"):
-        assert ".".join(path.parent.relative_to(ROOT).parts) in listed, path
+    for module in TREES:
+        if not module.startswith(f"{PACKAGE}.fusion"):
+            host = [name for name in imported(module) if name.split(".")[0] == "fusion_bench"]
+            assert not host, f"{module} imports {host}"

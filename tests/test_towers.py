@@ -18,15 +18,16 @@ from transformers import (
     Dinov2Model,
 )
 
-from fusion_bench_intervmerge import InterventionModel, distill
+from fusion_bench_intervmerge.config import ConfigError
+from fusion_bench_intervmerge.deploy.export import plain_encoder
+from fusion_bench_intervmerge.distillation.loop import distill
 from fusion_bench_intervmerge.encoders import as_tower, tower_from_spec
 from fusion_bench_intervmerge.encoders.activation import FusedQuickGELU
 from fusion_bench_intervmerge.encoders.dinov2 import DINOv2Tower
-from fusion_bench_intervmerge.errors import ConfigError
-from fusion_bench_intervmerge.export import plain_encoder
-from fusion_bench_intervmerge.interventions import SITES, Site
-from fusion_bench_intervmerge.prefix import Images, PastAttention, States, prefix_of
-from fusion_bench_intervmerge.solving.solver import solved_places
+from fusion_bench_intervmerge.interventions.sites import SITES, Site
+from fusion_bench_intervmerge.model.model import InterventionModel
+from fusion_bench_intervmerge.model.prefix import Images, PastAttention, States, prefix_of
+from fusion_bench_intervmerge.solving.solve import solved_places
 
 
 def test_published_encoders(golden, golden_tower):

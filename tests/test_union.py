@@ -14,10 +14,10 @@ from PIL import Image
 from test_command import compose, in_process
 from torch import nn
 
-from fusion_bench_intervmerge import InterventionModel
-from fusion_bench_intervmerge.errors import ConfigError
+from fusion_bench_intervmerge.config import ConfigError
 from fusion_bench_intervmerge.fusion.corruption import Corrupted, StreamSettings
 from fusion_bench_intervmerge.fusion.union import Stream, Tally, measure
+from fusion_bench_intervmerge.model.model import InterventionModel
 
 ROOT = Path(__file__).parents[1]
 UNIONS = sorted(p.stem for p in (ROOT / "config" / "taskpool").glob("[!_]*_union.yaml"))

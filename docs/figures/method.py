@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
 
-from fusion_bench_intervmerge.interventions import build_function
+from fusion_bench_intervmerge.interventions.functions import build_function
 from fusion_bench_intervmerge.interventions.placement import (
     resolve_blocks,
     resolve_part,

@@ -17,9 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ..errors import ConfigError
+from ..config import ConfigError, shown
 from ..registry import names_in
-from ..settings import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..encoders import VisionTower
-from ..errors import ConfigError
-from ..model import InterventionModel
+from ..config import ConfigError
+from ..encoders.base import VisionTower
+from ..model.model import InterventionModel
 from . import EXPERT, MERGED
 
 BATCH = 32

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from ..schema import Json
+from ..config import Json
 from . import EXPERT, Drawing, Found
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from ..schema import Json
+from ..config import Json
 from . import EXPERT, Drawing, Found
 from .bias import bias
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from ..model import InterventionModel
+    from ..model.model import InterventionModel
     from ..report.style import Canvas
     from .base import TaskEncoders
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..schema import Json
+from ..config import Json
 from . import EXPERT, Drawing, Found
 
 if TYPE_CHECKING:

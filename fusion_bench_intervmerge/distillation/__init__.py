@@ -1,11 +1,9 @@
 """Training of edits and coefficients: which images, experts' features, losses, the loop."""
 
-from ..images import DataSettings
+from ..data import DataSettings, Schedule
 from .loop import Distillation, DistillationError, distill
 from .losses import LOSSES
-from .optimizer import ThriceAdam
-from .schedule import Schedule
-from .settings import DistillSettings
+from .settings import DistillSettings, ThriceAdam
 
 __all__ = [
     "LOSSES",

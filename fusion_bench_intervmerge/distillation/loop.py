@@ -15,23 +15,17 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ..checkpoint import Interrupted, Progress, StateFolder, interruptible, stop_requested
-from ..encoders import VisionTower, check_expert
-from ..encoders.base import AfterBlock, ExpertLoaders
-from ..errors import ConfigError
+from ..config import ConfigError
+from ..data import Datasets, ImageStore, Schedule, bar, computing_dtype
+from ..encoders.base import AfterBlock, ExpertLoaders, VisionTower, check_expert
 from ..expert_cache import ExpertCache
-from ..images import Datasets
 from ..merging import Mixture
-from ..model import InterventionModel
-from ..precision import computing_dtype
-from ..prefix import prefix_of
-from ..progress import bar
+from ..model.model import InterventionModel
+from ..model.prefix import prefix_of
 from .losses import LOSSES, Representations
 from .memory import keep_freed_memory
-from .optimizer import make_optimizer
-from .schedule import Schedule
-from .settings import DistillSettings
-from .store import ImageStore
+from .settings import DistillSettings, make_optimizer
+from .states import Interrupted, Progress, StateFolder, interruptible, stop_requested
 
 log = logging.getLogger(__name__)
 

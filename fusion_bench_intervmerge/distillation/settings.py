@@ -1,17 +1,73 @@
-"""Settings of a training."""
+"""The optimizer that settings name, and the published one."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable, Sequence
+from pkgutil import resolve_name
+from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
+from torch import nn
 
-from ..images import RepairSettings
-from ..schema import Json
-from ..settings import Flag, whole
-from .optimizer import OPTIMIZER, MakeOptimizer
+from ..config import HOST_KEYS, ConfigError, Flag, Json, check_arguments, shown, whole
+from ..data import RepairSettings
+
+# == distillation.optimizer
+# The optimizer that settings name, and the published one.
+MAX_RATE = 1000  # beyond it no learning rate is meant
+OPTIMIZER = {"_target_": "torch.optim.Adam", "lr": 3e-3}
+
+MakeOptimizer = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
 
 
+def make_optimizer(
+    settings: Json | MakeOptimizer, parameters: Sequence[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The optimizer that settings name, or make where they are a function of the parameters.
+
+    Raises:
+        ConfigError: ``_target_`` is not the path of a torch optimizer, or an argument does not fit.
+    """
+    if not isinstance(settings, dict):
+        return settings(parameters)
+    given = {key: value for key, value in settings.items() if key not in HOST_KEYS}
+    try:
+        cls = resolve_name(given.pop("_target_", ""))
+        if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+            raise TypeError(f"{shown(settings.get('_target_'))} is not a torch optimizer")
+        check_arguments(cls, given, "optimizer")
+        rate = given.get("lr", 1)
+        if rate == 0 or rate > MAX_RATE:
+            raise ConfigError("optimizer.lr", shown(rate), f"a number in (0, {MAX_RATE}]")
+        if cls in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
+            # one kernel for hundreds of small tensors
+            given = {"fused": True} | given
+        return cls(parameters, **given)
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError("optimizer", reason, "{_target_: torch.optim.Adam, lr: 0.003}") from None
+
+
+class ThriceAdam(torch.optim.Adam):
+    """Adam that takes each of its steps three times, on the same gradients.
+
+    The published code lists every parameter three times in one group, and Adam updates moments,
+    step count and parameter at each mention.
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        """Three steps of Adam; ``closure`` is evaluated once, before the first."""
+        loss = super().step(closure)
+        for _ in range(2):
+            super().step()
+        return loss
+
+
+# == distillation.settings
+# Settings of a training.
 class DistillSettings(RepairSettings):
     """What ``distill`` takes.
 

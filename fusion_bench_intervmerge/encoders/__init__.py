@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..errors import ConfigError
+from ..config import ConfigError
 from .base import MissingProjectionError, VisionTower, check_expert
 
 

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import Self
 
-from ..errors import ConfigError
+from ..config import ConfigError, Count, Json, Size, Strict
+from ..data import digest_of
 from ..interventions.sites import SITES
-from ..schema import Count, Json, Size, Strict
-from ..storage import digest_of
 from .activation import FusedQuickGELU
 
 Output: TypeAlias = "Tensor | tuple[Tensor, ...]"  # of a module

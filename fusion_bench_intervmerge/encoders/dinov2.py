@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..schema import Json, Size, Strict, checked
+from ..config import Json, Size, Strict, checked
 from .base import Sizes, VisionTower
 
 

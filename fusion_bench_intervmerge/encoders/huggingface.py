@@ -10,7 +10,7 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..schema import Json, Size, Strict, checked
+from ..config import Json, Size, Strict, checked
 from .base import MissingProjectionError, Sizes, VisionTower, first
 
 # What transformers' CLIP models call themselves.

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from ..schema import Count, Json, Size, Strict, checked
+from ..config import Count, Json, Size, Strict, checked
 from .base import QUICK_GELU, VisionTower
 
 # OpenAI's, for towers that came without a preprocessing of their own

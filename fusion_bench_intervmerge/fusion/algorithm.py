@@ -24,23 +24,22 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Subset
 
-from ..artifact import check_place
-from ..cache import cache_root
-from ..checkpoint import StateFolder, interruptible
-from ..distillation import Distillation, distill
-from ..distillation.optimizer import make_optimizer
-from ..encoders import VisionTower
-from ..errors import ConfigError
+from ..config import ConfigError
+from ..distillation.loop import Distillation, distill
+from ..distillation.settings import make_optimizer
+from ..distillation.states import StateFolder, interruptible
+from ..encoders.base import VisionTower
 from ..expert_cache import ExpertCache
-from ..interventions import read_interventions
+from ..files import cache_root
+from ..interventions.config import read_interventions
 from ..merging import Mixture
-from ..model import InterventionModel
-from ..protocols import Experts, Repair
+from ..model.artifact import Storage, check_place
+from ..model.model import InterventionModel
+from ..model.protocols import Experts, Repair
+from ..model.router import RouterSettings
 from ..results import Images, Result, Results
-from ..routing import RouterSettings, fit_router
-from ..solving import solve
-from ..solving.solver import budget_in_numbers
-from ..storage import Storage
+from ..solving.fit_router import fit_router
+from ..solving.solve import budget_in_numbers, solve
 from .diagnosis import diagnose, table
 from .experts import ExpertPool
 from .host import check_task_pool, has_task_pool, plain, split_settings

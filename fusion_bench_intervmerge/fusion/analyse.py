@@ -15,16 +15,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from typing_extensions import Self
 
-from .. import artifact
 from ..analysis import ANALYSES, MERGED, analyse, read_analyses
 from ..analysis.base import TaskEncoders
-from ..encoders import VisionTower
-from ..errors import ConfigError
+from ..config import ConfigError, Folder, Json, Settings, whole
+from ..encoders.base import VisionTower
 from ..files import write_json
-from ..model import InterventionModel
+from ..model import artifact
+from ..model.model import InterventionModel
 from ..results import Result, Results
-from ..schema import Json
-from ..settings import Folder, Settings, whole
 from .diagnosis import table
 from .experts import ExpertPool
 from .host import check_task_pool, has_task_pool, split_settings

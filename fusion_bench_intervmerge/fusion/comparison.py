@@ -19,20 +19,29 @@ from torch import nn
 from typing_extensions import Self
 
 from ..analysis import read_analyses
-from ..distillation import DataSettings
-from ..encoders import VisionTower
-from ..errors import ConfigError, named, unknown_key
+from ..config import (
+    HOST_KEYS,
+    ConfigError,
+    Flag,
+    Json,
+    Seed,
+    Settings,
+    checked,
+    named,
+    unknown_key,
+    whole,
+)
+from ..data import DataSettings
+from ..encoders.base import VisionTower
 from ..merging import CoefficientSettings
-from ..model import InterventionModel
-from ..protocols import Repair
+from ..model.model import InterventionModel
+from ..model.protocols import Repair
 from ..results import Images, Result, Results
-from ..schema import Json, checked
-from ..settings import Flag, Seed, Settings, whole
 from .algorithm import IntervMergeAlgorithm
 from .analyse import Analyser
 from .encoder_per_task import ExpertPerTask
 from .experts import ExpertPool
-from .host import HOST_KEYS, adopted, check_task_pool, split_settings
+from .host import adopted, check_task_pool, split_settings
 from .hosted_models import hosted
 from .hub import warn_if_unreachable
 from .loggers import show

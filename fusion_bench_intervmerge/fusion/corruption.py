@@ -10,8 +10,8 @@ from PIL import Image, ImageFilter
 from pydantic import Field
 from torch.utils.data import Dataset
 
-from ..images import generator_of
-from ..settings import Seed, Settings
+from ..config import Seed, Settings
+from ..data import generator_of
 
 # Severity 1 to 5. Noise: standard deviation, of pixels from 0 to 1, as in ImageNet-C. Blur: radius
 # of the Gaussian, as a share of the shorter side.

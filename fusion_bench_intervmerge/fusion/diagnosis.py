@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..model import InterventionModel
+from ..model.model import InterventionModel
 
 ENCODERS = {"before": "merged", "after": "repaired"}
 

@@ -9,7 +9,7 @@ import torch
 from fusion_bench.models.modulator import ModulatedModel
 from torch import Tensor, nn
 
-from ..encoders import VisionTower
+from ..encoders.base import VisionTower
 from .experts import ExpertPool
 
 

@@ -20,10 +20,9 @@ from torch.nn.functional import normalize
 from torch.utils.data import Dataset
 from transformers import CLIPModel, CLIPProcessor
 
-from ..encoders import MissingProjectionError, VisionTower, as_tower, check_expert
-from ..errors import ConfigError
-from ..schema import Json
-from ..task_names import check_task_name
+from ..config import ConfigError, Json, check_task_name
+from ..encoders import as_tower
+from ..encoders.base import MissingProjectionError, VisionTower, check_expert
 from .hub import fetch, watched
 
 log = logging.getLogger(__name__)

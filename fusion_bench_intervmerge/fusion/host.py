@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 from fusion_bench.taskpool import CLIPVisionModelTaskPool, DummyTaskPool
 from omegaconf import OmegaConf
 
-from ..errors import ConfigError
-from ..settings import HOST_KEYS
+from ..config import HOST_KEYS, ConfigError
 
 
 def plain(value: Any) -> Any:

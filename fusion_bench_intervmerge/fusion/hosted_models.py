@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..encoders import VisionTower
-from ..model import InterventionModel
-from ..protocols import TaskConditionalModel
+from ..encoders.base import VisionTower
+from ..model.model import InterventionModel
+from ..model.protocols import TaskConditionalModel
 
 
 class _NamedAfterwards(nn.Module):

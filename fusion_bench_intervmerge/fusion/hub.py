@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from fusion_bench import BaseModelPool
 
-from ..errors import ConfigError
+from ..config import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,9 @@ from fusion_bench import BaseAlgorithm, BaseModelPool
 from fusion_bench.mixins import LightningFabricMixin
 from pydantic import Field
 
-from ..errors import unknown_key
-from ..model import InterventionModel
+from ..config import Flag, Folder, Settings, unknown_key
+from ..model.model import InterventionModel
 from ..results import Results
-from ..settings import Flag, Folder, Settings
 from .host import check_task_pool, split_settings
 from .hosted_models import HostedInterventionModel
 from .records import saved

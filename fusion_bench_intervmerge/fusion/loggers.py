@@ -11,8 +11,8 @@ from pathlib import Path
 
 import lightning as L
 
+from ..config import Json
 from ..results import Result
-from ..schema import Json
 
 
 def show(

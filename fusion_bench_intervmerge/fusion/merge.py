@@ -19,10 +19,10 @@ from lightning import Fabric
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from ..cache import cache_root
-from ..encoders import VisionTower
-from ..errors import ConfigError
+from ..config import ConfigError
+from ..encoders.base import VisionTower
 from ..expert_cache import ExpertCache
+from ..files import cache_root
 from ..merging import CoefficientSettings, Mixture, initial_coefficients, mix
 from ..pickles import read_tensor
 from .experts import ExpertPool

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from hydra.core.hydra_config import HydraConfig
 
-from ..distillation import Distillation
-from ..model import InterventionModel
+from ..config import Json, checked
+from ..distillation.loop import Distillation
+from ..model.model import InterventionModel
 from ..results import Images, Result
-from ..schema import Json, checked
 from .settings import MethodSettings
 
 

@@ -15,11 +15,10 @@ from fusion_bench.models.modulator import ModulatedModel
 from pydantic import Field
 from torch import nn
 
-from ..encoders import VisionTower
-from ..errors import ConfigError
-from ..protocols import Repair, TaskConditionalModel
+from ..config import ConfigError, Settings, nested
+from ..encoders.base import VisionTower
+from ..model.protocols import Repair, TaskConditionalModel
 from ..results import Result, Results
-from ..settings import Settings, nested
 from .encoder_per_task import ModelPerTask, ToldItsTask
 from .experts import ExpertPool
 from .host import check_task_pool, split_settings

@@ -21,8 +21,8 @@ from fusion_bench.utils import set_print_function_call, set_print_function_call_
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 
-from ..distillation import DistillationError
-from ..errors import ArtifactError, ConfigError
+from ..config import ArtifactError, ConfigError
+from ..distillation.loop import DistillationError
 
 P = ParamSpec("P")
 T = TypeVar("T")

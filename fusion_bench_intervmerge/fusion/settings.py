@@ -8,15 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
-from ..distillation import DistillSettings
-from ..errors import ConfigError
-from ..interventions import read_interventions
+from ..config import ConfigError, Folder, Settings, nested
+from ..distillation.settings import DistillSettings
+from ..interventions.config import read_interventions
 from ..merging import CoefficientSettings
-from ..routing import RouterSettings
-from ..routing.settings import read_settings
-from ..settings import Folder, Settings, nested
-from ..solving.settings import SolveSettings
-from ..storage import Storage
+from ..model.artifact import Storage
+from ..model.router import RouterSettings, read_settings
+from ..solving.solve import SolveSettings
 
 OPTIONAL_FOLDER = Field(description="null, or the path of a folder")
 

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import nn
 
-from ..encoders import VisionTower
+from ..config import Settings
+from ..encoders.base import VisionTower
 from ..merging import TaskVector
-from ..protocols import TaskConditionalModel
+from ..model.protocols import TaskConditionalModel
 from ..results import Result
-from ..settings import Settings
 from .encoder_per_task import ModelPerTask
 from .rivals import Rival
 

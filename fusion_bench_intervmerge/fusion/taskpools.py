@@ -7,7 +7,7 @@ from typing import Any
 from fusion_bench.models.hf_clip import HFCLIPClassifier
 from fusion_bench.taskpool import CLIPVisionModelTaskPool as HostCLIPVisionModelTaskPool
 
-from ..schema import Json
+from ..config import Json
 from .hosted_models import OneTask, by_task
 
 

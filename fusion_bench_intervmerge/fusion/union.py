@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..images import generator_of
-from ..protocols import TaskConditionalModel
-from ..schema import Json
+from ..config import Json
+from ..data import generator_of
+from ..model.protocols import TaskConditionalModel
 from .corruption import Corrupted, StreamSettings
 from .experts import Head, zero_shot_head
 from .screen import one_line

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ..errors import ConfigError, unknown_key
-from ..settings import Flag, Settings, shown, whole
+from ..config import ConfigError, Flag, Settings, shown, unknown_key, whole
 from .functions import ACTIVATIONS, function_class
 from .sites import SITES
 

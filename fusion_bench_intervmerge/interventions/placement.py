@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..config import ConfigError
 from .config import InterventionConfig, PartSettings
 from .sites import SITES, Site
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 
+from ..config import Json
 from ..files import write_files
-from ..schema import Json
 from . import formatting, tables
 from .figures import Picture, pictures
 from .formatting import readable

@@ -15,8 +15,7 @@ from omegaconf import OmegaConf
 
 from .. import results
 from ..analysis import Found
-from ..errors import ConfigError
-from ..schema import Json
+from ..config import ConfigError, Json
 from . import formatting
 
 REPORT, ANALYSIS = "program_report.json", "analysis.json"

@@ -17,9 +17,8 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from ..errors import ConfigError
+from ..config import ConfigError, Json
 from ..files import write_files
-from ..schema import Json
 from . import tables
 from .formatting import NONE, percent, readable
 from .runs import REPORT, Evaluation, Row, gather, read_json, read_run

@@ -30,7 +30,7 @@ from matplotlib.offsetbox import AnnotationBbox, TextArea, VPacker
 from matplotlib.ticker import FixedLocator, Formatter, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from ..schema import Json
+from ..config import Json
 from .formatting import count, readable
 from .runs import Row
 

@@ -11,7 +11,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from ..schema import Json
+from ..config import Json
 from .formatting import NONE, count, duration, percent, readable
 from .runs import REPAIRS, Evaluation, Row
 

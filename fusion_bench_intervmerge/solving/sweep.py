@@ -1,43 +1,90 @@
-"""Edits in closed form: block by block, the repaired encoder is brought back to the expert.
-
-For one task, from the first block to the last: with z the states of the *repaired* encoder so far
-and t the expert's of the same images and tokens, find the edit of z that comes closest to t in
-weighted least squares, apply it, go on (``regression.Regression`` has the formula). Each image
-passes once through the merged encoder and once through its expert. Nothing is differentiated.
-
-What an edit at a site has to make up for is the difference of the residual streams behind it:
-
-========== ==================== ==================================================
-site       it reads x           it should add y
-========== ==================== ==================================================
-attention  attention output a   (expert's h + a) - (h + a), h being what enters
-mlp        MLP output m         expert's block output - block output
-block      block output z       expert's block output - z
-output     image features f     expert's image features - f
-========== ==================== ==================================================
-
-Tokens are weighed: the class token as much as half of the patches together, in the last block it
-alone, since nothing else is read there.
-"""
+"""The states of a task's images between two blocks: in memory, and beyond a limit on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
+from pathlib import Path
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from ..encoders import VisionTower
-from ..images import Datasets, read_images
-from ..interventions import SITES
+from ..data import Datasets, read_images
+from ..encoders.base import VisionTower
 from ..interventions.functions import function_class
-from ..model import InterventionModel
-from .image_states import ImageStates
+from ..interventions.sites import SITES
+from ..model.model import InterventionModel
 from .regression import Moments, Regression
 
+
+# == solving.image_states
+# The states of a task's images between two blocks: in memory, and beyond a limit on disk.
+class ImageStates:
+    """Batches of states, each replaced by the next block's as the images move on.
+
+    What does not fit in memory lies in a temporary file that the system maps into memory and
+    drops with this object; its pages are read and written once a block.
+
+    Args:
+        room: bytes that may be held in memory.
+        device: where batches are computed.
+    """
+
+    def __init__(self, room: float, device: torch.device):
+        self._room, self._device = room, device
+        self._batches: list[Tensor] = []
+        self._mapped: dict[int, Tensor] = {}  # the file of a batch, flat
+        self._folder = tempfile.TemporaryDirectory(prefix="states-")
+
+    def append(self, states: Tensor) -> None:
+        """Add a batch."""
+        index, count = len(self._batches), states.numel()
+        self._batches.append(states)
+        self._room -= count * states.element_size()
+        if self._room < 0:
+            path = str(Path(self._folder.name) / str(index))
+            self._mapped[index] = torch.from_file(path, shared=True, size=count, dtype=states.dtype)
+            self[index] = states
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (states.to(self._device) for states in self._batches)
+
+    def __setitem__(self, index: int, states: Tensor) -> None:
+        """Replace a batch by one of the same shape, or of fewer tokens."""
+        if index in self._mapped:
+            held = self._mapped[index][: states.numel()].view(states.shape)
+            states = held.copy_(states)
+        self._batches[index] = states
+
+
+# == solving.sweep
+# Edits in closed form: block by block, the repaired encoder is brought back to the expert.
+#
+# For one task, from the first block to the last: with z the states of the *repaired* encoder so far
+# and t the expert's of the same images and tokens, find the edit of z that comes closest to t in
+# weighted least squares, apply it, go on (``regression.Regression`` has the formula). Each image
+# passes once through the merged encoder and once through its expert. Nothing is differentiated.
+#
+# What an edit at a site has to make up for is the difference of the residual streams behind it:
+#
+# ========== ==================== ==================================================
+# site       it reads x           it should add y
+# ========== ==================== ==================================================
+# attention  attention output a   (expert's h + a) - (h + a), h being what enters
+# mlp        MLP output m         expert's block output - block output
+# block      block output z       expert's block output - z
+# output     image features f     expert's image features - f
+# ========== ==================== ==================================================
+#
+# Tokens are weighed: the class token as much as half of the patches together, in the last block it
+# alone, since nothing else is read there.
+#
 Place = tuple[str, int]  # site, block
 
 

@@ -19,9 +19,8 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPModel
 
-from fusion_bench_intervmerge.cache import CACHE_VARIABLE, cache_root
-from fusion_bench_intervmerge.errors import ConfigError
-
+from ..config import ConfigError
+from ..files import CACHE_VARIABLE, cache_root
 from . import shipped, training
 from .material import sha256
 from .mini import Collection

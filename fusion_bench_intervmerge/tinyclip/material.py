@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fusion_bench_intervmerge.errors import ConfigError
+from ..config import ConfigError
 
 FOLDER = Path(__file__).parent / "material"
 COLUMNS = 64

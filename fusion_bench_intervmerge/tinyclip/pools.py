@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fusion_bench_intervmerge.errors import unknown_key
-
+from ..config import unknown_key
 from . import mini, tasks
 from .mini import Collection
 from .recipe import Recipe

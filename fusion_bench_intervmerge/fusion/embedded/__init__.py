@@ -1,7 +1,6 @@
 """The embedded pools as FusionBench sees them: small real CLIPs and experts, no downloads."""
 
-from fusion_bench_intervmerge.tinyclip import ensure_pool
-
+from ...tinyclip.build import ensure_pool
 from .pool import (
     EmbeddedCLIPVisionModelPool,
     load_clip,

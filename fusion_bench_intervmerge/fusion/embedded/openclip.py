@@ -9,11 +9,12 @@ from fusion_bench.models.open_clip import ClassificationHead
 from omegaconf import OmegaConf
 from transformers import CLIPVisionModel
 
-from fusion_bench_intervmerge.encoders.convert import to_openclip
-from fusion_bench_intervmerge.encoders.huggingface import HuggingFaceTower
-from fusion_bench_intervmerge.tinyclip import TINY, Pool, ensure_pool
-
-from ..openclip import ImageEncoder, OpenCLIPVisionModelPool
+from ...encoders.convert import to_openclip
+from ...encoders.huggingface import HuggingFaceTower
+from ...tinyclip.build import ensure_pool
+from ...tinyclip.pools import TINY, Pool
+from ..openclip.encoder import ImageEncoder
+from ..openclip.pool import OpenCLIPVisionModelPool
 from ..screen import one_line
 from .pool import PoolSettings, check_keys, datasets, folders, load_clip, load_processor, target
 

@@ -15,11 +15,10 @@ from pydantic import Field
 from torch.utils.data import Dataset
 from transformers import CLIPModel, CLIPProcessor
 
-from fusion_bench_intervmerge.errors import ConfigError, unknown_key
-from fusion_bench_intervmerge.settings import Seed, Settings
-from fusion_bench_intervmerge.tinyclip import POOLS, TINY, Pool, ensure_pool
-from fusion_bench_intervmerge.tinyclip.tasks import SPLITS
-
+from ...config import ConfigError, Seed, Settings, unknown_key
+from ...tinyclip.build import ensure_pool
+from ...tinyclip.pools import POOLS, TINY, Pool
+from ...tinyclip.tasks import SPLITS
 from ..screen import one_line
 from .processor import processor_in
 

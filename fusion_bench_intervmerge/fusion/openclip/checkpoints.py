@@ -22,13 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fusion_bench_intervmerge.cache import cache_root
-from fusion_bench_intervmerge.encoders import as_tower
-from fusion_bench_intervmerge.encoders.openclip import OpenCLIPTower
-from fusion_bench_intervmerge.errors import ConfigError
-from fusion_bench_intervmerge.files import whole_file
-from fusion_bench_intervmerge.pickles import ForbiddenName, StandIn, View, copy_out, read
-
+from ...config import ConfigError
+from ...encoders import as_tower
+from ...encoders.openclip import OpenCLIPTower
+from ...files import cache_root, whole_file
+from ...pickles import ForbiddenName, StandIn, View, copy_out, read
 from .encoder import ImageEncoder, fitting_spec, named_spec, told_spec
 
 NO_DOWNLOAD = "modelpool=openclip-vit-mini_TA8, which needs no download"

@@ -9,9 +9,8 @@ from math import isqrt
 import open_clip
 from torch import Tensor, nn
 
-from fusion_bench_intervmerge.encoders.openclip import MEAN, STD, OpenCLIPTower
-from fusion_bench_intervmerge.errors import ConfigError
-from fusion_bench_intervmerge.schema import Json
+from ...config import ConfigError, Json
+from ...encoders.openclip import MEAN, STD, OpenCLIPTower
 
 # OpenAI's vision transformers, which the paper fine-tuned, all have heads of this width.
 HEAD_WIDTH = 64

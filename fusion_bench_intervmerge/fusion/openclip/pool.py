@@ -11,9 +11,8 @@ from fusion_bench.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from fusion_bench_intervmerge.errors import ConfigError
-from fusion_bench_intervmerge.model import InterventionModel
-
+from ...config import ConfigError
+from ...model.model import InterventionModel
 from ..screen import one_line
 from .checkpoints import load_encoder, load_head, save_encoder
 

@@ -14,9 +14,7 @@ from lightning.fabric import is_wrapped
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
-from fusion_bench_intervmerge.errors import ConfigError
-from fusion_bench_intervmerge.schema import Json
-
+from ...config import ConfigError, Json
 from ..hosted_models import OneTask, by_task
 from ..screen import one_line
 from .pool import read_head

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fusion_bench_intervmerge.schema import Json
-
+from ...config import Json
 from ..screen import one_line
 from ..union import Union
 from .taskpool import OpenCLIPVisionModelTaskPool

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ...schema import Json
+from ...config import Json
 from ..formatting import readable
 from ..runs import Evaluation
 from ..style import ACCENT, INK, Canvas, centred

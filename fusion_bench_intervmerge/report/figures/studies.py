@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 from matplotlib.figure import Figure
 
-from ...schema import Json
+from ...config import Json
 from ..formatting import percent, readable
 from ..study import Study
 from ..style import ACCENT, DASHES, Canvas, Look, Palette, centred, number_axis, parameter_axis

@@ -1,0 +1,193 @@
+"""A repaired model as an ordinary CLIP, text tower and all."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor, nn
+
+from ..config import ConfigError
+from ..encoders.base import through
+from ..interventions.functions import Function
+from ..interventions.placement import Placement
+
+if TYPE_CHECKING:
+    from ..encoders.base import VisionTower
+    from ..model.model import InterventionModel
+
+T = TypeVar("T")
+
+
+def to_clip_model(
+    model: InterventionModel, task: str, clip: str | Path | nn.Module | None = None
+) -> Any:
+    """One task's repaired encoder with the text tower of the CLIP that the experts started from.
+
+    Args:
+        model: it is not changed.
+        task: whose edits to build in.
+        clip: of a Hugging Face encoder: the id or the folder of a ``CLIPModel``, or one, by default
+            the ``base_model`` of the model's metadata. Of an OpenCLIP encoder: an ``open_clip``
+            model, or its name with a schema (``hf-hub:...``, ``local-dir:...``). It is not changed.
+
+    Returns:
+        transformers' ``CLIPModel``, or ``open_clip``'s model, in evaluation mode, on the model's
+        device.
+
+    Raises:
+        ValueError: the model has no such task.
+        ConfigError: no CLIP is known, it is not found, or it has an encoder of another shape.
+    """
+    model.check_task(task)
+    whole = load_clip(model, clip)
+    tower = _tower_of(whole, model)
+    try:
+        tower.load_weights(model.tower.weights())
+    except (KeyError, ValueError) as error:
+        raise ConfigError("clip", f"another encoder than the model's ({error})") from None
+    for site, block, function in model.fold().edits_of(task).places():
+        if site == "output":
+            module = whole.visual_projection if tower.family == "huggingface" else whole.visual
+        else:
+            module = tower.module(site, int(block))
+        _build_in(module, SiteEdit(model.placements[site], int(block), function))
+    if hasattr(whole, "save_pretrained"):
+        whole.save_pretrained = _refuse_to_save
+    return whole.requires_grad_(False).eval().to(model.device)
+
+
+def load_clip(model: InterventionModel, clip: str | Path | nn.Module | None = None) -> Any:
+    """The CLIP of ``to_clip_model``, a copy of one's own, without the edits.
+
+    Raises:
+        ConfigError: no CLIP is known, or it is not found.
+    """
+    if isinstance(clip, nn.Module):
+        return copy.deepcopy(clip)
+    if model.tower.family == "openclip":
+        import open_clip
+
+        return _found(base_name(model, clip), open_clip.create_model)
+    from transformers import CLIPModel
+
+    return _found(base_name(model, clip), CLIPModel.from_pretrained)
+
+
+def load_tokenizer(model: InterventionModel, clip: str | Path | nn.Module | None = None) -> Any:
+    """The tokenizer of a Hugging Face CLIP.
+
+    Raises:
+        ConfigError: no CLIP is known, or it has no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    return _found(base_name(model, clip), AutoTokenizer.from_pretrained)
+
+
+def base_name(model: InterventionModel, clip: str | Path | nn.Module | None = None) -> str:
+    """The id or folder of the CLIP: what is given, else what the model's metadata says.
+
+    Raises:
+        ConfigError: neither says it.
+    """
+    if isinstance(clip, nn.Module):
+        clip = getattr(clip, "name_or_path", None)
+    name = clip or model.metadata.get("base_model")
+    if not name:
+        raise ConfigError("clip", "the model does not say which CLIP it started from", _FORMS)
+    return str(name)
+
+
+def image_processor(model: InterventionModel) -> Any:
+    """What turns images into pixel values for a model.
+
+    Returns:
+        For a Hugging Face encoder transformers' image processor, PIL image -> ``{"pixel_values":
+        (1, 3, size, size)}``; for an OpenCLIP encoder the same from its mean and deviation.
+
+    Raises:
+        ConfigError: neither the model nor its CLIP says how.
+    """
+    from transformers import AutoImageProcessor, CLIPImageProcessor
+
+    tower = model.tower
+    if settings := model.metadata.get("preprocessor"):
+        return CLIPImageProcessor(**settings)
+    if tower.family == "openclip":
+        spec = tower.spec()
+        size = spec["image_size"]
+        return CLIPImageProcessor(
+            size={"shortest_edge": size},
+            crop_size={"height": size, "width": size},
+            image_mean=spec["mean"],
+            image_std=spec["std"],
+        )
+    return _found(base_name(model), AutoImageProcessor.from_pretrained)
+
+
+_FORMS = "the id or folder of a CLIP, such as openai/clip-vit-base-patch32"
+
+
+def _found(name: str, load: Callable[[str], T]) -> T:
+    try:
+        return load(name)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ConfigError("clip", f"{name!r} is not found ({reason})", _FORMS) from None
+
+
+def _tower_of(clip: Any, model: InterventionModel) -> VisionTower:
+    """A tower over a CLIP's own modules, not over copies of them."""
+    if model.tower.family == "openclip" and hasattr(clip, "visual"):
+        from ..encoders.openclip import OpenCLIPTower
+
+        return OpenCLIPTower(clip.visual)
+    if model.tower.family == "huggingface" and hasattr(clip, "visual_projection"):
+        from ..encoders.huggingface import HuggingFaceTower
+
+        return HuggingFaceTower(clip.vision_model, clip.visual_projection)
+    kind = f"{type(clip).__module__}.{type(clip).__name__}"
+    raise ConfigError("clip", f"a {kind} has no place for a {model.tower.family} encoder")
+
+
+class SiteEdit(nn.Module):
+    """One task's edit at one site of one block.
+
+    Args:
+        placement: the site's.
+        block: which block's part to take.
+        function: the edit; it is copied.
+    """
+
+    def __init__(self, placement: Placement, block: int, function: Function):
+        super().__init__()
+        self.placement, self.block = placement, block
+        self.function = copy.deepcopy(function)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.placement.apply(z, self.block, self.function)
+
+
+def _build_in(module: nn.Module, edit: SiteEdit) -> None:
+    """Let a module's output pass through an edit that moves and is copied along with it."""
+    if isinstance(module, nn.Sequential):  # whatever is registered there takes part anyway
+        module.append(edit)
+        return
+    module.add_module("edit", edit)
+    module.register_forward_hook(_pass_through_edit)
+
+
+def _pass_through_edit(module: Any, args: object, output: Any) -> Any:
+    # The edit of the module that is called: a copy of the CLIP has edits of its own.
+    return through(module.edit, module, args, output)
+
+
+def _refuse_to_save(*args: object, **kwargs: object) -> None:
+    raise ConfigError(
+        "save_pretrained",
+        "a stock CLIP checkpoint has no place for the edits, which would be lost",
+        "InterventionModel.save_pretrained, and to_clip_model after loading; or intervmerge export",
+    )

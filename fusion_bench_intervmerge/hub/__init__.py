@@ -1,1 +1,0 @@
-"""Saved models on a hub: their card, pushing, and fetching."""

@@ -1,0 +1,306 @@
+"""Task vectors: what fine-tuning changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .config import ConfigError, Flag, Settings, shown
+from .encoders.base import VisionTower
+from .pickles import read_tensor
+
+
+# == merging.task_vector
+# Task vectors: what fine-tuning changed.
+@dataclass(frozen=True)
+class TaskVector:
+    """tau = theta - theta0, a tensor a parameter (Task Arithmetic, arXiv 2212.04089, section 2).
+
+    Attributes:
+        tensors: by the parameter's name, in ``named_parameters()`` order.
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def between(cls, expert: Mapping[str, Tensor], pretrained: Mapping[str, Tensor]) -> TaskVector:
+        """What leads from ``pretrained`` to ``expert``.
+
+        Raises:
+            ConfigError: the two differ in a tensor's name or shape.
+        """
+        shapes = [{name: t.shape for name, t in of.items()} for of in (expert, pretrained)]
+        if shapes[0] != shapes[1]:
+            raise ConfigError("modelpool", "an expert and the pretrained encoder differ in shape")
+        return cls({name: expert[name].detach() - t for name, t in pretrained.items()})
+
+    def __add__(self, other: TaskVector) -> TaskVector:
+        return TaskVector({name: t + other.tensors[name] for name, t in self.tensors.items()})
+
+    def __mul__(self, factor: float) -> TaskVector:
+        return TaskVector({name: t * factor for name, t in self.tensors.items()})
+
+    __rmul__ = __mul__
+
+    def added_to(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """theta0 + tau."""
+        return {name: weights[name] + t for name, t in self.tensors.items()}
+
+    def trim(self, keep: float) -> TaskVector:
+        """Keep the share ``keep`` of the entries that are largest in magnitude; the others are 0.
+
+        The first step of Ties-Merging (arXiv 2306.01708, section 4).
+        """
+        flat = torch.cat([tensor.flatten() for tensor in self.tensors.values()]).abs()
+        threshold = flat.kthvalue(max(1, flat.numel() - int(keep * flat.numel()))).values
+        return TaskVector(
+            {name: torch.where(t.abs() >= threshold, t, 0.0) for name, t in self.tensors.items()}
+        )
+
+
+# == merging.coefficients
+# Where merging coefficients come from, and what a method config says of them.
+def initial_coefficients(
+    init: float | str | Path | list[Any] | Tensor, tasks: int, tensors: int, granularity: str
+) -> Tensor:
+    """Coefficients from a number, a tensor, or a file that FusionBench's AdaMerging saved.
+
+    Args:
+        init: a number for all, ``mean`` (one over the number of tasks: Weight Averaging), a tensor
+            or nested list, or a path: ``.pt`` (shape (tasks,) or (tasks, tensors)) or
+            ``.safetensors`` (an artifact's).
+        tasks, tensors: the expected sizes.
+        granularity: ``task`` or ``layer``.
+
+    Raises:
+        ConfigError: the file is missing or of another kind, or the shape does not fit.
+    """
+    where = "coefficients.init"
+    shape = (tasks,) if granularity == "task" else (tasks, tensors)
+    if isinstance(init, str) and init == "mean":
+        init = 1 / tasks
+    if isinstance(init, (int, float)):
+        return torch.full(shape, float(init))
+    if isinstance(init, list):
+        init = torch.tensor(init)
+    if not isinstance(init, Tensor):
+        init = _read_coefficients(Path(init), where)
+    if not init.isfinite().all():
+        raise ConfigError(where, "some coefficients are not finite", "numbers")
+    if init.shape == (tasks, 1):
+        init = init[:, 0]
+    if init.shape == (tasks,) and granularity == "layer":
+        init = init[:, None].expand(shape)
+    if init.shape != shape:
+        raise ConfigError(
+            where,
+            f"coefficients of shape {tuple(init.shape)} do not fit granularity {granularity!r}",
+            f"shape {shape}: tasks{', parameter tensors' if granularity == 'layer' else ''}",
+        )
+    return init.float().clone()
+
+
+def _read_init(value: object) -> object:
+    value = str(value) if isinstance(value, Path) else value
+    if isinstance(value, str) and value.strip() and "\0" not in value:
+        return value
+    if _is_numeric(value):
+        values = torch.tensor(value).flatten()
+        if values.isfinite().all() and (len(values) > 1 or 0 <= values[0] <= 1):
+            return value
+    raise ConfigError("", shown(value), "a number in [0, 1], mean, base, or a file")
+
+
+def _is_numeric(value: object) -> bool:
+    """A number, or lists of numbers of one length."""
+    if isinstance(value, list):
+        lengths = {len(entry) if isinstance(entry, list) else None for entry in value}
+        return len(lengths) == 1 and all(map(_is_numeric, value))
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+class CoefficientSettings(Settings):
+    """``coefficients`` of a method config.
+
+    Args:
+        granularity: ``task``, one coefficient a task, or ``layer``, one a task and parameter
+            tensor.
+        init: where the coefficients start: a number in [0, 1]; ``mean``, one over the number of
+            tasks; a file that AdaMerging saved, or a saved model's ``coefficients.safetensors``;
+            ``base``, which runs ``base``, then an AdaMerging method, first.
+        train: train them along with the edits, clamped to [0, 1] where they act.
+        task_vectors: ``plain``, or ``ties``: trimmed, and of the elected sign (Ties-Merging).
+        keep: with ``ties``, the share of a task vector's entries that trimming keeps.
+        dtype: ``float32``, or ``bfloat16``, which halves the memory of the task vectors.
+    """
+
+    granularity: Literal["task", "layer"] = "task"
+    init: Annotated[Any, BeforeValidator(_read_init)] = 0.3
+    train: Flag = True
+    task_vectors: Literal["plain", "ties"] = "plain"
+    keep: Annotated[float, Field(gt=0, le=1, description="a fraction in (0, 1]")] = 0.2
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+def _read_coefficients(path: Path, where: str) -> Tensor:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)["coefficients"]
+        return read_tensor(path)
+    except FileNotFoundError:
+        problem, allowed = f"there is no file {path}", "a number or an existing file"
+    except Exception as error:
+        problem, allowed = f"{path} holds no coefficients ({error})", ".pt or .safetensors"
+    raise ConfigError(where, problem, allowed)
+
+
+# == merging.mixture
+# The mixture of task vectors: theta0 + sum over tasks of lambda * tau.
+#
+# lambda is one coefficient a task (Task Arithmetic), or one a task and parameter tensor (AdaMerging,
+# arXiv 2310.02575; section 3.1 of the IntervMerge paper).
+#
+class Mixture(nn.Module):
+    """Merged weights as a function of coefficients that can be trained.
+
+    The weights are mixed once a step, in place, on whatever device they live on. The coefficients'
+    gradient is the inner product of a weight's gradient with each task vector, so that no copy of
+    the weights needs a gradient of its own.
+
+    Args:
+        pretrained: theta0, a tensor a parameter by name, in ``named_parameters()`` order.
+        task_vectors: tau_t, one a task.
+        coefficients: (tasks) or (tasks, tensors).
+        dtype: in which the task vectors are kept; bfloat16 halves their memory. They are mixed in
+            fp32 at least.
+
+    Raises:
+        ConfigError: coefficients of a shape that does not fit.
+    """
+
+    def __init__(
+        self,
+        pretrained: Mapping[str, Tensor],
+        task_vectors: Iterable[TaskVector],
+        coefficients: Tensor,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        tasks = coefficients.shape[0]
+        self.theta0 = {name: tensor.detach().clone() for name, tensor in pretrained.items()}
+        self.tau = {n: torch.empty(tasks, t.numel(), dtype=dtype) for n, t in pretrained.items()}
+        for task, vector in enumerate(task_vectors):
+            for name, tensor in vector.tensors.items():
+                self.tau[name][task] = tensor.flatten()
+        if coefficients.shape not in ((tasks,), (tasks, len(self.tau))):
+            raise ConfigError(
+                "coefficients.init",
+                f"coefficients of shape {tuple(coefficients.shape)} do not fit",
+                f"({tasks},) or ({tasks}, {len(self.tau)}): tasks, parameter tensors",
+            )
+        self.coefficients = nn.Parameter(coefficients.detach().clone().float())
+
+    @torch.no_grad()
+    def elect_signs(self) -> None:
+        """Drop entries whose sign is not that of the sum over tasks (Ties-Merging, section 4).
+
+        With trimmed vectors and one common coefficient the mixture then is Ties-Merging with the
+        disjoint sum, as the IntervMerge paper uses it. In place: there is no room for a second
+        set of task vectors.
+        """
+        signs = [tau.sum(dim=0).sign().to(torch.int8) for tau in self.tau.values()]
+        majority = sum(int(sign.sum(dtype=torch.int64)) for sign in signs)
+        for tau, sign in zip(self.tau.values(), signs, strict=True):
+            sign[sign == 0] = (majority > 0) - (majority < 0)
+            for row in tau:
+                row[row.sign() != sign] = 0
+
+    def to_device(self, device: torch.device) -> Mixture:
+        """Move everything; the mixing then happens there."""
+        self.theta0 = {name: t.to(device) for name, t in self.theta0.items()}
+        self.tau = {name: t.to(device) for name, t in self.tau.items()}
+        self.coefficients.data = self.coefficients.data.to(device)
+        return self
+
+    def _wide(self, name: str) -> Tensor:
+        """A tensor's task vectors in the coefficients' type, whatever they are kept in.
+
+        In bfloat16 a coefficient would be rounded to two digits before it acts, so that its small
+        steps would be lost. One tensor at a time: the memory of the task vectors does not double.
+        """
+        tau = self.tau[name]
+        return tau.to(torch.promote_types(tau.dtype, self.coefficients.dtype))
+
+    @torch.no_grad()
+    def write(self, tower: VisionTower) -> None:
+        """Mix into the tower's parameters, in their type."""
+        used = self.coefficients.detach().clamp(0, 1)
+        if used.dim() == 1:
+            used = used[:, None].expand(-1, len(self.tau))
+        for index, (name, parameter) in enumerate(tower.mergeable().items()):
+            tau = self._wide(name)
+            change = (used[:, index].to(tau.dtype) @ tau).view(parameter.shape)
+            parameter.data.copy_(self.theta0[name] + change)
+
+    @torch.no_grad()
+    def collect_gradient(self, tower: VisionTower) -> None:
+        """Turn the gradients of the tower's parameters into the coefficients', and free them.
+
+        d loss / d lambda_tl = <d loss / d theta_l, tau_tl>, zero outside [0, 1] where the clamp
+        holds lambda.
+        """
+        columns = []
+        for name, parameter in tower.mergeable().items():
+            if parameter.grad is None:
+                columns.append(self.coefficients.new_zeros(len(self.coefficients)))
+            else:
+                tau = self._wide(name)
+                columns.append((tau @ parameter.grad.flatten().to(tau.dtype)).to(self.coefficients))
+                parameter.grad = None
+        gradient = torch.stack(columns, dim=1)
+        if self.coefficients.dim() == 1:
+            gradient = gradient.sum(dim=1)
+        inside = (self.coefficients >= 0) & (self.coefficients <= 1)
+        self.coefficients.grad = gradient * inside
+
+
+def mix(
+    pretrained: VisionTower,
+    experts: Iterable[VisionTower],
+    coefficients: Tensor,
+    settings: CoefficientSettings | None = None,
+) -> Mixture:
+    """Merge experts by coefficients.
+
+    Args:
+        pretrained: what the experts started from; the merged weights are written into it.
+        experts: one is looked at at a time.
+        coefficients: where they start, (tasks) or (tasks, tensors).
+        settings: which task vectors, how they are kept, and whether the coefficients are to be
+            trained; ``CoefficientSettings()`` by default.
+
+    Returns:
+        The mixture; it holds no weights where the coefficients are not to be trained.
+
+    Raises:
+        ConfigError: an expert of another shape, or coefficients that do not fit.
+    """
+    settings = settings or CoefficientSettings()
+    theta0 = {name: p.detach().clone() for name, p in pretrained.mergeable().items()}
+    vectors = (TaskVector.between(expert.mergeable(), theta0) for expert in experts)
+    ties = settings.task_vectors == "ties"
+    trimmed = (vector.trim(settings.keep) if ties else vector for vector in vectors)
+    mixture = Mixture(theta0, trimmed, coefficients, getattr(torch, settings.dtype))
+    if ties:
+        mixture.elect_signs()
+    mixture.write(pretrained)
+    if not settings.train:  # the coefficients stay for the record
+        mixture.theta0, mixture.tau = {}, {}
+    return mixture

@@ -1,0 +1,51 @@
+"""Which names are folders, and which are models on a hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..config import ArtifactError
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form ``owner/model``."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
+def local_folder(name: str | Path, **options: Any) -> Path:
+    """The folder of a saved model, fetched from the hub where the name is one of its ids.
+
+    Args:
+        name: a folder, or the id of a model where no such folder is.
+        options: ``revision``, ``token``, ``cache_dir``, ``force_download`` and ``local_files_only``
+            of ``huggingface_hub.snapshot_download``.
+
+    Raises:
+        ArtifactError: the hub has no such model, or is not reached.
+    """
+    if isinstance(name, Path) or Path(name).exists() or not is_hub_id(name):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    with one_line(f"{name}: there is no such folder, and it is not found on the hub"):
+        # Exported graphs lie beside the model, and can be as large.
+        return Path(snapshot_download(name, ignore_patterns=["onnx/*"], **options))
+
+
+@contextmanager
+def one_line(problem: str) -> Iterator[None]:
+    """What the hub's library raises, as one line.
+
+    Raises:
+        ArtifactError: the problem, and the library's reason.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:  # HTTP errors, no connection, no such file or id
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise ArtifactError(f"{problem} ({reason[:200]})") from None

@@ -1,0 +1,78 @@
+"""A router for a model: fitted on unlabelled images of each task, or read from its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..config import ConfigError, named
+from ..data import Datasets, DataSettings, choose_images, read_images
+from ..model.passes import read
+from ..model.router import Gaussian, Reading, Router, RouterSettings, read_settings
+
+if TYPE_CHECKING:
+    from ..model.model import InterventionModel
+
+BATCH = 64
+
+
+@torch.no_grad()
+def fit_router(
+    model: InterventionModel,
+    images: Datasets,
+    settings: RouterSettings | Mapping[str, object] | str | None = None,
+    *,
+    seed: int = 0,
+    num_workers: int = 0,
+) -> Router:
+    """Give a model a router, or add tasks to the one that it has.
+
+    Nothing is trained and no label is read; an image costs less than a forward pass.
+
+    Args:
+        model: the model; it keeps the router as ``model.router``.
+        images: task -> dataset of pixel values, or of (pixel values, anything).
+        settings: as the method's config file says them, or a router's name. None: where the model
+            has a router, these tasks are added to it, and the others stay to the bit; where it has
+            none, the defaults.
+        seed: which images of a dataset are taken, the same ones as for edits of that seed.
+        num_workers: processes that decode images.
+
+    Returns:
+        The router.
+
+    Raises:
+        ConfigError: a setting that does not fit, a task without two images, or none of the model's.
+        ValueError: a task that the model does not have.
+    """
+    with named("router"):
+        router = model.router if settings is None else None
+        chosen = read_settings({} if settings is None else settings)
+        chosen = chosen if router is None else router.settings
+        if not images:
+            raise ConfigError("", "there are no images", "some of a task or more")
+        rows: dict[str, Tensor] = {}
+        for task, data in images.items():
+            model.check_task(task)
+            available = len(data)
+            if available < 2:
+                raise ConfigError("images", f"task {task!r} has {available}", "2 or more")
+            found = choose_images(task, available, DataSettings(images=chosen.images), seed)
+            keys = [(task, index) for index in found]
+            batches = [keys[start : start + BATCH] for start in range(0, len(keys), BATCH)]
+            rows[task] = torch.cat(
+                [
+                    read(model, batch.to(model.device))[2]
+                    for batch in read_images({task: data}, batches, num_workers)
+                ]
+            )
+        if router is None:
+            reading = Reading.fit(torch.cat(list(rows.values())), chosen.dims)
+            router = Gaussian(reading, chosen)
+        for task, of in rows.items():
+            router.add(task, of)
+    model.router = router
+    return router
