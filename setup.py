@@ -1,4 +1,4 @@
-"""Everything else is in pyproject.toml, which cannot say "all packages, and ./config as one more"."""
+"""pyproject.toml has the rest; it cannot say "all packages, and ./config as one more"."""
 
 from setuptools import find_packages, setup
 

@@ -28,8 +28,8 @@ from service import make_model
 from torch import Tensor
 
 from fusion_bench_intervmerge.deploy.clip import image_processor
-from fusion_bench_intervmerge.deploy.command import known_heads
-from fusion_bench_intervmerge.deploy.export import SUFFIXES, export, plain_encoder
+from fusion_bench_intervmerge.deploy.export import SUFFIXES, export
+from fusion_bench_intervmerge.deploy.heads import Heads, known_heads
 from fusion_bench_intervmerge.model.model import InterventionModel
 from fusion_bench_intervmerge.tinyclip.tasks import TASKS
 
@@ -77,8 +77,7 @@ def measure(model: InterventionModel, count: int, batch: int, turns: int) -> lis
     """A row a format, the model itself first."""
     pixels, indices, labels = draw(model, count)
     heads, names = known_heads(model)
-    # The head's arithmetic alone: features are ``encode``'s.
-    last = plain_encoder(model, heads=heads).heads
+    last = Heads([heads[task] for task in model.tasks])
 
     def original(pixels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         features = model.encode(pixels, [model.tasks[index] for index in indices])

@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
 from fusion_bench_intervmerge.deploy.clip import image_processor
-from fusion_bench_intervmerge.deploy.command import known_heads
+from fusion_bench_intervmerge.deploy.heads import known_heads
 from fusion_bench_intervmerge.encoders import as_tower
 from fusion_bench_intervmerge.fusion.embedded.pool import load_processor
 from fusion_bench_intervmerge.model.model import InterventionModel

@@ -86,8 +86,7 @@ class Classifier(litserve.LitAPI):
     def setup(self, device):
         # Here and not above: the process that takes the requests needs none of it.
         from fusion_bench_intervmerge.deploy.clip import image_processor
-        from fusion_bench_intervmerge.deploy.command import known_heads, read_classes
-        from fusion_bench_intervmerge.deploy.export import Heads
+        from fusion_bench_intervmerge.deploy.heads import Heads, known_heads, read_classes
         from fusion_bench_intervmerge.model.model import InterventionModel
 
         name, classes, clip = self.sources

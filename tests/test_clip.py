@@ -14,8 +14,8 @@ from test_model import EVERYWHERE, SETTINGS
 from transformers import CLIPConfig, CLIPModel, pipeline
 
 from fusion_bench_intervmerge.config import ConfigError
-from fusion_bench_intervmerge.deploy.clip import image_processor
-from fusion_bench_intervmerge.deploy.export import zero_shot_heads
+from fusion_bench_intervmerge.deploy.clip import image_processor, to_clip_model
+from fusion_bench_intervmerge.deploy.heads import Classes, zero_shot_heads
 from fusion_bench_intervmerge.model.model import InterventionModel
 
 
@@ -55,7 +55,7 @@ def test_its_image_features_are_the_tasks(family, sites, images):
     model = perturbed(InterventionModel(make_tower(), TASKS, sites))
     given = make_clip()
     before = copy.deepcopy(given.state_dict())
-    clips = {task: model.to_clip_model(task, given) for task in TASKS[:2]}
+    clips = {task: to_clip_model(model, task, given) for task in TASKS[:2]}
     for task, clip in clips.items():
         with torch.no_grad():
             wanted = model.encode(images, task)
@@ -69,7 +69,7 @@ def test_its_image_features_are_the_tasks(family, sites, images):
 
 def test_a_copy_has_edits_of_its_own(images):
     model = perturbed(InterventionModel(hf_tower(), TASKS, EVERYWHERE))
-    clip = model.to_clip_model("ants", hf_clip())
+    clip = to_clip_model(model, "ants", hf_clip())
     wanted = features(clip, images)
     other = copy.deepcopy(clip)
     for name, parameter in other.named_parameters():
@@ -82,7 +82,7 @@ def test_a_copy_has_edits_of_its_own(images):
 def test_a_stock_checkpoint_would_lose_the_edits(tmp_path):
     model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
     with pytest.raises(ConfigError, match="no place for the edits"):
-        model.to_clip_model("ants", hf_clip()).save_pretrained(tmp_path / "clip")
+        to_clip_model(model, "ants", hf_clip()).save_pretrained(tmp_path / "clip")
     assert not (tmp_path / "clip").exists()
 
 
@@ -91,17 +91,17 @@ def test_what_does_not_fit(family, tmp_path):
     make_tower, make_clip = FAMILIES[family]
     model = InterventionModel(make_tower(), TASKS, {"attention": {}})
     with pytest.raises(ValueError, match="no edits for task 'wasps'"):
-        model.to_clip_model("wasps", make_clip())
+        to_clip_model(model, "wasps", make_clip())
     with pytest.raises(ConfigError, match="clip: the model does not say which CLIP"):
-        model.to_clip_model("ants")
+        to_clip_model(model, "ants")
     with pytest.raises(ConfigError, match=r"'.*/nowhere' is not found"):
-        model.to_clip_model("ants", tmp_path / "nowhere")
+        to_clip_model(model, "ants", tmp_path / "nowhere")
     (other,) = (clip for name, (_, clip) in FAMILIES.items() if name != family)
     with pytest.raises(ConfigError, match=f"has no place for a {family} encoder"):
-        model.to_clip_model("ants", other())
+        to_clip_model(model, "ants", other())
     smaller = {"num_hidden_layers": 2} if family == "huggingface" else {"layers": 2}
     with pytest.raises(ConfigError, match="clip: another encoder than the model's"):
-        model.to_clip_model("ants", make_clip(**smaller))
+        to_clip_model(model, "ants", make_clip(**smaller))
 
 
 # -- the embedded pool -------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def test_the_pipeline_takes_it(repaired):
     processor, shapes = load_processor(), EMBEDDED["shapes"]
     classify = pipeline(
         "zero-shot-image-classification",
-        model=repaired.to_clip_model("shapes"),  # its CLIP is in the metadata
+        model=to_clip_model(repaired, "shapes"),  # its CLIP is in the metadata
         tokenizer=processor.tokenizer,
         image_processor=processor.image_processor,
     )
@@ -149,7 +149,7 @@ def test_the_pipeline_takes_it(repaired):
     said = classify(pictures, candidate_labels=names, hypothesis_template=template)
 
     clip = CLIPModel.from_pretrained(repaired.metadata["base_model"])
-    classes = {"shapes": {"names": names, "templates": [template]}}
+    classes = {"shapes": Classes(names=names, templates=[template])}
     head = zero_shot_heads(clip, processor.tokenizer, classes)["shapes"]
     pixels = image_processor(repaired)(pictures, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
@@ -173,7 +173,8 @@ def test_the_heads_are_the_pools(repaired):
         pool.tasks
     )
     clip = CLIPModel.from_pretrained(about["base_model"])
-    heads = zero_shot_heads(clip, pool._processor().tokenizer, about["classes"])
+    classes = {task: Classes(**described) for task, described in about["classes"].items()}
+    heads = zero_shot_heads(clip, pool._processor().tokenizer, classes)
     given = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
     for task, head in heads.items():
         own = torch.nn.functional.normalize(given[:, : head.shape[1]], dim=-1) @ head.T

@@ -24,7 +24,7 @@ from test_examples import commands
 from fusion_bench_intervmerge.cli import main
 from fusion_bench_intervmerge.config import ArtifactError, ConfigError
 from fusion_bench_intervmerge.deploy.clip import image_processor
-from fusion_bench_intervmerge.deploy.export import zero_shot_heads
+from fusion_bench_intervmerge.deploy.heads import known_heads
 from fusion_bench_intervmerge.deploy.push import read_results
 from fusion_bench_intervmerge.model.model import InterventionModel
 
@@ -152,8 +152,8 @@ def test_half_a_model(hub, model):
     ("words", "said"),
     [
         (["{nowhere}", "me/x"], "no artifact here"),
-        (["{saved}", "no name"], "repo: 'no name' is no repository's name; allowed: owner/model"),
-        (["{saved}", "me/x", "--run", "{nowhere}"], "no program_report.json there"),
+        (["{saved}", "no name"], "repo: 'no name' cannot name a repository; allowed: owner/model"),
+        (["{saved}", "me/x", "--run", "{nowhere}"], "there is no program_report.json"),
         (["{saved}", "me/x", "--run", "{saved}"], "its program_report.json lacks 'ants'"),
         (["{saved}", "me/x", "--no-onnx"], "clip: the model does not say which CLIP"),
     ],
@@ -171,7 +171,7 @@ def test_bad_input_gets_one_line(words, said, hub, model, tmp_path, capsys):
 def test_a_report_that_is_none(tmp_path):
     for text in ("[", "[]", '{"ants": 1}', '{"ants": {"accuracy": "high"}}'):
         (tmp_path / "program_report.json").write_text(text)
-        with pytest.raises(ConfigError, match="is no report of accuracies"):
+        with pytest.raises(ConfigError, match="holds no accuracies"):
             read_results(tmp_path, ["ants"])
 
 
@@ -192,9 +192,6 @@ def test_train_push_and_classify_elsewhere(hub, tmp_path, capfd):
     """examples/push_and_classify.sh: two commands in this process, the third in a fresh venv."""
     if UV is None:
         pytest.skip("needs uv for a fresh environment")
-    from transformers import CLIPModel
-
-    from fusion_bench_intervmerge.fusion.embedded.pool import load_processor
     from fusion_bench_intervmerge.tinyclip.pools import MINI
 
     drawn, _ = MINI.tasks["shapes"].images(0, "test", 6)
@@ -222,18 +219,15 @@ def test_train_push_and_classify_elsewhere(hub, tmp_path, capfd):
     said = dict(line.split(": ") for line in done.stdout.splitlines())
 
     model = InterventionModel.from_pretrained("me/repaired")
-    clip = CLIPModel.from_pretrained(model.metadata["base_model"])
-    described = {"shapes": model.metadata["classes"]["shapes"]}
-    tokenizer = load_processor(pool=MINI.name).tokenizer
-    head = zero_shot_heads(clip, tokenizer, described)["shapes"]
+    heads, names = known_heads(model, ["shapes"])
     pictures = [Image.open(file) for file in files]
     pixels = image_processor(model)(pictures, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         features = torch.nn.functional.normalize(model.encode(pixels, "shapes"), dim=-1)
-    shares = (features @ head.T).softmax(dim=-1)
+    shares = (features @ heads["shapes"].T).softmax(dim=-1)
     for file, share in zip(files, shares, strict=True):
         name, score = said[file].rsplit(" ", 1)
-        assert name == described["shapes"]["names"][int(share.argmax())]
+        assert name == names["shapes"][int(share.argmax())]
         assert abs(float(score) - float(share.max())) < 2e-3
 
 

@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from fusion_bench_intervmerge.config import ConfigError
-from fusion_bench_intervmerge.deploy.export import plain_encoder
 from fusion_bench_intervmerge.distillation.loop import distill
 from fusion_bench_intervmerge.encoders import as_tower, tower_from_spec
 from fusion_bench_intervmerge.encoders.activation import FusedQuickGELU
@@ -92,11 +91,6 @@ def test_a_dinov2_artifact_holds_what_transformers_reads(images, tmp_path):
     with torch.no_grad():
         assert torch.equal(stock(images).pooler_output, model.encode(images))
         assert torch.equal(loaded.encode(images, TASKS * 4), model.encode(images, TASKS * 4))
-
-
-def test_no_graph_is_known_for_dinov2():
-    with pytest.raises(ConfigError, match="no graph is known for dinov2; allowed: huggingface"):
-        plain_encoder(InterventionModel(dinov2_tower(), TASKS, {"attention": {}}))
 
 
 def test_the_same_weights_give_the_same_features_in_both_families(images):
@@ -273,8 +267,6 @@ def test_a_site_before_the_blocks(monkeypatch, datasets, images):
         ConfigError, match="not solved in closed form; allowed: regression at attention"
     ):
         solved_places(InterventionModel(hf_tower(), TASKS, {"embedding": {"init": "regression"}}))
-    with pytest.raises(ConfigError, match="the graph has no such place"):
-        plain_encoder(model)
 
 
 def test_a_site_that_an_encoder_does_not_have(monkeypatch):

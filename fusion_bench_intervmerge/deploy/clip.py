@@ -1,4 +1,4 @@
-"""A repaired model as an ordinary CLIP, text tower and all."""
+"""A repaired model as an ordinary CLIP, with its text tower."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+CLIPS = "the id or folder of a CLIP, such as openai/clip-vit-base-patch32"
+
 
 def to_clip_model(
     model: InterventionModel, task: str, clip: str | Path | nn.Module | None = None
@@ -29,8 +31,8 @@ def to_clip_model(
     Args:
         model: it is not changed.
         task: whose edits to build in.
-        clip: of a Hugging Face encoder: the id or the folder of a ``CLIPModel``, or one, by default
-            the ``base_model`` of the model's metadata. Of an OpenCLIP encoder: an ``open_clip``
+        clip: for a Hugging Face encoder the id or the folder of a ``CLIPModel``, or one; by default
+            the ``base_model`` of the model's metadata. For an OpenCLIP encoder an ``open_clip``
             model, or its name with a schema (``hf-hub:...``, ``local-dir:...``). It is not changed.
 
     Returns:
@@ -39,11 +41,11 @@ def to_clip_model(
 
     Raises:
         ValueError: the model has no such task.
-        ConfigError: no CLIP is known, it is not found, or it has an encoder of another shape.
+        ConfigError: no CLIP is known, it is not found, or its encoder has another shape.
     """
     model.check_task(task)
     whole = load_clip(model, clip)
-    tower = _tower_of(whole, model)
+    tower = _tower_of(whole, model.tower.family)
     try:
         tower.load_weights(model.tower.weights())
     except (KeyError, ValueError) as error:
@@ -60,7 +62,7 @@ def to_clip_model(
 
 
 def load_clip(model: InterventionModel, clip: str | Path | nn.Module | None = None) -> Any:
-    """The CLIP of ``to_clip_model``, a copy of one's own, without the edits.
+    """A copy of the CLIP of ``to_clip_model``, without edits.
 
     Raises:
         ConfigError: no CLIP is known, or it is not found.
@@ -70,10 +72,10 @@ def load_clip(model: InterventionModel, clip: str | Path | nn.Module | None = No
     if model.tower.family == "openclip":
         import open_clip
 
-        return _found(base_name(model, clip), open_clip.create_model)
+        return _load(open_clip.create_model, base_name(model, clip))
     from transformers import CLIPModel
 
-    return _found(base_name(model, clip), CLIPModel.from_pretrained)
+    return _load(CLIPModel.from_pretrained, base_name(model, clip))
 
 
 def load_tokenizer(model: InterventionModel, clip: str | Path | nn.Module | None = None) -> Any:
@@ -84,40 +86,21 @@ def load_tokenizer(model: InterventionModel, clip: str | Path | nn.Module | None
     """
     from transformers import AutoTokenizer
 
-    return _found(base_name(model, clip), AutoTokenizer.from_pretrained)
-
-
-def base_name(model: InterventionModel, clip: str | Path | nn.Module | None = None) -> str:
-    """The id or folder of the CLIP: what is given, else what the model's metadata says.
-
-    Raises:
-        ConfigError: neither says it.
-    """
-    if isinstance(clip, nn.Module):
-        clip = getattr(clip, "name_or_path", None)
-    name = clip or model.metadata.get("base_model")
-    if not name:
-        raise ConfigError("clip", "the model does not say which CLIP it started from", _FORMS)
-    return str(name)
+    return _load(AutoTokenizer.from_pretrained, base_name(model, clip))
 
 
 def image_processor(model: InterventionModel) -> Any:
-    """What turns images into pixel values for a model.
-
-    Returns:
-        For a Hugging Face encoder transformers' image processor, PIL image -> ``{"pixel_values":
-        (1, 3, size, size)}``; for an OpenCLIP encoder the same from its mean and deviation.
+    """transformers' image processor for a model's images.
 
     Raises:
-        ConfigError: neither the model nor its CLIP says how.
+        ConfigError: neither the model nor its CLIP says how images are processed.
     """
     from transformers import AutoImageProcessor, CLIPImageProcessor
 
-    tower = model.tower
     if settings := model.metadata.get("preprocessor"):
         return CLIPImageProcessor(**settings)
-    if tower.family == "openclip":
-        spec = tower.spec()
+    if model.tower.family == "openclip":
+        spec = model.tower.spec()
         size = spec["image_size"]
         return CLIPImageProcessor(
             size={"shortest_edge": size},
@@ -125,40 +108,51 @@ def image_processor(model: InterventionModel) -> Any:
             image_mean=spec["mean"],
             image_std=spec["std"],
         )
-    return _found(base_name(model), AutoImageProcessor.from_pretrained)
+    return _load(AutoImageProcessor.from_pretrained, base_name(model))
 
 
-_FORMS = "the id or folder of a CLIP, such as openai/clip-vit-base-patch32"
+def base_name(model: InterventionModel, clip: str | Path | nn.Module | None = None) -> str:
+    """The id or folder of the CLIP: the given one, else the one in the model's metadata.
+
+    Raises:
+        ConfigError: neither is known.
+    """
+    if isinstance(clip, nn.Module):
+        clip = getattr(clip, "name_or_path", None)
+    name = clip or model.metadata.get("base_model")
+    if not name:
+        raise ConfigError("clip", "the model does not say which CLIP it started from", CLIPS)
+    return str(name)
 
 
-def _found(name: str, load: Callable[[str], T]) -> T:
+def _load(load: Callable[[str], T], name: str) -> T:
     try:
         return load(name)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:200]
-        raise ConfigError("clip", f"{name!r} is not found ({reason})", _FORMS) from None
+        raise ConfigError("clip", f"{name!r} is not found ({reason})", CLIPS) from None
 
 
-def _tower_of(clip: Any, model: InterventionModel) -> VisionTower:
+def _tower_of(clip: Any, family: str) -> VisionTower:
     """A tower over a CLIP's own modules, not over copies of them."""
-    if model.tower.family == "openclip" and hasattr(clip, "visual"):
+    if family == "openclip" and hasattr(clip, "visual"):
         from ..encoders.openclip import OpenCLIPTower
 
         return OpenCLIPTower(clip.visual)
-    if model.tower.family == "huggingface" and hasattr(clip, "visual_projection"):
+    if family == "huggingface" and hasattr(clip, "visual_projection"):
         from ..encoders.huggingface import HuggingFaceTower
 
         return HuggingFaceTower(clip.vision_model, clip.visual_projection)
     kind = f"{type(clip).__module__}.{type(clip).__name__}"
-    raise ConfigError("clip", f"a {kind} has no place for a {model.tower.family} encoder")
+    raise ConfigError("clip", f"a {kind} has no place for a {family} encoder")
 
 
 class SiteEdit(nn.Module):
     """One task's edit at one site of one block.
 
     Args:
-        placement: the site's.
-        block: which block's part to take.
+        placement: of the site.
+        block: index of the block.
         function: the edit; it is copied.
     """
 
@@ -172,8 +166,8 @@ class SiteEdit(nn.Module):
 
 
 def _build_in(module: nn.Module, edit: SiteEdit) -> None:
-    """Let a module's output pass through an edit that moves and is copied along with it."""
-    if isinstance(module, nn.Sequential):  # whatever is registered there takes part anyway
+    """Let a module's output pass through an edit, which is moved and copied with the module."""
+    if isinstance(module, nn.Sequential):  # it runs whatever is registered in it
         module.append(edit)
         return
     module.add_module("edit", edit)
@@ -181,13 +175,13 @@ def _build_in(module: nn.Module, edit: SiteEdit) -> None:
 
 
 def _pass_through_edit(module: Any, args: object, output: Any) -> Any:
-    # The edit of the module that is called: a copy of the CLIP has edits of its own.
+    # The edit of the module that is called: a copy of the CLIP has its own.
     return through(module.edit, module, args, output)
 
 
 def _refuse_to_save(*args: object, **kwargs: object) -> None:
     raise ConfigError(
         "save_pretrained",
-        "a stock CLIP checkpoint has no place for the edits, which would be lost",
-        "InterventionModel.save_pretrained, and to_clip_model after loading; or intervmerge export",
+        "a CLIP checkpoint has no place for the edits, which would be lost",
+        "InterventionModel.save_pretrained and to_clip_model after loading, or intervmerge export",
     )
