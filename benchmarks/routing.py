@@ -35,7 +35,6 @@ from fusion_bench_intervmerge.fusion.corruption import Corrupted, StreamSettings
 from fusion_bench_intervmerge.fusion.experts import ExpertPool
 from fusion_bench_intervmerge.merging import mix
 from fusion_bench_intervmerge.model.model import InterventionModel
-from fusion_bench_intervmerge.model.passes import read
 from fusion_bench_intervmerge.model.router import Reading, Router, RouterSettings
 from fusion_bench_intervmerge.solving.solve import solve
 
@@ -79,7 +78,7 @@ class Seen:
         self.labels = torch.cat([labels for _, labels in data.values()])
         sizes = torch.tensor([len(labels) for _, labels in data.values()])
         self.of = torch.arange(len(data)).repeat_interleave(sizes)
-        self.rows = batched(lambda x: read(model, x)[2], images)
+        self.rows = batched(model.router_rows, images)
         self.features = torch.stack([batched(partial(model.encode, task=t), images) for t in data])
         self.merged = batched(model.encode, images)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .deploy.clip import to_clip_model
     from .distillation.loop import distill
     from .distillation.settings import DistillSettings
     from .interventions.config import InterventionConfig
@@ -23,6 +24,7 @@ __all__ = [
     "distill",
     "fit_router",
     "solve",
+    "to_clip_model",
 ]
 
 _HOME = {
@@ -34,6 +36,7 @@ _HOME = {
     "distill": ".distillation.loop",
     "fit_router": ".solving.fit_router",
     "solve": ".solving.solve",
+    "to_clip_model": ".deploy.clip",
 }
 
 

@@ -156,8 +156,8 @@ def test_an_edit_switched_off_is_a_model_without_it(seen: TaskEncoders) -> None:
     model = seen.models["model"]
     for (site, block), features in without_each(seen, model).items():
         with torch.no_grad():
-            with model.without_edit(site, block):
-                by_hand = model.encode(seen.images, TASK)
+            with model.for_task(TASK, without=(site, block)):
+                by_hand = model.tower.features(seen.images)
             whole = model.encode(seen.images, TASK)
         assert features.allclose(by_hand, atol=1e-12)
         assert not features.allclose(whole, atol=1e-6), (site, block)

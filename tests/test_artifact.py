@@ -27,7 +27,7 @@ from test_model import EVERYWHERE, SETTINGS
 from transformers import CLIPVisionModelWithProjection
 
 from fusion_bench_intervmerge.config import ArtifactError, ConfigError
-from fusion_bench_intervmerge.files import opened_folder, whole_folder, write_json
+from fusion_bench_intervmerge.files import whole_folder, write_json
 from fusion_bench_intervmerge.model import artifact
 from fusion_bench_intervmerge.model.model import InterventionModel
 
@@ -89,7 +89,7 @@ def test_the_tensors_in_a_file_are_the_formulas(tmp_path, images):
     model.save_pretrained(tmp_path / "m")
     edits = load_file(tmp_path / "m" / "interventions" / "ants.safetensors")
     assert {name.rpartition(".")[2] for name in edits} == {"R", "W1", "b"}
-    function = model.edits["ants"]["attention"]["1"]
+    function = model.edits_of("ants")["attention"]["1"]
     assert torch.equal(edits["attention.1.R"], function.R)
     original = function.parametrizations.R.original
     assert (edits["attention.1.R"] - original).abs().max() > 0.1
@@ -132,7 +132,7 @@ def test_a_loaded_model_trains_as_the_saved_one(tmp_path, images):
     with torch.no_grad():
         for parameter in loaded.edits.parameters():
             parameter -= 0.1 * parameter.grad
-    R = loaded.edits["ants"]["attention"]["0"].R
+    R = loaded.edits_of("ants")["attention"]["0"].R
     torch.testing.assert_close(R @ R.mT, torch.eye(3), rtol=0, atol=1e-5)
 
 
@@ -265,14 +265,6 @@ def test_a_malformed_config_is_refused_in_one_line(openclip, changes, tmp_path):
     assert set(found) == {"refused"}
 
 
-def test_sizes_are_compared_before_memory_is_taken(folder):
-    config = json.loads((folder / "config.json").read_text())
-    huge = {"hidden_size": 65536, "intermediate_size": 65536, "num_attention_heads": 16}  # 1.2 TB
-    change(folder, tower=config["tower"] | {"vision_config": huge})
-    with pytest.raises(ArtifactError, match="the vision model's weights file lacks"):
-        InterventionModel.from_pretrained(folder)
-
-
 @pytest.mark.parametrize("umask", [0o022, 0o007])
 def test_modes_are_the_umasks(umask, tmp_path):
     before = os.umask(umask)
@@ -290,7 +282,7 @@ def test_a_save_that_fails_leaves_the_old_model(folder, monkeypatch):
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     model = InterventionModel(hf_tower(1, 0.1), TASKS, {"attention": {"rank": 2}})
     monkeypatch.setattr(
-        "fusion_bench_intervmerge.artifact.model_card",
+        "fusion_bench_intervmerge.model.artifact._save",
         lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")),
     )  # a test has no disk that fills up
     with pytest.raises(ConfigError, match="No space left on device"):
@@ -310,7 +302,7 @@ def test_a_file_in_the_way(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="file cannot be written to"):
         small_model().save_pretrained(tmp_path / "file" / "m")
-    with pytest.raises(ConfigError, match="file is no folder; allowed: a new or empty folder"):
+    with pytest.raises(ConfigError, match="file is not a directory; allowed: a new or empty folder"):
         small_model().save_pretrained(tmp_path / "file")
     assert (tmp_path / "file").is_file()
 
@@ -318,7 +310,7 @@ def test_a_file_in_the_way(tmp_path):
 # -- nothing is lost but a saved model -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["thesis.txt", "notes/day.md", "config.json", "README.md", ".env"])
+@pytest.mark.parametrize("name", ["thesis.txt", "notes/day.md", "config.json", ".env"])
 def test_a_folder_of_other_things_is_left_alone(name, tmp_path):
     file = tmp_path / "folder" / name
     file.parent.mkdir(parents=True)
@@ -348,16 +340,6 @@ def test_what_may_be_replaced(folder, tmp_path):
         assert InterventionModel.from_pretrained(place).tasks == small_model().tasks
     assert (tmp_path / "link").is_symlink()
     assert not list(tmp_path.glob(".*"))
-
-
-def test_a_reader_goes_on_with_the_model_it_opened(folder):
-    before = json.loads((folder / "config.json").read_text())
-    with opened_folder(folder) as opened:
-        small_model().save_pretrained(folder)
-        assert json.loads((opened / "config.json").read_text()) == before
-        assert (opened / "interventions" / "ants.safetensors").exists()
-    small_model().save_pretrained(folder)  # what the reader kept is removed now
-    assert [path.name for path in folder.parent.iterdir()] == ["m"]
 
 
 def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path):

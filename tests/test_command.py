@@ -300,7 +300,7 @@ def test_a_saved_merge_in_the_pool_wins_over_the_base(run, tmp_path):
 def test_a_new_task_joins_a_saved_model(run, tmp_path):
     _, log_dir = run
     model = InterventionModel.from_pretrained(log_dir / "intervmerge")
-    left, before = model.tasks[-1], dict(model.edits[model.tasks[0]].state_dict())
+    left, before = model.tasks[-1], dict(model.edits_of(model.tasks[0]).state_dict())
     model.drop_task(left)
     model.save_pretrained(tmp_path / "seven")
     in_process(
@@ -321,7 +321,7 @@ def test_a_new_task_joins_a_saved_model(run, tmp_path):
     assert f"seed 0; {left}: 100% of the test split, unlabelled, 2 steps of 16" in card
     (added,) = about["extended"]
     assert added["tasks"] == [left] and added["method"]["interventions"]["attention"]["rank"] == 4
-    after = again.edits[model.tasks[0]].state_dict()
+    after = again.edits_of(model.tasks[0]).state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     # its edits are trained, and the preset of the closed form would leave them at their start
     with pytest.raises(ConfigError, match="steps: 0, but the saved model's edits are trained"):

@@ -275,8 +275,8 @@ def test_solving_together_equals_solving_one_by_one(experts, datasets):
     together, _ = solved_model(experts, datasets)
     for task in TASKS:
         alone, _ = solved_model(experts, datasets, tasks=[task])
-        for name, tensor in alone.edits[task].state_dict().items():
-            assert torch.equal(tensor, together.edits[task].state_dict()[name])
+        for name, tensor in alone.edits_of(task).state_dict().items():
+            assert torch.equal(tensor, together.edits_of(task).state_dict()[name])
 
 
 def test_states_on_disk_give_the_same_bits_as_states_in_memory(experts, datasets, monkeypatch):

@@ -25,7 +25,7 @@ from fusion_bench_intervmerge.encoders.activation import FusedQuickGELU
 from fusion_bench_intervmerge.encoders.dinov2 import DINOv2Tower
 from fusion_bench_intervmerge.interventions.sites import SITES, Site
 from fusion_bench_intervmerge.model.model import InterventionModel
-from fusion_bench_intervmerge.model.prefix import Images, PastAttention, States, prefix_of
+from fusion_bench_intervmerge.model.prefix import Images, PastAttention, States
 from fusion_bench_intervmerge.solving.solve import solved_places
 
 
@@ -244,13 +244,14 @@ VALUE = Site(("self_attn.v_proj", "attn.out_proj"))
 def test_a_site_that_no_shortcut_knows_is_not_skipped(monkeypatch, datasets, images):
     monkeypatch.setitem(SITES, "value", VALUE)
     model = InterventionModel(hf_tower(), TASKS, {"value": {"rank": 2, "blocks": "last_2"}})
-    prefix = prefix_of(model)
+    prefix = model.prefix()
     assert isinstance(prefix, States) and not isinstance(prefix, PastAttention)
     losses = distill(model, fine_tuned(hf_tower), datasets, steps=12, batch_size=4).losses
     assert losses[-4:].mean() < losses[:4].mean()
+    start = prefix.of(images)
     with torch.no_grad(), model.for_task("bees"):
         whole = model.encode(images, "bees")
-        assert relative(prefix.features(prefix.of(images)), whole) < 1e-5
+        assert relative(prefix.features(start), whole) < 1e-5
         assert relative(model.encode(images), whole) > 1e-3
 
 
@@ -258,7 +259,7 @@ def test_a_site_before_the_blocks(monkeypatch, datasets, images):
     path = "model.vision_model.pre_layrnorm"
     monkeypatch.setitem(SITES, "embedding", Site((path,), at="start"))
     model = InterventionModel(hf_tower(), TASKS, {"embedding": {"tokens": "all"}})
-    assert isinstance(prefix_of(model), Images)
+    assert isinstance(model.prefix(), Images)
     losses = distill(model, fine_tuned(hf_tower), datasets, steps=12, batch_size=4).losses
     assert losses[-4:].mean() < losses[:4].mean()
     with pytest.raises(ConfigError, match="the site embedding has no blocks"):

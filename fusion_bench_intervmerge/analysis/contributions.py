@@ -54,10 +54,10 @@ def without_each(encoders: TaskEncoders, model: InterventionModel) -> dict[tuple
     with model.for_task(encoders.task):
         for images in encoders.batches(model.tower):
             for done, states in enumerate(walk(model.tower, images)):
-                for (site, block), start in edits.items():
+                for place, start in edits.items():
                     if start == done:
-                        with model.without_edit(site, block):
-                            found[site, block].append(finish(model.tower, states, start))
+                        with model.for_task(encoders.task, without=place):
+                            found[place].append(finish(model.tower, states, start))
     return {edit: torch.cat(parts) for edit, parts in found.items()}
 
 

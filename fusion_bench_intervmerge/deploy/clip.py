@@ -43,7 +43,7 @@ def to_clip_model(
         ValueError: the model has no such task.
         ConfigError: no CLIP is known, it is not found, or its encoder has another shape.
     """
-    model.check_task(task)
+    model.edits_of(task)
     whole = load_clip(model, clip)
     tower = _tower_of(whole, model.tower.family)
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from ..config import ConfigError
-from ..model.hub import is_hub_id, one_line
+from ..model.hub import hub_errors, is_hub_id
 from ..model.model import InterventionModel
 from .clip import image_processor
 from .export import Tell, export, log
@@ -58,7 +58,7 @@ def push(
             file = folder / "onnx" / "model.onnx"
             export(model, file, dtype=dtype, heads=heads, classes=classes, tell=tell)
         tell("uploading the files")
-        with one_line(f"{repo}: not pushed"):
+        with hub_errors(f"{repo}: not pushed"):
             hub = HfApi()
             hub.create_repo(repo, private=private, exist_ok=True)
             commit = hub.upload_folder(repo_id=repo, folder_path=folder, commit_message="The model")

@@ -21,7 +21,6 @@ from ..encoders.base import AfterBlock, ExpertLoaders, VisionTower, check_expert
 from ..expert_cache import ExpertCache
 from ..merging import Mixture
 from ..model.model import InterventionModel
-from ..model.prefix import prefix_of
 from .losses import LOSSES, Representations
 from .memory import keep_freed_memory
 from .settings import DistillSettings, make_optimizer
@@ -121,7 +120,7 @@ def distill(
     settings = DistillSettings.of(settings, keywords)
     fabric = fabric or L.Fabric(devices=1, accelerator="auto")
     for task in experts:
-        model.check_task(task)
+        model.edits_of(task)
         if task not in images:
             raise ConfigError("modelpool", f"no images for task {task!r}")
     trainer = _Trainer(model, list(experts), images, settings, mixture, fabric)
@@ -183,7 +182,7 @@ class _Trainer:
         }
         self.store = ImageStore(images, self.schedules, data.cache_gb * 2**30, data.num_workers)
         self.loss, self.dtype = LOSSES[settings.loss], computing_dtype(fabric)
-        self.prefix = prefix_of(model, moving=mixture is not None, blocks=self.loss.reads_blocks)
+        self.prefix = model.prefix(moving=mixture is not None, blocks=self.loss.reads_blocks)
         processes = fabric.world_size
         if data.batch_size % processes:
             raise ConfigError(
@@ -252,7 +251,7 @@ class _Trainer:
         parameters = {
             f"{task}.{name}": parameter
             for task in self.tasks
-            for name, parameter in self.model.edits[task].named_parameters()
+            for name, parameter in self.model.edits_of(task).named_parameters()
         }
         if self.mixture is not None:
             parameters["coefficients"] = self.mixture.coefficients

@@ -2,47 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..config import Json
 from ..results import in_words
+from .artifact import Artifact
 from .hub import is_hub_id
-
-if TYPE_CHECKING:
-    from .model import InterventionModel
 
 LIBRARY = "fusion-bench-intervmerge"
 TAGS = ["intervmerge", "fusion-bench", "model-merging"]
 
 
-def model_card(model: InterventionModel, name: str) -> str:
+def model_card(name: str, model: Artifact, extra: Mapping[str, Any]) -> str:
     """The card as Markdown behind its metadata.
 
     Args:
-        model: its ``metadata`` may tell ``images`` (what the edits were found on),
-            ``transductive``, ``base_model`` and ``results`` (task -> accuracy on the test split).
         name: what ``from_pretrained`` takes: a folder or a hub's id.
+        model: its ``metadata`` may have ``images`` (what the edits were found on),
+            ``transductive``, ``base_model`` and ``results`` (task -> accuracy on the test split).
+        extra: the model's ``extra_parameters``.
     """
-    known, equal = model.metadata, model.unequal_ranks() is None
+    tasks = list(model.edits)
     settings = "\n".join(
-        f"| {site} | {config.function} | {config.rank if equal else 'by place'} "
-        f"| {config.blocks} | {config.tokens} | {config.part} |"
+        f"| {site} | {config['function']} | {config['rank'] if model.ranks is None else 'by place'}"
+        f" | {config['blocks']} | {config['tokens']} | {config['part']} |"
         for site, config in model.interventions.items()
     )
-    extra = model.extra_parameters()
-    example = model.tasks[0] if model.tasks else "..."
     return f"""---
-{_data(model, name).to_yaml()}
+{_data(name, model).to_yaml()}
 ---
 
 # {name}
 
 A merged {model.tower.title} vision encoder with task-specific interventions
-([IntervMerge](https://arxiv.org/abs/2412.17023)) for {len(model.tasks)} tasks:
-{", ".join(model.tasks)}.
-{_trained(known)}
+([IntervMerge](https://arxiv.org/abs/2412.17023)) for {len(tasks)} tasks:
+{", ".join(tasks)}.
+{_images(model.metadata)}
 {extra["total"]:,} extra parameters over all tasks ({extra["folded"]:,} when folded).
 
 | site | function | rank | blocks | tokens | part |
@@ -53,16 +52,15 @@ A merged {model.tower.title} vision encoder with task-specific interventions
 from fusion_bench_intervmerge import InterventionModel
 
 model = InterventionModel.from_pretrained("{name}")
-features = model.encode(images, task="{example}")
+features = model.encode(images, task="{tasks[0] if tasks else "..."}")
 ```
-{_results(known)}"""
+{_results(model.metadata)}"""
 
 
-def _data(model: InterventionModel, name: str) -> ModelCardData:
-    known = model.metadata
-    base = known.get("base_model")
-    # A folder of this machine is no model that a hub knows.
-    known_to_hubs = isinstance(base, str) and is_hub_id(base) and not Path(base).exists()
+def _data(name: str, model: Artifact) -> ModelCardData:
+    base = model.metadata.get("base_model")
+    # A folder of this machine is not a model that a hub knows.
+    on_a_hub = isinstance(base, str) and is_hub_id(base) and not Path(base).exists()
     results = [
         EvalResult(
             task_type="zero-shot-image-classification",
@@ -72,31 +70,31 @@ def _data(model: InterventionModel, name: str) -> ModelCardData:
             metric_type="accuracy",
             metric_value=accuracy,
         )
-        for task, accuracy in (known.get("results") or {}).items()
+        for task, accuracy in (model.metadata.get("results") or {}).items()
     ]
     return ModelCardData(
         library_name=LIBRARY,
         pipeline_tag=model.tower.hub_task,
         tags=[*TAGS, model.tower.title.lower()],
-        base_model=base if known_to_hubs else None,
+        base_model=base if on_a_hub else None,
         model_name=name.rpartition("/")[2],
         eval_results=results or None,
     )
 
 
-def _trained(known: dict[str, Any]) -> str:
-    if not known.get("images"):
+def _images(metadata: Json) -> str:
+    if not metadata.get("images"):
         return ""
     kind = {
         True: " These include images that it is tested on, without labels: its test results are "
         "transductive.",
         False: " Its test results are held-out: none of these is a test image.",
-    }.get(known.get("transductive"), "")  # type: ignore[arg-type]
-    return f"\nIts edits were found on {in_words(known['images'])}.{kind}\n"
+    }.get(metadata.get("transductive", ""), "")
+    return f"\nIts edits were found on {in_words(metadata['images'])}.{kind}\n"
 
 
-def _results(known: dict[str, Any]) -> str:
-    results = known.get("results") or {}
+def _results(metadata: Json) -> str:
+    results = metadata.get("results") or {}
     if not results:
         return ""
     rows = "\n".join(f"| {task} | {100 * accuracy:.1f} |" for task, accuracy in results.items())

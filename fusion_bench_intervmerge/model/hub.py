@@ -17,10 +17,10 @@ def is_hub_id(name: str) -> bool:
 
 
 def local_folder(name: str | Path, **options: Any) -> Path:
-    """The folder of a saved model, fetched from the hub where the name is one of its ids.
+    """The folder of a saved model, fetched from the hub if the name is one of its ids.
 
     Args:
-        name: a folder, or the id of a model where no such folder is.
+        name: a folder, or the id of a model if there is no such folder.
         options: ``revision``, ``token``, ``cache_dir``, ``force_download`` and ``local_files_only``
             of ``huggingface_hub.snapshot_download``.
 
@@ -31,14 +31,14 @@ def local_folder(name: str | Path, **options: Any) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    with one_line(f"{name}: there is no such folder, and it is not found on the hub"):
+    with hub_errors(f"{name}: there is no such folder, and it is not found on the hub"):
         # Exported graphs lie beside the model, and can be as large.
         return Path(snapshot_download(name, ignore_patterns=["onnx/*"], **options))
 
 
 @contextmanager
-def one_line(problem: str) -> Iterator[None]:
-    """What the hub's library raises, as one line.
+def hub_errors(problem: str) -> Iterator[None]:
+    """Raise the errors of the hub's library as one line.
 
     Raises:
         ArtifactError: the problem, and the library's reason.

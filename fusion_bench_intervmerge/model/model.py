@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -17,19 +20,58 @@ from ..config import Json, check_task_name
 from ..encoders.base import VisionTower, check_fit
 from ..interventions.config import InterventionConfig, read_interventions
 from ..interventions.edits import Edits, Stacked
-from ..interventions.functions import Function
 from ..interventions.placement import Placement
 from ..interventions.sites import SITES
-from . import artifact
-from .artifact import Storage, pack, unpack
-from .artifact import size as stored_size
-from .hub import local_folder, one_line
-from .passes import check_reading, encode_routed, route
-from .router import Router
-from .routes import Route, Told
+from .artifact import Artifact, Storage, misfits_in, pack, size, unpack
+from .card import model_card
+from .hub import hub_errors, local_folder
+from .prefix import Prefix, prefix_of
+from .router import Router, rows_of
 
-_ROUTES: Told[Route] = Told("routes")
-_LEFT_OUT: Told[tuple[str, int]] = Told("left_out")
+# A task may be called like a method of torch's modules (``train``), a module in them may not.
+_NAME = "task {}"
+
+
+@dataclass(frozen=True)
+class Route:
+    """Whose edits a forward pass applies, and to which images.
+
+    Everything in it may be traced: ``torch.compile`` and ``torch.export`` go through ``apply``, and
+    ``ids`` may be an input of the graph.
+
+    Attributes:
+        edits: one per task that occurs in the batch; none for the merged encoder.
+        placements: by site.
+        ids: for each image the index of its task's edits, (batch,), whole numbers. None: there is
+            one task, or the images come in equal groups, one per task and in their order.
+        without: a site and a block that stay unedited.
+    """
+
+    edits: Sequence[Edits]
+    placements: Mapping[str, Placement]
+    ids: Tensor | None = None
+    without: tuple[str, int] | None = None
+
+    def apply(self, site: str, block: int, z: Tensor) -> Tensor:
+        """A site's tensor (batch, tokens, width), edited; z itself is left alone."""
+        functions = [edits.at(site, block) for edits in self.edits]
+        if self.without == (site, block) or all(function is None for function in functions):
+            return z
+        edit = functions[0] if len(functions) == 1 else Stacked(functions, self.ids)
+        assert edit is not None
+        return self.placements[site].apply(z, block, edit)
+
+
+# What the running code encodes for, by the edits of its models; threads have their own.
+_ROUTES: ContextVar[Mapping[nn.Module, Route]] = ContextVar("routes", default=MappingProxyType({}))
+
+
+def _edit(
+    edits: nn.Module, site: str, block: int, tap: nn.Module, args: object, z: Tensor
+) -> Tensor:
+    """A forward hook on a tap: apply the route of the model with these edits."""
+    route = _ROUTES.get().get(edits)
+    return z if route is None else route.apply(site, block, z)
 
 
 class InterventionModel(nn.Module, ModelHubMixin):
@@ -75,12 +117,9 @@ class InterventionModel(nn.Module, ModelHubMixin):
         self.metadata: Json = {}
         self.router: Router | None = None
         self.storage: Storage = "float32"
-        # What the hooks on the tower know their model by: a shallow copy shares it with the tower,
-        # a deep copy has its own on both.
-        self._key = object()
         for site, placement in self.placements.items():
             for block in placement.blocks:
-                hook = partial(_edit, self._key, site, block)
+                hook = partial(_edit, self.edits, site, block)
                 tower.tap(site, block).register_forward_hook(hook)
         for task in tasks:
             self.add_task(task)
@@ -90,7 +129,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
     @property
     def tasks(self) -> list[str]:
         """The tasks that the model has edits for."""
-        return list(self.edits)
+        return [name.removeprefix(_NAME.format("")) for name in self.edits]
 
     def encode(self, images: Tensor, task: str | Sequence[str] | None = None) -> Tensor:
         """Image features of the repaired encoder.
@@ -109,12 +148,13 @@ class InterventionModel(nn.Module, ModelHubMixin):
                 without a router.
         """
         if task == "auto":
-            return encode_routed(self, images)
+            return self._encode_routed(images)
         with self.for_task(task, len(images)):
             return self.tower.features(images)
 
+    @torch.no_grad()
     def route(self, images: Tensor) -> list[str | None]:
-        """The task of each image, as the router tells it; ``fit_router`` gives a model one.
+        """The task of each image, as the router sees it; ``fit_router`` gives a model one.
 
         Args:
             images: (batch, 3, image_size, image_size).
@@ -125,7 +165,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
         Raises:
             ValueError: the model has no router.
         """
-        return route(self, images)
+        return self._known_router()(self.router_rows(images))
 
     def add_task(self, task: str) -> None:
         """Give a task edits at their starting values; ``distill`` trains them.
@@ -135,43 +175,24 @@ class InterventionModel(nn.Module, ModelHubMixin):
         """
         check_task_name(task, self.tasks)
         ranks = {
-            site: of if self.interventions[site].init != "regression" else {}
-            for site, of in self._same_ranks().items()
+            site: by_block if self.interventions[site].init != "regression" else {}
+            for site, by_block in self._equal_ranks().items()
         }
         edits = Edits(self.interventions, self.placements, ranks, self.seed, task)
-        self.edits[task] = edits.to(self.tower.device)
-
-    def edits_of(self, task: str) -> Edits:
-        """A task's edits; ValueError if the model has no such task."""
-        self.check_task(task)
-        return cast(Edits, self.edits[task])
-
-    def check_task(self, task: str) -> None:
-        """Raise ValueError unless the model has edits for the task."""
-        if task not in self.edits:
-            raise ValueError(f"no edits for task {task!r}; the model has: {', '.join(self.tasks)}")
-
-    def set_rank(self, task: str, site: str, block: int, rank: int) -> Function | None:
-        """Replace one edit by a fresh one of another rank, at its published start; 0: no edit."""
-        function = self.edits_of(task).set_rank(site, block, rank)
-        return None if function is None else function.to(self.tower.device)
-
-    def ranks(self) -> dict[str, dict[str, dict[int, int]]]:
-        """Task -> site -> block -> rank of its edit; blocks without an edit are left out."""
-        return {
-            task: {
-                site: {int(block): rank for block, rank in of.items()}
-                for site, of in self.edits_of(task).ranks().items()
-            }
-            for task in self.tasks
-        }
+        self.edits[_NAME.format(task)] = edits.to(self.tower.device)
 
     def drop_task(self, task: str) -> None:
         """Remove a task's edits; the other tasks' features stay what they are."""
-        self.check_task(task)
-        del self.edits[task]
+        self.edits_of(task)
+        del self.edits[_NAME.format(task)]
         if self.router is not None:
             self.router.drop(task)
+
+    def edits_of(self, task: str) -> Edits:
+        """A task's edits; ValueError if the model has no such task."""
+        if task not in self.tasks:
+            raise ValueError(f"no edits for task {task!r}; the model has: {', '.join(self.tasks)}")
+        return cast(Edits, self.edits[_NAME.format(task)])
 
     def fold(self) -> InterventionModel:
         """A copy in the form that needs least at inference; outputs are unchanged.
@@ -193,7 +214,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
         """Round the edits to a type that takes fewer bytes, in which they are saved.
 
         Args:
-            storage: ``float32``, ``float16``, or ``int8`` with a scale a row.
+            storage: ``float32``, ``float16``, or ``int8`` with a scale per row.
 
         Raises:
             ValueError: a number too large for half precision.
@@ -211,15 +232,18 @@ class InterventionModel(nn.Module, ModelHubMixin):
             after ``fold``, and ``bytes``, as saved. ``router``: how many numbers the router has,
             if there is one.
         """
-        edits = {task: self.edits_of(task) for task in self.tasks}
-        per_task = {task: _count(of) for task, of in edits.items()}
+        by_task = {task: self.edits_of(task) for task in self.tasks}
+        per_task = {task: _count(edits) for task, edits in by_task.items()}
+        functions = [f for edits in by_task.values() for _, _, f in edits.places()]
         counts: Json = {
             "total": sum(per_task.values()),
             "per_task": per_task,
-            "folded": sum(_count(f.folded()) for of in edits.values() for _, _, f in of.places()),
-            "bytes": sum(stored_size(of.tensors(), self.storage) for of in edits.values()),
+            "folded": sum(_count(function.folded()) for function in functions),
+            "bytes": sum(size(edits.tensors(), self.storage) for edits in by_task.values()),
         }
         return counts if self.router is None else counts | {"router": self.router.count()}
+
+    # -- as files ----------------------------------------------------------------------------------
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -239,7 +263,20 @@ class InterventionModel(nn.Module, ModelHubMixin):
         Raises:
             ConfigError: the folder cannot be written to.
         """
-        artifact.write(self, Path(folder), (model_card_kwargs or {}).get("name"))
+        ranks = {task: self.edits_of(task).ranks() for task in self.tasks}
+        equal = self._equal_ranks()
+        saved = Artifact(
+            tower=self.tower,
+            interventions={site: config.to_dict() for site, config in self.interventions.items()},
+            seed=self.seed,
+            edits={task: self.edits_of(task).tensors() for task in self.tasks},
+            ranks=None if all(own == equal for own in ranks.values()) else ranks,
+            metadata=self.metadata,
+            router=self.router,
+            storage=self.storage,
+        )
+        name = (model_card_kwargs or {}).get("name", Path(folder).name)
+        saved.write(Path(folder), model_card(name, saved, self.extra_parameters()))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -255,21 +292,19 @@ class InterventionModel(nn.Module, ModelHubMixin):
         Raises:
             ArtifactError: what does not fit, in one line.
         """
-        saved = artifact.read(local_folder(folder, **hub))
-        config = saved.config
-        with artifact.misfits_in(folder):
-            model = cls(saved.tower, [], config.interventions, config.seed)
+        saved = Artifact.read(local_folder(folder, **hub))
+        with misfits_in(folder):
+            model = cls(saved.tower, [], saved.interventions, saved.seed)
+            model.metadata, model.storage = saved.metadata, saved.storage
             for task, tensors in saved.edits.items():
-                ranks = model._same_ranks() if config.ranks is None else config.ranks.get(task, {})
-                with torch.device("meta"):  # no memory is taken before the sizes are known to fit
+                ranks = model._equal_ranks() if saved.ranks is None else saved.ranks.get(task, {})
+                with torch.device("meta"):  # starting values are not drawn
                     edits = Edits(model.interventions, model.placements, ranks, model.seed, task)
                 check_fit(edits.tensors(), tensors, f"interventions/{task}.safetensors")
-                model.edits[task] = edits.to_empty(device=model.device)
+                model.edits[_NAME.format(task)] = edits.to_empty(device=model.device)
                 edits.load(tensors)
             if saved.router is not None:
-                check_reading(model, saved.router)
-        model.metadata, model.router = saved.metadata, saved.router
-        model.storage = config.storage
+                model._take_router(saved.router)
         return model
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -285,37 +320,24 @@ class InterventionModel(nn.Module, ModelHubMixin):
         Raises:
             ArtifactError: the hub refuses, or is not reached.
         """
-        with one_line(f"{repo_id}: not pushed"):
+        with hub_errors(f"{repo_id}: not pushed"):
             card = {"name": repo_id}
             commit: Any = super().push_to_hub(repo_id, model_card_kwargs=card, **options)
             return str(commit.commit_url)
 
-    def to_clip_model(self, task: str, clip: Any = None) -> Any:
-        """One task's encoder as an ordinary CLIP; see ``fusion_bench_intervmerge.clip``.
+    def _take_router(self, router: Router) -> None:
+        """Raises ValueError if the router reads another number of values than the encoder gives."""
+        side = self.tower.image_size
+        blank = torch.zeros(1, 3, side, side, device=self.device, dtype=self.dtype)
+        given, read = self.router_rows(blank).shape[1], len(router.reading.mean)
+        if given != read:
+            raise ValueError(
+                f"router.safetensors: reads {read} numbers per image, the encoder gives {given}"
+            )
+        self.router = router
 
-        Args:
-            task: whose edits to build in.
-            clip: the pretrained CLIP, whose text tower it takes: an id, a folder or a model; by
-                default the one in ``metadata``.
-
-        Returns:
-            transformers' ``CLIPModel`` for a Hugging Face encoder, ``open_clip``'s for the other.
-
-        Raises:
-            ValueError: the model has no such task.
-            ConfigError: no CLIP is known, it is not found, or its encoder has another shape.
-        """
-        from ..deploy.clip import to_clip_model
-
-        return to_clip_model(self, task, clip)
-
-    def unequal_ranks(self) -> dict[str, dict[str, dict[str, int]]] | None:
-        """Task -> site -> block -> rank, where they are not all as the settings say; else None."""
-        found, same = {t: self.edits_of(t).ranks() for t in self.tasks}, self._same_ranks()
-        return None if all(ranks == same for ranks in found.values()) else found
-
-    def _same_ranks(self) -> dict[str, dict[str, int]]:
-        """Site -> block -> the rank of its settings."""
+    def _equal_ranks(self) -> dict[str, dict[str, int]]:
+        """Site -> block -> the rank that its settings give every block."""
         return {
             site: {str(block): config.rank for block in self.placements[site].blocks}
             for site, config in self.interventions.items()
@@ -323,42 +345,112 @@ class InterventionModel(nn.Module, ModelHubMixin):
 
     # -- the task of a forward pass ----------------------------------------------------------------
 
+    @contextmanager
     def for_task(
-        self, task: str | Sequence[str] | None, batch: int | None = None
-    ) -> AbstractContextManager[None]:
-        """Apply a task's edits in every forward pass inside; ``None``: the merged encoder.
-
-        It holds for the running thread alone.
-        """
-        route = Route.of(self.apply_edit, task, batch, self.tower.device)
-        for name in route.tasks:
-            self.check_task(name)
-        return _ROUTES.saying(self._key, route)
-
-    def without_edit(self, site: str, block: int) -> AbstractContextManager[None]:
-        """Leave one place unedited in every forward pass inside, for all tasks.
+        self,
+        task: str | Sequence[str] | None,
+        batch: int | None = None,
+        without: tuple[str, int] | None = None,
+    ) -> Iterator[None]:
+        """Apply a task's edits in every forward pass inside; it holds for the running thread alone.
 
         Args:
-            site, block: where; block 0 at the site ``output``.
+            task: the task of all images, or one task per image; ``None``: the merged encoder.
+            batch: the number of images, if it is known.
+            without: a site and a block that stay unedited; block 0 at the site ``output``.
+
+        Raises:
+            ValueError: a task without edits, or another number of tasks than of images.
         """
-        return _LEFT_OUT.saying(self._key, (site, block))
+        if task is None or isinstance(task, str):
+            tasks, ids = [] if task is None else [task], None
+        else:
+            if batch is not None and len(task) != batch:
+                raise ValueError(
+                    f"{len(task)} tasks are named for {batch} images; expected one task per image"
+                )
+            tasks = list(dict.fromkeys(task))
+            order = {name: index for index, name in enumerate(tasks)}
+            ids = torch.tensor([order[name] for name in task])
+            groups = torch.arange(len(tasks)).repeat_interleave(len(ids) // max(1, len(tasks)))
+            ids = None if torch.equal(ids, groups) else ids.to(self.device)
+        with self.for_tasks(tasks, ids, without):
+            yield
+
+    @contextmanager
+    def for_tasks(
+        self,
+        tasks: Sequence[str],
+        ids: Tensor | None,
+        without: tuple[str, int] | None = None,
+    ) -> Iterator[None]:
+        """Apply several tasks' edits in every forward pass inside, as a ``Route`` says.
+
+        It takes no value from ``ids``, so a forward pass with it can be traced: see
+        ``torch.export.export(strict=False)`` of a module whose ``forward(images, ids)`` calls
+        ``model.tower.features(images)`` in ``model.for_tasks(model.tasks, ids)``.
+
+        Args:
+            tasks: names of tasks, each once.
+            ids: for each image the index of its task in ``tasks``, (batch,), int64, on the model's
+                device; None: the images come in equal groups, one per task.
+            without: as in ``for_task``.
+
+        Raises:
+            ValueError: a task without edits.
+        """
+        route = Route([self.edits_of(task) for task in tasks], self.placements, ids, without)
+        token = _ROUTES.set({**_ROUTES.get(), self.edits: route})
+        try:
+            yield
+        finally:
+            _ROUTES.reset(token)
 
     @property
-    def _route(self) -> Route | None:
-        return _ROUTES.get(self._key)
+    def task_is_known(self) -> bool:
+        """Whether the running code is inside ``for_task``."""
+        return self.edits in _ROUTES.get()
 
-    def apply_edit(self, site: str, block: int, z: Tensor) -> Tensor:
-        """A site's tensor, edited for the tasks of the running forward pass; z is left alone."""
-        route, place = self._route, (site, block)
-        if route is None or not route.tasks or place == _LEFT_OUT.get(self._key):
-            return z
-        functions = [self.edits_of(task).at(site, block) for task in route.tasks]
-        if all(function is None for function in functions):
-            return z
-        if len(functions) > 1 and place not in route.stacked:
-            route.stacked[place] = Stacked(functions, route.ids)
-        edit = route.stacked[place] if len(functions) > 1 else functions[0]
-        return self.placements[site].apply(z, block, edit)  # type: ignore[arg-type]
+    def prefix(self, *, moving: bool = False, blocks: bool = False) -> Prefix:
+        """The part of a forward pass that no edit reaches; arguments as of ``prefix_of``."""
+        return prefix_of(self.tower, self.placements, moving=moving, blocks=blocks)
+
+    def router_rows(self, images: Tensor) -> Tensor:
+        """What a router reads of images: (batch, dims), float64, on the CPU."""
+        prefix = self.prefix()
+        with self.for_task(None):
+            return self._rows(prefix, prefix.of(images))
+
+    def _rows(self, prefix: Prefix, start: Tensor) -> Tensor:
+        return rows_of(prefix.states(start), self.tower.num_tokens, self.tower.prefix_tokens)
+
+    def _known_router(self) -> Router:
+        if self.router is None or not self.router.tasks:
+            raise ValueError(
+                "the model has no router that would tell tasks; fit_router(model, images), or "
+                "method.router=gaussian before it is saved, gives it one"
+            )
+        return self.router
+
+    def _encode_routed(self, images: Tensor) -> Tensor:
+        """Route and encode: what no edit reaches is computed once."""
+        prefix, router = self.prefix(), self._known_router()
+        with self.for_task(None):
+            start = prefix.of(images)
+            tasks = router(self._rows(prefix, start))
+        named = [task for task in tasks if task is not None]
+        if len(named) == len(tasks):
+            with self.for_task(named):
+                return prefix.features(start)
+        known = torch.tensor([task is not None for task in tasks], device=start.device)
+        with self.for_task(None):
+            merged = prefix.features(start[~known])
+        features = merged.new_empty(len(images), merged.shape[1])
+        features[~known] = merged
+        if named:
+            with self.for_task(named):
+                features[known] = prefix.features(start[known])
+        return features
 
     # -- as a module -------------------------------------------------------------------------------
 
@@ -375,23 +467,18 @@ class InterventionModel(nn.Module, ModelHubMixin):
         if task is not None:
             with self.for_task(task, len(pixel_values)):
                 return self.forward(pixel_values, *args, **kwargs)
-        route = self._route
+        route = _ROUTES.get().get(self.edits)
         if route is None:
             raise ValueError(
                 "no task is named: use encode(images, task), and in FusionBench one of our task "
                 "pools; for_task(None) is the merged encoder"
             )
-        if route.tasks and "output" in self.placements and not self.tower.gives_features:
+        if route.edits and "output" in self.placements and not self.tower.gives_features:
             raise ValueError(
                 "edits at the site 'output' come after the visual projection, which this "
                 "output comes before; use encode(images, task) for image features"
             )
         return self.tower(pixel_values, *args, **kwargs)
-
-    @property
-    def task_is_known(self) -> bool:
-        """Whether the running code is inside ``for_task``."""
-        return self._route is not None
 
     @property
     def config(self) -> object:
@@ -414,12 +501,6 @@ class InterventionModel(nn.Module, ModelHubMixin):
     @property
     def val_preprocess(self) -> object:
         return self.tower.val_preprocess
-
-
-def _edit(key: object, site: str, block: int, tap: nn.Module, args: object, z: Tensor) -> Tensor:
-    """A forward hook on a tap."""
-    route = _ROUTES.get(key)
-    return z if route is None else route.apply(site, block, z)
 
 
 def _count(module: nn.Module) -> int:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..config import ConfigError, named
 from ..data import Datasets, DataSettings, choose_images, read_images
-from ..model.passes import read
+from ..model.model import InterventionModel
 from ..model.router import Gaussian, Reading, Router, RouterSettings, read_settings
-
-if TYPE_CHECKING:
-    from ..model.model import InterventionModel
 
 BATCH = 64
 
@@ -56,7 +52,7 @@ def fit_router(
             raise ConfigError("", "there are no images", "some of a task or more")
         rows: dict[str, Tensor] = {}
         for task, data in images.items():
-            model.check_task(task)
+            model.edits_of(task)
             available = len(data)
             if available < 2:
                 raise ConfigError("images", f"task {task!r} has {available}", "2 or more")
@@ -65,7 +61,7 @@ def fit_router(
             batches = [keys[start : start + BATCH] for start in range(0, len(keys), BATCH)]
             rows[task] = torch.cat(
                 [
-                    read(model, batch.to(model.device))[2]
+                    model.router_rows(batch.to(model.device))
                     for batch in read_images({task: data}, batches, num_workers)
                 ]
             )

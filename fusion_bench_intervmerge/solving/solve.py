@@ -156,7 +156,7 @@ def solve(
     data, budget = settings.data, budget_in_numbers(settings.budget, model, len(experts))
     fabric = fabric or L.Fabric(devices=1, accelerator="auto")
     for task in experts:
-        model.check_task(task)
+        model.edits_of(task)
         if task not in images:
             raise ConfigError("modelpool", f"no images for task {task!r}")
     chosen = {task: choose_images(task, len(images[task]), data, settings.seed) for task in experts}
@@ -190,7 +190,7 @@ def solve(
                     if not finished.has_gains(task):
                         finished.keep_gains(task, sweep(task, None).gains)
                         for place in places:  # at full rank they are large
-                            model.set_rank(task, *place, 0)
+                            model.edits_of(task).set_rank(*place, 0)
                 ranks = share_out(model, {task: finished.gains(task) for task in experts}, budget)
             for task in experts:
                 if not finished.restore(model, task):
@@ -319,7 +319,7 @@ class _Finished:
             return False
         ranks = self._tensors[f"ranks.{task}"].tolist()
         for index, (place, rank) in enumerate(zip(self._places, ranks, strict=True)):
-            function = model.set_rank(task, *place, rank)
+            function = model.edits_of(task).set_rank(*place, rank)
             if function is not None:
                 start = f"edits.{task}.{index}."
                 function.load({n: self._tensors[start + n] for n in function.tensors()})
@@ -331,8 +331,8 @@ class _Finished:
         self._save()
 
     def keep_edits(self, model: InterventionModel, task: str, features: Tensor) -> None:
-        ranks = model.ranks()[task]
-        of_places = [ranks[site].get(block, 0) for site, block in self._places]
+        ranks = model.edits_of(task).ranks()
+        of_places = [ranks[site].get(str(block), 0) for site, block in self._places]
         self._tensors[f"ranks.{task}"] = torch.tensor(of_places)
         self._tensors[f"features.{task}"] = features
         for index, (site, block) in enumerate(self._places):

@@ -139,7 +139,7 @@ class Sweep:
             after_block: called when all images have left a block.
         """
         for place in self.places:
-            self.model.set_rank(self.task, *place, 0)
+            self.model.edits_of(self.task).set_rank(*place, 0)
         rows = torch.arange(len(keys)).split(self._batch_size)
         mine = rows[self.fabric.global_rank :: self.fabric.world_size]
         batches = [[keys[row] for row in part.tolist()] for part in mine]
@@ -191,7 +191,7 @@ class Sweep:
         self._place(site, block, moments)
         if leave and site == "block":
             for index, state in enumerate(states):
-                states[index] = self.model.apply_edit(site, block, state)
+                states[index] = self.tower.tapped(site, block, state)
         elif leave:
             self._move_on(self.tower, block, states)
 
@@ -207,8 +207,9 @@ class Sweep:
         rank = worthwhile if self.ranks is None else self.ranks[site, block]
         if not moments.weight.any():
             rank = 0  # no token here is read by anything
-        function = self.model.set_rank(self.task, site, block, rank)
+        function = self.model.edits_of(self.task).set_rank(site, block, rank)
         if function is not None:
+            function.to(self.device)
             one = self.model.placements[site].copies is None
             solved = form.solved(regression, rank)
             function.load({name: t.squeeze(0) if one else t for name, t in solved.items()})
