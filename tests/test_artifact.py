@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -302,7 +303,7 @@ def test_a_file_in_the_way(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="file cannot be written to"):
         small_model().save_pretrained(tmp_path / "file" / "m")
-    with pytest.raises(ConfigError, match="file is not a directory; allowed: a new or empty folder"):
+    with pytest.raises(ConfigError, match="file is not a directory; allowed"):
         small_model().save_pretrained(tmp_path / "file")
     assert (tmp_path / "file").is_file()
 
@@ -371,8 +372,9 @@ def test_two_savers_and_a_reader(tmp_path):
             for model in models.values()
         ]
         while not all(each.done() for each in saving):
-            read = InterventionModel.from_pretrained(tmp_path / "m")
-            assert torch.equal(features(read), expected[read.seed])
+            with suppress(ArtifactError):  # it may find half of either, and then says so
+                read = InterventionModel.from_pretrained(tmp_path / "m")
+                assert torch.equal(features(read), expected[read.seed])
     for each in saving:
         each.result()
     models[1].save_pretrained(tmp_path / "m")

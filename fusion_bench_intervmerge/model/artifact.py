@@ -25,7 +25,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from ..config import ArtifactError, ConfigError, Json, Strict, check_task_name, checked
@@ -126,7 +126,7 @@ class Artifact:
             if self.router is not None:
                 _save(self.router.tensors(), temporary / ROUTER)
             config["files"] = {
-                file.relative_to(temporary).as_posix(): _digest_of_file(file)
+                file.relative_to(temporary).as_posix(): _digest(file.read_bytes())
                 for file in sorted(temporary.rglob("*"))
                 if file.is_file()
             }
@@ -149,16 +149,17 @@ class Artifact:
     def _read(cls, folder: Path) -> Artifact:
         config = _read_config(folder)
         known = _files_of(config.tasks)
-        for name, digest in config.files.items():
+        for name in config.files:
             if name not in known:
                 raise ArtifactError(f"{folder / CONFIG}: files: unknown: {name[:60]!r}")
-            _check_file(folder / name, digest)
+        # Each file is read once: what is used is what was checked, also while another saves there.
+        content = {name: _checked(folder / name, sha) for name, sha in config.files.items()}
 
         def tensors(name: str) -> dict[str, Tensor]:
-            if name not in config.files:
+            if name not in content:
                 raise ArtifactError(f"{folder / CONFIG}: files: {name} is missing")
             try:
-                return load_file(folder / name)
+                return load(content.pop(name))
             except SafetensorError as error:
                 raise ArtifactError(f"{folder / name}: not a safetensors file ({error})") from None
 
@@ -247,27 +248,25 @@ def _read_config(folder: Path) -> Config:
     return read
 
 
-def _check_file(path: Path, digest: str) -> None:
-    """Make sure that a file has the digest that config.json says."""
+def _checked(path: Path, digest: str) -> bytes:
+    """A file's content, if it has the digest that config.json says."""
     if not path.is_file():
         raise ArtifactError(f"{path}: missing")
-    if digest != _digest_of_file(path):
+    content = path.read_bytes()
+    if digest != _digest(content):
         meant = ", not the weights that the edits were trained on" * path.match(MERGED)
         why = "its digest differs from config.json's"
         raise ArtifactError(f"{path}: torn or another file{meant} ({why})")
+    return content
 
 
 def _digest_of_config(config: Mapping[str, object]) -> str:
     """SHA-256 of config.json's content but for this digest, however it is laid out."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    return _digest(json.dumps(config, sort_keys=True).encode())
 
 
-def _digest_of_file(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb", buffering=0) as stream:
-        while chunk := stream.read(2**20):
-            sha.update(chunk)
-    return sha.hexdigest()
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _files_of(tasks: Sequence[str]) -> list[str]:
