@@ -206,7 +206,7 @@ class Schedule:
 # Reading images once, and keeping what the loop will need of them.
 #
 # One pass over a task's images, with its expert in memory, gives the expert's features and the
-# states at which the loop starts. States are kept up to a limit of memory; images beyond it are read  # noqa: E501
+# states at which the loop starts. States are kept up to a limit of memory; images beyond it are read
 # again when they are needed.
 #
 Prepare = Callable[[Tensor], Tensor]

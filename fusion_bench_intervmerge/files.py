@@ -21,7 +21,7 @@ from .config import ConfigError
 # == files
 # Files and folders that appear whole or not at all, also while others read or write them.
 #
-# What is being written is in a hidden folder beside its place, locked by the process that writes it.  # noqa: E501
+# What is being written is in a hidden folder beside its place, locked by the process that writes it.
 # The lock ends with the process, so the next one that writes there can tell what a killed process
 # left behind, and removes it. Modes are the umask's.
 #

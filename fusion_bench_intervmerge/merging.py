@@ -164,7 +164,7 @@ def _read_coefficients(path: Path, where: str) -> Tensor:
 # == merging.mixture
 # The mixture of task vectors: theta0 + sum over tasks of lambda * tau.
 #
-# lambda is one coefficient a task (Task Arithmetic), or one a task and parameter tensor (AdaMerging,  # noqa: E501
+# lambda is one coefficient a task (Task Arithmetic), or one a task and parameter tensor (AdaMerging,
 # arXiv 2310.02575; section 3.1 of the IntervMerge paper).
 #
 class Mixture(nn.Module):
