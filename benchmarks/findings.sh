@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs all that the pages Findings, Results and Solved, not trained show of an embedded pool, and
-# puts the numbers and pictures into docs/figures.
+# Runs all studies and comparisons that docs/evidence.md shows of an embedded pool, and puts the
+# numbers and pictures into docs/figures.
 #
 #     benchmarks/findings.sh                         # clip-vit-mini_TA8, into docs/figures/studies
 #     benchmarks/findings.sh clip-vit-tiny_TA8 tiny  # into docs/figures/tiny

@@ -137,10 +137,20 @@ def relative(value: Tensor, reference: Tensor) -> float:
     return float(((value - reference).abs().max() / reference.abs().max()).detach())
 
 
-def blocks(page: str, language: str = "") -> list[str]:
-    """The code blocks of one language in a page of docs/."""
+def section(where: str) -> str:
+    """A page of docs/, or of ``page.md#Heading`` the text below that heading."""
+    page, _, heading = where.partition("#")
     text = (Path(__file__).parents[1] / "docs" / page).read_text()
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+    return (
+        re.split(r"^## ", text.partition(f"\n## {heading}\n")[2], flags=re.M)[0]
+        if heading
+        else text
+    )
+
+
+def blocks(where: str, language: str = "") -> list[str]:
+    """The code blocks of one language in a page of docs/, or in one section of it."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", section(where), re.M | re.S)
     return [block for said, block in found if said == language]
 
 

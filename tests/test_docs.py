@@ -1,22 +1,25 @@
-"""The pages say what is true: every key is in them, they build, and they need no network."""
+"""The pages say what is true: keys, links and commands are there, code runs, the site builds."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import hf_tower, perturbed
+from conftest import blocks, hf_tower, perturbed
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
 from PIL import Image
 from safetensors.torch import load_file
-from test_command import in_process
+from test_command import compose, in_process
 
 from fusion_bench_intervmerge.data import DataSettings
 from fusion_bench_intervmerge.interventions.config import InterventionConfig
@@ -25,45 +28,120 @@ from fusion_bench_intervmerge.merging import CoefficientSettings
 from fusion_bench_intervmerge.model.model import InterventionModel
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "settings.md").read_text()
+SETTINGS = (ROOT / "docs" / "settings.md").read_text()
 METHODS = sorted((ROOT / "config" / "method").rglob("*.yaml"))
+SOON = {"method=calibration", "method=featcal", "method=intervmerge/calibrated"}
+PAGES = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+    *sorted(ROOT.glob("*.md")),
+]
+
+
+# -- settings ----------------------------------------------------------------------------------
 
 
 def test_the_tables_of_the_settings_are_what_the_code_says():
     spec = importlib.util.spec_from_file_location("settings", ROOT / "docs" / "settings.py")
     settings = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(settings)
-    assert settings.render(PAGE) == PAGE, "python docs/settings.py writes them anew"
+    assert settings.render(SETTINGS) == SETTINGS, "python docs/settings.py writes them anew"
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.stem)
-def test_no_page_waits_for_something(page):
-    assert not re.search(r"^[A-Z]+$", page.read_text(), re.M)
-
-
-@pytest.mark.parametrize("file", METHODS, ids=lambda f: f.stem)
-def test_every_key_that_a_method_takes_is_on_the_page(file):
+def test_every_setting_is_on_the_page():
     """Read off the code by another way than the page is written."""
-    name = file.relative_to(ROOT / "config" / "method").with_suffix("")
-    assert f"`method={name}`" in PAGE
-    target = yaml.safe_load(file.read_text()).get("_target_")
-    if target is None:
-        return
-    for name in get_class(target).Settings.model_fields:
-        assert re.search(rf"method\.{name}\b|^\| `{name}[`.]", PAGE, re.M)
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
+    for file in METHODS:
+        name = file.relative_to(ROOT / "config" / "method").with_suffix("")
+        assert f"`method={name}`" in SETTINGS
+        target = yaml.safe_load(file.read_text()).get("_target_")
+        for key in get_class(target).Settings.model_fields if target else ():
+            assert re.search(rf"method\.{key}\b|^\| `{key}[`.]", SETTINGS, re.M), (name, key)
+    for key in (
         *InterventionConfig.model_fields,
         *CoefficientSettings.model_fields,
         *(f"data.{key}" for key in DataSettings.model_fields),
         *FUNCTION_NAMES,
-    ],
-)
-def test_every_nested_key_is_on_the_page(key):
-    assert f"\n| `{key}` | " in PAGE
+    ):
+        assert f"\n| `{key}` | " in SETTINGS, key
+
+
+# -- commands ----------------------------------------------------------------------------------
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """What follows ``fusion_bench`` in blocks and in lines; a line's ``method=X`` is one, too."""
+    fence = re.compile(r"^```\w*\n(.*?)^```$", re.M | re.S)
+    for block in fence.findall(text):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.startswith("fusion_bench "):
+                yield shlex.split(line, comments=True)[1:]
+    for line in re.findall(r"`([^`]+)`", fence.sub("", text)):
+        words = " ".join(line.split())
+        if re.match(r"(fusion_bench .*)?(method=|\+experiment=)", words) and "..." not in words:
+            yield shlex.split(words.removeprefix("fusion_bench "))
+
+
+def single_runs(words: list[str]) -> list[str]:
+    """A command with the first of every choice: composing knows no sweeps."""
+    parsed = OverridesParser.create().parse_overrides(words)
+    return [
+        f"{one.get_key_element()}={next(iter(one.sweep_string_iterator()))}"
+        if one.is_sweep_override()
+        else one.input_line
+        for one in parsed
+    ]
+
+
+def test_every_command_on_every_page_composes(tmp_path):
+    (pool,) = blocks("own-experts.md", "yaml")
+    (tmp_path / "modelpool").mkdir()
+    (tmp_path / "modelpool" / "my_pool.yaml").write_text(pool)
+    shown = {
+        tuple(words)
+        for page in PAGES
+        for words in commands(
+            re.sub(r"<!-- begin.*?<!-- end -->", "", page.read_text(), flags=re.S)
+        )
+        if not re.search("NAME|KEY", " ".join(words)) and not SOON & {*words}
+    }
+    assert len(shown) > 40
+    wrong = []
+    for words in sorted(shown):
+        own = ["hydra.searchpath=[file://" + str(tmp_path) + "]"] if "--config-dir" in words else []
+        said = [w for w in words if "=" in w or w.startswith("~")]
+        try:
+            compose(*single_runs(said), *own, return_hydra_config=True)
+        except Exception as error:  # all of them are shown together
+            wrong.append(f"fusion_bench {shlex.join(words)}: {error}")
+    assert not wrong, "\n".join(wrong)
+
+
+# -- pages -------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """What mkdocs makes of the headings."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S), re.M
+    )
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", h).strip().lower()) for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere_and_code_is_code(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        if re.match(r"\w+://", path):
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S):
+        if language == "python":
+            compile(block, str(page), "exec")
+        if language == "yaml":
+            assert yaml.safe_load(block)
 
 
 class Fetched(HTMLParser):
@@ -90,7 +168,7 @@ def test_the_site_builds_strictly_and_fetches_nothing(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     pages = list(tmp_path.glob("*.html"))
-    assert len(pages) > 10
+    assert len(pages) >= 10
     for page in pages:
         outside = [url for url in Fetched(page.read_text()).found if "//" in url]
         assert not outside, (page.name, outside)

@@ -286,7 +286,7 @@ def test_bad_input_gets_one_line(words, classes, said, model, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["classes", "saved"]
 
 
-# -- docs/export.md ----------------------------------------------------------------------------
+# -- docs/deployment.md ----------------------------------------------------------------------------
 
 
 def test_what_the_page_shows_runs(tmp_path, monkeypatch, capsys):
@@ -295,7 +295,7 @@ def test_what_the_page_shows_runs(tmp_path, monkeypatch, capsys):
     fit_router(model, {task: torch.randn(40, 3, 32, 32) for task in model.tasks})
     model.save_pretrained(tmp_path / "outputs" / "first" / "intervmerge")
     monkeypatch.chdir(tmp_path)
-    for line in blocks("export.md")[0].splitlines():
+    for line in blocks("deployment.md#Export")[0].splitlines():
         assert main(shlex.split(line)[1:]) == 0
     out, err = capsys.readouterr()
     *_, size, tasks, router = out.splitlines()
@@ -303,7 +303,7 @@ def test_what_the_page_shows_runs(tmp_path, monkeypatch, capsys):
     assert tasks == "task: 0 digits, 1 shapes"
     assert router.startswith("The router is not in the file") and err == ""
     names = {}
-    for block in blocks("export.md", "python"):
+    for block in blocks("deployment.md#Export", "python"):
         exec(block, names)
     assert len(capsys.readouterr().out.split()) == 2  # a shape and a digit
     assert names["tasks"] == ["digits", "shapes"] and names["features"].shape[0] == 2

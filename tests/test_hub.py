@@ -235,7 +235,7 @@ def test_the_page_shows_the_examples_commands(tmp_path, monkeypatch):
     monkeypatch.setenv("STEPS", "200")
     recorded = commands("push_and_classify.sh", ["OWNER/MODEL", "digits", "image.png"], tmp_path)
     run = next(w.partition("=")[2] for w in recorded[0] if w.startswith("path.log_dir="))
-    text = blocks("hub.md")[-1].replace("\\\n", " ").replace("outputs/first", run)
+    text = blocks("deployment.md#Hub")[-1].replace("\\\n", " ").replace("outputs/first", run)
     shown = [shlex.split(line) for line in text.splitlines()]
     assert [sorted(Path(w).name for w in words) for words in shown] == [
         sorted(Path(w).name for w in words) for words in recorded
@@ -246,6 +246,6 @@ def test_the_page_uses_the_stock_pipeline(tmp_path, monkeypatch, capsys):
     make_repaired().save_pretrained(tmp_path / "outputs" / "first" / "intervmerge")
     Image.effect_noise((40, 40), 60).convert("RGB").save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
-    (block,) = blocks("hub.md", "python")
+    (block,) = blocks("deployment.md#Stock pipelines", "python")
     exec(block, {})
     assert "'label': 'circle'" in capsys.readouterr().out

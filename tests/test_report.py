@@ -576,8 +576,8 @@ def test_an_analysis_with_its_figure_is_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The guide's own example, put beside the others."""
-    guide = Path(__file__).parents[1] / "docs" / "analyses.md"
-    example = re.search(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    guide = Path(__file__).parents[1] / "docs" / "extending.md"
+    example = re.search(r"```python\n(\"\"\"Spread.*?)```", guide.read_text(), re.DOTALL)
     assert example is not None
     (tmp_path / "spread.py").write_text(example[1])
     monkeypatch.setattr(analysis, "__path__", [*analysis.__path__, str(tmp_path)])

@@ -21,7 +21,7 @@ import pytest
 litserve = pytest.importorskip("litserve")
 
 from browser import CHROMIUM, Browser  # noqa: E402
-from conftest import blocks  # noqa: E402
+from conftest import blocks, section  # noqa: E402
 
 from fusion_bench_intervmerge.solving.fit_router import fit_router  # noqa: E402
 
@@ -285,19 +285,19 @@ def test_the_page_takes_what_is_drawn_and_dropped(served, tmp_path):
         assert said.startswith("image: not a picture")
 
 
-# -- docs/serving.md ---------------------------------------------------------------------------
+# -- docs/deployment.md ---------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_what_the_page_asks_is_answered(served, tmp_path):
     (tmp_path / "image.png").write_bytes(base64.b64decode(a_picture()))
-    command = blocks("serving.md")[1].replace(":8000", f":{served[1]}")
+    command = blocks("deployment.md#A service")[1].replace(":8000", f":{served[1]}")
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, check=True)
     assert service.json.loads(done.stdout).keys() == {"task", "class", "score"}
 
 
 def test_the_page_names_the_scripts_options_and_their_defaults():
-    page = (ROOT / "docs" / "serving.md").read_text()
+    page = section("deployment.md#A service")
     script = (ROOT / "examples" / "serve.py").read_text()
     for option, value in re.findall(r"`(--[a-z]+)(?: ([\d.]+))?`", page):
         default = f"default={value}," if value and option != "--host" else ""

@@ -244,7 +244,7 @@ FINETUNING = Gentle(steps=400, batch_size=48, lr=7e-4, keep=2.0, keep_batch_size
 
 @dataclass(frozen=True)
 class MiniRecipe(Recipe):
-    """The recipe of ``clip-vit-mini_TA8``; ``docs/embedded-pools.md`` tells how it was found."""
+    """The recipe of ``clip-vit-mini_TA8``; ``benchmarks/pools.md`` tells how it was chosen."""
 
     blocks: int = 12
     pictures: Pictures = Pictures()
