@@ -1,6 +1,6 @@
 """Routers on an embedded pool: how often the task is told right, and what that does to accuracy.
 
-    python benchmarks/routing.py                       # the tables of docs/data/rout*_tiny.csv, in minutes
+    python benchmarks/routing.py                       # docs/data/rout*_tiny.csv, in minutes
     python benchmarks/routing.py --seeds 1 --images 32
 
 Edits are solved in closed form on validation images (24,768 numbers on Task Arithmetic); routers
