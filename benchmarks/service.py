@@ -40,6 +40,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from fusion_bench_intervmerge.deploy.clip import image_processor
 from fusion_bench_intervmerge.deploy.heads import known_heads
+from fusion_bench_intervmerge.deploy.images import decode_image, pixel_values
 from fusion_bench_intervmerge.encoders import as_tower
 from fusion_bench_intervmerge.fusion.embedded.pool import load_processor
 from fusion_bench_intervmerge.model.model import InterventionModel
@@ -102,12 +103,22 @@ def serving(folder: Path, *options: str) -> Iterator[int]:
                 time.sleep(0.2)
             yield port
         finally:
-            os.killpg(process.pid, signal.SIGINT)
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.terminate()
+            until = time.monotonic() + 30
+            while process.poll() is None or is_running(process.pid):
+                if time.monotonic() > until:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    raise RuntimeError("the service did not stop with all its processes")
+                time.sleep(0.1)
+
+
+def is_running(group: int) -> bool:
+    """Whether a process of a group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def is_ready(port: int) -> bool:
@@ -121,9 +132,12 @@ def is_ready(port: int) -> bool:
         connection.close()
 
 
-def ask(connection: HTTPConnection, task: Any, image: Any) -> tuple[int, dict[str, Any]]:
+def ask(
+    connection: HTTPConnection, task: Any = None, image: Any = None
+) -> tuple[int, dict[str, Any]]:
     """One request: status, answer."""
-    body = json.dumps({"task": task, "image": image})
+    given = {"task": task, "image": image}
+    body = json.dumps({key: value for key, value in given.items() if value is not None})
     connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
     response = connection.getresponse()
     return response.status, json.loads(response.read())
@@ -150,9 +164,8 @@ def right_answers(
     processor = image_processor(model)
     found = {}
     for task, encoded in images.items():
-        opened = [Image.open(io.BytesIO(base64.b64decode(x))).convert("RGB") for x in encoded]
-        pixels = processor(opened, return_tensors="pt")["pixel_values"]
-        features = F.normalize(model.encode(pixels, task), dim=-1)
+        opened = [decode_image(base64.b64decode(x)) for x in encoded]
+        features = F.normalize(model.encode(pixel_values(processor, opened), task), dim=-1)
         shares = (features @ heads[task].T).softmax(dim=-1)
         for index, share in enumerate(shares):
             found[task, index] = names[task][int(share.argmax())], float(share.max())

@@ -15,61 +15,36 @@ knows of its tasks; ``--classes`` and ``--clip`` tell others, as for ``intervmer
 
 import argparse
 import base64
-import binascii
-import io
 import json
+import multiprocessing
+import signal
 import sys
 from pathlib import Path
 
 import litserve
 import torch
 from fastapi.exceptions import RequestValidationError
-from PIL import Image
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import Route
+from torch import Tensor
 
 from fusion_bench_intervmerge.model.hub import local_folder
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-MOST_PIXELS = 32_000_000
-MOST_BYTES = 24_000_000
+MAX_BYTES = 24_000_000
 PAGE = Path(__file__).with_suffix(".html")
 
 
-class Asked(BaseModel):
-    """A request. What is wrong with it is found before it takes a place in a batch."""
+class Query(BaseModel):
+    """The body of a request; the image is a file's bytes in base64."""
 
     image: str
     task: str
 
-    @field_validator("image")
-    @classmethod
-    def is_a_picture(cls, image: str) -> str:
-        try:
-            open_picture(image)
-        except binascii.Error:
-            raise ValueError("not in base64") from None
-        return image
-
-
-def open_picture(image: str) -> Image.Image:
-    """A picture whose pixels are not read yet; its size is in its first bytes."""
-    content = base64.b64decode(image, validate=True)
-    try:
-        picture = Image.open(io.BytesIO(content), formats=FORMATS)
-    except Image.DecompressionBombError:
-        raise ValueError("too many pixels") from None
-    except (OSError, SyntaxError, ValueError):
-        raise ValueError(f"not a picture ({', '.join(FORMATS)})") from None
-    if picture.width * picture.height > MOST_PIXELS:
-        raise ValueError("too many pixels")
-    return picture
-
 
 class Refusal(Exception):
-    """One line for whoever asked; the others of the batch get their answers."""
+    """One line for the client; the others of the batch get their answers."""
 
 
 class Classifier(litserve.LitAPI):
@@ -87,8 +62,10 @@ class Classifier(litserve.LitAPI):
         # Here and not above: the process that takes the requests needs none of it.
         from fusion_bench_intervmerge.deploy.clip import image_processor
         from fusion_bench_intervmerge.deploy.heads import Heads, known_heads, read_classes
+        from fusion_bench_intervmerge.deploy.images import decode_image, pixel_values
         from fusion_bench_intervmerge.model.model import InterventionModel
 
+        self.decode_image, self.pixel_values = decode_image, pixel_values
         name, classes, clip = self.sources
         self.model = InterventionModel.from_pretrained(name).fold().to(device)
         self.processor = image_processor(self.model)
@@ -97,43 +74,46 @@ class Classifier(litserve.LitAPI):
         self.heads = Heads([heads[task] for task in self.model.tasks]).to(device)
         self.names = [*self.model.tasks, *(["auto"] if self.model.router is not None else [])]
 
-    def decode_request(self, request: Asked):
+    def decode_request(self, request: Query):
         # A refusal is returned: raised, it would be the answer to the whole batch.
         if request.task not in self.names:
             return Refusal(f"task: there is no {request.task!r}, but {', '.join(self.names)}")
         try:
-            picture = open_picture(request.image).convert("RGB")
-        except (OSError, SyntaxError, ValueError):
-            return Refusal("image: it is torn")
-        return self.processor(picture, return_tensors="pt")["pixel_values"][0], request.task
+            content = base64.b64decode(request.image, validate=True)
+        except ValueError:
+            return Refusal("image: not in base64")
+        try:
+            image = self.decode_image(content)
+            return self.pixel_values(self.processor, [image])[0], request.task
+        except ValueError as error:
+            return Refusal(f"image: {error}")
 
     def batch(self, inputs):
         return inputs
 
     @torch.inference_mode()
     def predict(self, batch):
-        asked = [entry for entry in batch if not isinstance(entry, Refusal)]
-        answers = iter(self.classify(*zip(*asked, strict=True)) if asked else [])
+        images = [entry for entry in batch if not isinstance(entry, Refusal)]
+        answers = iter(self.classify(*zip(*images, strict=True)) if images else [])
         return [entry if isinstance(entry, Refusal) else next(answers) for entry in batch]
 
     def classify(self, images, tasks):
-        """Images and their tasks, ``auto`` among them -> an answer each, in one forward pass."""
+        """Images and their tasks, perhaps ``auto`` -> one answer per image, in one forward pass."""
         images, tasks = torch.stack(images).to(self.device), list(tasks)
-        unnamed = [index for index, task in enumerate(tasks) if task == "auto"]
-        if unnamed:
-            for index, task in zip(unnamed, self.model.route(images[unnamed]), strict=True):
+        routed = [index for index, task in enumerate(tasks) if task == "auto"]
+        if routed:
+            for index, task in zip(routed, self.model.route(images[routed]), strict=True):
                 tasks[index] = task
         answers = [Refusal("image: of no known task")] * len(tasks)
         known = [index for index, task in enumerate(tasks) if task is not None]
         if not known:
             return answers
         named = [tasks[index] for index in known]
-        indices = torch.tensor([self.model.tasks.index(task) for task in named])
-        logits = self.heads(self.model.encode(images[known], named), indices.to(images.device))
-        scores, places = logits.softmax(dim=-1).max(dim=-1)
-        found = zip(known, named, places.tolist(), scores.tolist(), strict=True)
-        for index, task, place, score in found:
-            answers[index] = {"task": task, "class": self.classes[task][place], "score": score}
+        heads = torch.tensor([self.model.tasks.index(task) for task in named])
+        logits = self.heads(self.model.encode(images[known], named), heads.to(images.device))
+        best = logits.softmax(dim=-1).max(dim=-1)
+        for index, task, score, row in zip(known, named, *map(Tensor.tolist, best), strict=True):
+            answers[index] = {"task": task, "class": self.classes[task][row], "score": score}
         return answers
 
     def unbatch(self, output):
@@ -176,7 +156,7 @@ def make_server(options: argparse.Namespace) -> litserve.LitServer:
         classifier,
         accelerator=options.accelerator,
         timeout=options.timeout,
-        max_payload_size=MOST_BYTES,
+        max_payload_size=MAX_BYTES,
         model_metadata={"tasks": tasks},
     )
     server.app.add_exception_handler(RequestValidationError, in_one_line)
@@ -199,7 +179,22 @@ def main() -> None:
     options = parser.parse_args()
     if options.batch < 2:
         parser.error("--batch: 2 or more")
-    make_server(options).run(host=options.host, port=options.port, generate_client_file=False)
+    server = make_server(options)
+    # LitServe ends its processes after Ctrl-C alone; after `kill` they would go on answering.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        server.run(host=options.host, port=options.port, generate_client_file=False)
+    except KeyboardInterrupt:  # before the service was ready
+        pass
+    finally:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+
+def stop(number, frame) -> None:
+    """A signal handler; processes that are forked later inherit it."""
+    raise KeyboardInterrupt if multiprocessing.parent_process() is None else SystemExit
 
 
 if __name__ == "__main__":

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import base64
 import importlib.util
-import io
 import re
 import runpy
 import shutil
-import struct
 import subprocess
 import sys
 import threading
-import zlib
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -35,7 +32,10 @@ spec.loader.exec_module(service)
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """A saved model, and the port it is served at: one service, which must outlive all tests."""
+    """A saved model, and the port it is served at: one service, which must outlive all tests.
+
+    Stopping it fails if a process of the service is left.
+    """
     folder = tmp_path_factory.mktemp("service")
     model = service.make_model("tiny", TASKS, folder, rank=4)
     fit_router(model, {t: prepared(model, service.pictures([t], 40)[t]) for t in TASKS})
@@ -55,44 +55,26 @@ def connection(served):
 
 def prepared(model, pictures):
     """Pictures in base64 -> pixel values."""
-    decoded = [service.Image.open(io.BytesIO(base64.b64decode(p))).convert("RGB") for p in pictures]
-    processor = service.image_processor(model)
-    return processor(decoded, return_tensors="pt")["pixel_values"]
+    decoded = [service.decode_image(base64.b64decode(picture)) for picture in pictures]
+    return service.pixel_values(service.image_processor(model), decoded)
 
 
 def a_picture():
     return service.pictures(["digits"], 1)["digits"][0]
 
 
-def a_bomb(side):
-    """A PNG of a few bytes that says it is that wide and high."""
-    content = b"\x89PNG\r\n\x1a\n"
-    size = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    for kind, data in ((b"IHDR", size), (b"IDAT", zlib.compress(bytes(100)))):
-        checked = struct.pack(">I", zlib.crc32(kind + data))
-        content += struct.pack(">I", len(data)) + kind + data + checked
-    return base64.b64encode(content).decode()
-
-
-def a_torn_one():
+def half_a_picture():
     content = base64.b64decode(a_picture())
     return base64.b64encode(content[: len(content) // 2]).decode()
-
-
-def test_many_clients_get_what_encode_gives(served):
-    model, port = served
-    found = service.load(port, model, requests=160, clients=8, images_a_task=8)
-    assert found["requests"] == 160 and found["wrong"] == 0
-    assert found["largest deviation of a score"] < 1e-5
 
 
 def test_the_task_may_be_left_to_the_router(served, connection):
     model, _ = served
     pictures = [service.pictures([task], 12)[task] for task in TASKS]
-    told = [model.route(prepared(model, some)) for some in pictures]
-    for of, task in enumerate(TASKS):
-        assert told[of].count(task) > 9
-    for some, tasks in zip(pictures, told, strict=True):
+    routed = [model.route(prepared(model, some)) for some in pictures]
+    for index, task in enumerate(TASKS):
+        assert routed[index].count(task) > 9
+    for some, tasks in zip(pictures, routed, strict=True):
         for image, task in list(zip(some, tasks, strict=True))[:4]:
             status, said = service.ask(connection, "auto", image)
             name, score = service.right_answers(model, {task: [image]})[task, 0]
@@ -100,17 +82,14 @@ def test_the_task_may_be_left_to_the_router(served, connection):
             assert abs(said["score"] - score) < 1e-5
 
 
-def serve_script():
-    return runpy.run_path(str(ROOT / "examples" / "serve.py"))
-
-
-def test_without_a_router_every_task_is_told(tmp_path):
-    service.make_model("tiny", TASKS, tmp_path)
-    script = serve_script()
-    api = script["Classifier"](str(tmp_path / "model"), None, None, max_batch_size=2)
-    api.setup("cpu")
-    said = api.decode_request(script["Asked"](task="auto", image=a_picture()))
-    assert str(said) == "task: there is no 'auto', but digits, shapes"
+def classifier(model):
+    """The service's own class in this process, with a model in it."""
+    api = runpy.run_path(str(ROOT / "examples" / "serve.py"))["Classifier"]
+    api = api("somewhere", None, None, max_batch_size=2)
+    api.model, api.device = model, "cpu"
+    api.heads = lambda features, indices: features[:, :8]
+    api.classes = {task: list("abcdefgh") for task in TASKS}
+    return api
 
 
 def test_an_image_of_no_known_task_costs_the_others_nothing(served):
@@ -120,11 +99,7 @@ def test_an_image_of_no_known_task_costs_the_others_nothing(served):
         def route(self, images):
             return [None] * len(images)
 
-    script = serve_script()
-    api = script["Classifier"]("somewhere", None, None, max_batch_size=2)
-    api.model, api.device = Refuses(), "cpu"
-    api.heads = lambda features, indices: features[:, :8]
-    api.classes = {task: list("abcdefgh") for task in TASKS}
+    api = classifier(Refuses())
     images = list(prepared(served[0], 3 * [a_picture()]))
     refused, answer, again = api.predict(list(zip(images, ["auto", "shapes", "auto"], strict=True)))
     assert str(refused) == str(again) == "image: of no known task" and answer["task"] == "shapes"
@@ -134,102 +109,83 @@ def test_an_image_of_no_known_task_costs_the_others_nothing(served):
 
 BAD = {
     "no image": ({"task": "digits"}, "image: Field required"),
-    "no task": ({"image": a_picture()}, "task: Field required"),
     "a task of another type": (
         {"task": ["digits"], "image": a_picture()},
         "task: Input should be a valid string",
-    ),
-    "an image of another type": (
-        {"task": "digits", "image": 3},
-        "image: Input should be a valid string",
     ),
     "an unknown task": (
         {"task": "wasps", "image": a_picture()},
         "task: there is no 'wasps', but digits, shapes, auto",
     ),
     "no base64": ({"task": "digits", "image": "%%"}, "image: not in base64"),
-    "no picture": (
-        {"task": "digits", "image": base64.b64encode(b"GIF99").decode()},
-        "image: not a picture (PNG, JPEG, WEBP, GIF, BMP)",
-    ),
+    "no letters of ASCII": ({"task": "digits", "image": "é"}, "image: not in base64"),
     "an empty one": (
         {"task": "digits", "image": ""},
-        "image: not a picture (PNG, JPEG, WEBP, GIF, BMP)",
+        "image: not an image (PNG, JPEG, WEBP, GIF, BMP)",
     ),
-    "half a picture": ({"task": "digits", "image": a_torn_one()}, "image: it is torn"),
-    "a bomb": ({"task": "digits", "image": a_bomb(60_000)}, "image: too many pixels"),
-    "a smaller bomb": ({"task": "digits", "image": a_bomb(8_000)}, "image: too many pixels"),
+    "half a picture": ({"task": "digits", "image": half_a_picture()}, "image: damaged"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_request_gets_one_line(name, connection):
-    asked, said = BAD[name]
-    body = service.json.dumps(asked)
-    connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    assert response.status == 422
-    answer = service.json.loads(response.read())
-    assert answer == {"detail": said}
-    assert service.is_ready(connection.port)
+    request, said = BAD[name]
+    assert service.ask(connection, **request) == (422, {"detail": said})
+
+
+FORM, JSON = "application/x-www-form-urlencoded", "application/json"
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "said"),
+    ("body", "kind", "status", "said"),
     [
-        (b'{"task": ', 422, "request: JSON decode error"),
-        (b"", 422, "request: Field required"),
-        (b"[]", 422, "request: Input should be a valid dictionary"),
-        (b'"' + 25_000_000 * b"A" + b'"', 413, "Payload too large"),
+        (b'{"task": ', JSON, 422, "request: JSON decode error"),
+        (b"", JSON, 422, "request: Field required"),
+        (b"[]", JSON, 422, "request: Input should be a valid dictionary"),
+        (b"\xff", JSON, 400, "There was an error parsing the body"),
+        (b"[" * 100_000, JSON, 400, "There was an error parsing the body"),
+        (b"task=digits&image=AAAA", FORM, 422, "request: Input should be a valid dictionary"),
+        (b"--x--", "multipart/form-data; boundary=x", 422, "request: Input should be a valid"),
+        (b'"' + 25_000_000 * b"A" + b'"', JSON, 413, "Payload too large"),
     ],
-    ids=["half a JSON", "nothing", "a list", "too much"],
+    ids=["half a JSON", "nothing", "a list", "bytes", "deep", "a form", "parts", "too much"],
 )
-def test_a_body_that_is_no_request(body, status, said, connection):
-    connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
+def test_a_body_that_is_no_request(body, kind, status, said, connection):
+    connection.request("POST", "/predict", body, {"Content-Type": kind})
     response = connection.getresponse()
     assert response.status == status
     assert service.json.loads(response.read())["detail"].startswith(said)
-    assert service.is_ready(connection.port)
 
 
 def test_bad_requests_cost_the_good_ones_of_their_batch_nothing(served):
     model, port = served
-    right = service.right_answers(model, {"digits": [a_picture()]})["digits", 0]
-    answers = []
+    right = {}
 
-    def client(bad):
-        connection = HTTPConnection("127.0.0.1", port, timeout=60)
-        for _ in range(8):
-            asked = BAD["half a picture" if bad else "an unknown task"][0] if bad else None
-            task, image = (asked["task"], asked["image"]) if bad else ("digits", a_picture())
-            answers.append((bad, *service.ask(connection, task, image)))
-        connection.close()
+    def client():
+        right.update(service.load(port, model, requests=120, clients=6, images_a_task=8))
 
-    threads = [threading.Thread(target=client, args=(bad,)) for bad in 4 * [True, False]]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(answers) == 64
-    for bad, status, said in answers:
-        if bad:
-            assert (status, said) == (422, {"detail": "image: it is torn"})
-        else:
-            assert status == 200 and said["class"] == right[0]
-            assert abs(said["score"] - right[1]) < 1e-5
+    good = threading.Thread(target=client)
+    good.start()
+    connection, refused = HTTPConnection("127.0.0.1", port, timeout=60), 0
+    while good.is_alive():
+        request, said = list(BAD.values())[refused % len(BAD)]
+        assert service.ask(connection, **request) == (422, {"detail": said})
+        refused += 1
+    connection.close()
+    assert right["requests"] == 120 and right["wrong"] == 0 and refused > 10
+    assert right["largest deviation of a score"] < 1e-5
 
 
 @pytest.mark.parametrize(
     ("model", "said"),
     [
         ("nowhere", "nowhere: no saved model"),
-        ("empty", "empty: no saved model"),
         ("torn", "torn: no saved model"),
         ("unknown", "unknown does not know its tasks' classes; name them by --classes FILE"),
     ],
 )
-def test_a_model_that_cannot_be_served(model, said, tmp_path, monkeypatch, capsys):
-    for name in ("empty", "torn", "unknown"):
+def test_a_model_that_cannot_be_served(model, said, tmp_path, monkeypatch):
+    for name in ("torn", "unknown"):
         (tmp_path / name).mkdir()
     (tmp_path / "torn" / "config.json").write_text("{")
     (tmp_path / "unknown" / "config.json").write_text('{"tasks": ["ants"], "metadata": {}}')
@@ -238,16 +194,6 @@ def test_a_model_that_cannot_be_served(model, said, tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit, match=said) as stopped:
         runpy.run_path(str(ROOT / "examples" / "serve.py"), run_name="__main__")
     assert "\n" not in str(stopped.value)
-
-
-def test_pictures_of_all_kinds(served, connection):
-    picture = service.Image.open(io.BytesIO(base64.b64decode(a_picture())))
-    for mode, form in (("L", "png"), ("RGBA", "png"), ("P", "gif"), ("RGB", "jpeg"), ("1", "bmp")):
-        stream = io.BytesIO()
-        picture.resize((50, 40)).convert(mode).save(stream, form)
-        image = base64.b64encode(stream.getvalue()).decode()
-        status, said = service.ask(connection, "digits", image)
-        assert status == 200 and said["class"] in served[0].metadata["classes"]["digits"]["names"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium to open the page in")
@@ -282,7 +228,7 @@ def test_the_page_takes_what_is_drawn_and_dropped(served, tmp_path):
         assert browser.console == []
         browser.evaluate("dropped = 'AAAA'; " + send)
         said = browser.wait_for("document.querySelector('#answer.bad') && answer.textContent")
-        assert said.startswith("image: not a picture")
+        assert said.startswith("image: not an image")
 
 
 # -- docs/deployment.md ---------------------------------------------------------------------------

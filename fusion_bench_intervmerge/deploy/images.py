@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 32_000_000
 # A processor scales the shorter side to the encoder's size, and the longer one with it.
 MAX_RATIO = 100
@@ -47,7 +47,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    return image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
+    return image.convert("RGB")
 
 
 def pixel_values(processor: Any, images: Sequence[Image.Image]) -> Tensor:
