@@ -143,7 +143,7 @@ class Place:
         # read once, when the libraries are imported
         os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{self.server.server_port}"
         os.environ["HF_HOME"] = str(root / "home")
-        from fusion_bench_intervmerge.tinyclip.build import ensure_pool
+        from fusion_bench_intervmerge.tinyclip import ensure_pool
 
         models(root / "hub")
         self.files = pictures(root / "data")

@@ -237,7 +237,7 @@ class Door:
         from fusion_bench_intervmerge.encoders import as_tower
         from fusion_bench_intervmerge.fusion import algorithm, analyse, comparison
         from fusion_bench_intervmerge.model.model import InterventionModel
-        from fusion_bench_intervmerge.tinyclip.build import ensure_pool
+        from fusion_bench_intervmerge.tinyclip import ensure_pool
 
         small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
         small |= {"num_attention_heads": 4}

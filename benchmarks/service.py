@@ -44,7 +44,7 @@ from fusion_bench_intervmerge.deploy.images import decode_image, pixel_values
 from fusion_bench_intervmerge.encoders import as_tower
 from fusion_bench_intervmerge.fusion.embedded.pool import load_processor
 from fusion_bench_intervmerge.model.model import InterventionModel
-from fusion_bench_intervmerge.tinyclip.build import ensure_pool
+from fusion_bench_intervmerge.tinyclip import ensure_pool
 from fusion_bench_intervmerge.tinyclip.tasks import TASKS
 
 SERVE = Path(__file__).parents[1] / "examples" / "serve.py"

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPModel, CLIPProcessor, CLIPVisionModel
 
 from fusion_bench_intervmerge.fusion.algorithm import IntervMergeAlgorithm
-from fusion_bench_intervmerge.tinyclip.build import ensure_pool
+from fusion_bench_intervmerge.tinyclip import ensure_pool
 
 
 class Drawn(Dataset):

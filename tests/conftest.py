@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,9 +22,6 @@ from transformers import (
 from fusion_bench_intervmerge.encoders import as_tower
 from fusion_bench_intervmerge.encoders.base import VisionTower
 from fusion_bench_intervmerge.encoders.convert import to_openclip
-
-# what hostile files are made of; the campaigns themselves are longer than tests may be
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 TASKS = ["ants", "bees", "cats"]
 

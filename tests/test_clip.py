@@ -110,7 +110,7 @@ def test_what_does_not_fit(family, tmp_path):
 def make_repaired(num_blocks=None):
     """Edits at random on the embedded CLIP itself, or on its first blocks."""
     from fusion_bench_intervmerge.encoders import as_tower
-    from fusion_bench_intervmerge.tinyclip.build import ensure_pool
+    from fusion_bench_intervmerge.tinyclip import ensure_pool
     from fusion_bench_intervmerge.tinyclip.tasks import TASKS as EMBEDDED
 
     base, tasks = str(ensure_pool() / "pretrained"), ["digits", "shapes"]

@@ -531,7 +531,7 @@ def test_a_stopped_run_knows_its_images():
     ],
 )
 def test_a_training_outlives_a_save_that_failed(failure, said, tmp_path, monkeypatch):
-    from fusion_bench_intervmerge.tinyclip.build import ensure_pool
+    from fusion_bench_intervmerge.tinyclip import ensure_pool
 
     pool = ensure_pool()
     (tmp_path / "cache").mkdir()

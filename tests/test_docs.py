@@ -180,7 +180,7 @@ def test_the_site_builds_strictly_and_fetches_nothing(tmp_path):
 
 
 def test_a_pool_of_ones_own_needs_no_class_names(tmp_path, capfd):
-    from fusion_bench_intervmerge.tinyclip.build import ensure_pool
+    from fusion_bench_intervmerge.tinyclip import ensure_pool
 
     built = ensure_pool()
     pool = {

@@ -572,8 +572,9 @@ def test_the_configs_extend_fusionbenchs(name):
 @pytest.fixture
 def embedded():
     from fusion_bench_intervmerge.fusion.embedded import openclip
+    from fusion_bench_intervmerge.tinyclip import ensure_pool
 
-    openclip.ensure_pool()
+    ensure_pool()
     return openclip
 
 

@@ -24,7 +24,7 @@ from fusion_bench_intervmerge.config import ConfigError
 from fusion_bench_intervmerge.expert_cache import ExpertCache
 from fusion_bench_intervmerge.files import CACHE_VARIABLE, cache_root
 from fusion_bench_intervmerge.report.study import read_study, table, write_study
-from fusion_bench_intervmerge.tinyclip.build import ensure_pool
+from fusion_bench_intervmerge.tinyclip import ensure_pool
 from hydra_plugins.intervmerge_sweeper import GridSweeper
 
 TASKS = ["digits", "shapes"]

@@ -1,6 +1,5 @@
-"""Small real CLIPs with eight experts each, made and kept offline, without FusionBench."""
+"""Small real CLIPs with eight experts each, unpacked offline, without FusionBench."""
 
-from .build import ensure_pool
-from .pools import MINI, POOLS, TINY, Pool
+from .pools import MINI, POOLS, TINY, Pool, ensure_pool
 
 __all__ = ["MINI", "POOLS", "TINY", "Pool", "ensure_pool"]

@@ -1,7 +1,7 @@
 """Real images that ship with the package: MNIST digits, Fashion-MNIST photographs, Noto emoji.
 
 Each kind is one PNG sheet in ``material/``, beside the licences (``NOTICE.md``);
-``benchmarks/mini_material.py`` cut the sheets out of public packages.
+``tools/mini_material.py`` cut the sheets out of public packages.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from PIL import Image
 from ..config import ConfigError
 
 FOLDER = Path(__file__).parent / "material"
+DIGESTS = "digests.json"
 COLUMNS = 64
-EACH = 450  # images a class of MNIST and Fashion-MNIST, class by class
+EACH = 450  # images per class of MNIST and Fashion-MNIST, class by class
 PARTS = {"train": (0.0, 0.7), "validation": (0.7, 0.78), "test": (0.78, 1.0)}
 
 
@@ -44,9 +45,9 @@ class Emoji:
 def scans(name: str) -> dict[str, list[np.ndarray]]:
     """Split -> label -> images (n, 28, 28), uint8; ``mnist`` or ``fashion_mnist``."""
     images = _cut(name, 28)
-    of_label = [images[label * EACH : (label + 1) * EACH] for label in range(10)]
+    by_label = [images[label * EACH : (label + 1) * EACH] for label in range(10)]
     return {
-        split: [some[int(a * EACH) : int(b * EACH)] for some in of_label]
+        split: [label[int(a * EACH) : int(b * EACH)] for label in by_label]
         for split, (a, b) in PARTS.items()
     }
 
@@ -54,10 +55,10 @@ def scans(name: str) -> dict[str, list[np.ndarray]]:
 @cache
 def emoji() -> tuple[Emoji, ...]:
     """All of them, in Unicode's order."""
-    shown = json.loads(_shipped("emoji.json").read_text(encoding="utf-8"))
+    entries = json.loads(verified(FOLDER / "emoji.json").read_text(encoding="utf-8"))
     return tuple(
-        Emoji(picture, told["name"], told["group"], told["tone"], _split(told["name"]))
-        for picture, told in zip(_cut("emoji", 32), shown, strict=False)
+        Emoji(picture, **entry, split=_split(entry["name"]))
+        for picture, entry in zip(_cut("emoji", 32), entries, strict=False)
     )
 
 
@@ -66,16 +67,16 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def check(path: Path, digest: str) -> None:
-    """Raises :class:`ConfigError` unless the file has that SHA-256."""
-    if not path.is_file() or sha256(path) != digest:
+def verified(path: Path) -> Path:
+    """A file that ships, checked against ``digests.json`` beside it.
+
+    Raises:
+        ConfigError: it is damaged, or gone.
+    """
+    digests = json.loads((path.parent / DIGESTS).read_text(encoding="utf-8"))
+    if not path.is_file() or sha256(path) != digests[path.name]:
         raise ConfigError(str(path), "damaged, or gone", "the file as the package ships it")
-
-
-def _shipped(name: str) -> Path:
-    digests = json.loads((FOLDER / "digests.json").read_text(encoding="utf-8"))
-    check(FOLDER / name, digests[name])
-    return FOLDER / name
+    return path
 
 
 def _split(name: str) -> str:
@@ -85,7 +86,7 @@ def _split(name: str) -> str:
 
 def _cut(name: str, side: int) -> np.ndarray:
     """The images of a sheet, row by row, filling included."""
-    sheet = np.asarray(Image.open(_shipped(f"{name}.png")))
+    sheet = np.asarray(Image.open(verified(FOLDER / f"{name}.png")))
     rows, rest = len(sheet) // side, sheet.shape[2:]
     tiles = sheet.reshape(rows, side, COLUMNS, side, *rest).swapaxes(1, 2)
     return tiles.reshape(rows * COLUMNS, side, side, *rest)

@@ -24,9 +24,13 @@ SIZE = 32
 
 SPLITS = ("train", "validation", "test")
 
+REVISION = 1
+"""To be raised when a drawing changes, so that images drawn before are not taken for today's."""
+
 Array = np.ndarray
 Rng = np.random.Generator
 Draw = Callable[[Rng, int, str], Array]
+Spectrum = Callable[[Array, Rng], Array]
 
 # Pixel centres, x to the right and y downwards, both from -1 to 1.
 Y, X = (2 * np.mgrid[:SIZE, :SIZE] + 1) / SIZE - 1
@@ -57,6 +61,10 @@ class Task:
     def captions(self, label: int) -> list[str]:
         """Every caption that describes an image of class ``label``."""
         return [prompt.format(self.classnames[label]) for prompt in self.prompts]
+
+    def all_captions(self) -> list[list[str]]:
+        """The captions of each class."""
+        return [self.captions(label) for label in range(len(self.classnames))]
 
     def images(self, seed: int, split: str, count: int) -> tuple[Array, Array]:
         """The first ``count`` images of a split; image i depends on (seed, task, split, i) alone.
@@ -214,9 +222,10 @@ def textures(rng: Rng, label: int, split: str) -> Array:
 def placed_scan(rng: Rng, scans: Array) -> Array:
     """One of some square scans, uint8 (n, side, side), of a random size at a random place."""
     side = int(rng.integers(27, 32))
-    scan = Image.fromarray(scans[rng.integers(len(scans))]).resize((side, side), Image.BICUBIC)
+    scan = Image.fromarray(scans[rng.integers(len(scans))])
     page = Image.new("L", (SIZE, SIZE))
-    page.paste(scan, tuple(int(v) for v in rng.integers(0, SIZE - side + 1, 2)))
+    left, top = (int(v) for v in rng.integers(0, SIZE - side + 1, 2))
+    page.paste(scan.resize((side, side), Image.Resampling.BICUBIC), (left, top))
     return np.asarray(page) / 255
 
 
@@ -227,7 +236,7 @@ def letter(rng: Rng, character: str) -> Array:
     place = tuple(SIZE / 2 + rng.uniform(-2, 2, 2))
     font = _font(face, int(rng.integers(23, 29)))
     ImageDraw.Draw(page).text(place, character, 255, font, anchor="mm")
-    return np.asarray(page.rotate(rng.uniform(-10, 10), Image.BILINEAR)) / 255
+    return np.asarray(page.rotate(rng.uniform(-10, 10), Image.Resampling.BILINEAR)) / 255
 
 
 def outline(rng: Rng, label: int) -> Array:
@@ -300,40 +309,23 @@ def _placed(rng: Rng, radius: tuple[float, float], turn: float) -> tuple[Array, 
     return x * cos + y * sin, y * cos - x * sin, size
 
 
-def _circle(x: Array, y: Array, r: float) -> Array:
-    return np.hypot(x, y) - r
-
-
-def _square(x: Array, y: Array, r: float) -> Array:
-    return np.maximum(abs(x), abs(y)) - 0.85 * r
-
-
-def _triangle(x: Array, y: Array, r: float) -> Array:
-    return np.maximum(0.866 * abs(x) - 0.5 * y, y) - 0.5 * r
-
-
-def _diamond(x: Array, y: Array, r: float) -> Array:
-    return (abs(x) + 0.7 * abs(y)) * 0.82 - 0.7 * r
-
-
-def _ring(x: Array, y: Array, r: float) -> Array:
-    return abs(np.hypot(x, y) - 0.78 * r) - 0.22 * r
-
-
 def _cross(x: Array, y: Array, r: float) -> Array:
     wide, narrow = np.maximum(abs(x), abs(y)) - r, np.minimum(abs(x), abs(y)) - 0.3 * r
     return np.maximum(wide, narrow)
 
 
-def _star(x: Array, y: Array, r: float) -> Array:
-    return np.hypot(x, y) - r * (0.7 - 0.3 * np.cos(5 * np.arctan2(x, y)))
-
-
-def _crescent(x: Array, y: Array, r: float) -> Array:
-    return np.maximum(np.hypot(x, y) - r, 0.75 * r - np.hypot(x - 0.55 * r, y))
-
-
-OUTLINES = (_circle, _square, _triangle, _diamond, _ring, _cross, _star, _crescent)
+OUTLINES: tuple[Callable[[Array, Array, float], Array], ...] = (
+    lambda x, y, r: np.hypot(x, y) - r,  # circle
+    lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.85 * r,  # square
+    lambda x, y, r: np.maximum(0.866 * abs(x) - 0.5 * y, y) - 0.5 * r,  # triangle
+    lambda x, y, r: (abs(x) + 0.7 * abs(y)) * 0.82 - 0.7 * r,  # diamond
+    lambda x, y, r: abs(np.hypot(x, y) - 0.78 * r) - 0.22 * r,  # ring
+    _cross,
+    lambda x, y, r: np.hypot(x, y) - r * (0.7 - 0.3 * np.cos(5 * np.arctan2(x, y))),  # star
+    lambda x, y, r: np.maximum(
+        np.hypot(x, y) - r, 0.75 * r - np.hypot(x - 0.55 * r, y)
+    ),  # crescent
+)
 
 
 def _dye(rng: Rng, label: int) -> Array:
@@ -345,16 +337,8 @@ def _dye(rng: Rng, label: int) -> Array:
 
 # Hue in degrees, saturation, value.
 HUES = (
-    (0, 0.9, 0.9),
-    (30, 0.95, 0.95),
-    (56, 0.9, 0.95),
-    (120, 0.85, 0.7),
-    (180, 0.8, 0.9),
-    (230, 0.85, 0.85),
-    (280, 0.8, 0.7),
-    (330, 0.45, 0.98),
-    (25, 0.75, 0.45),
-    (0, 0.05, 0.6),
+    *((0, 0.9, 0.9), (30, 0.95, 0.95), (56, 0.9, 0.95), (120, 0.85, 0.7), (180, 0.8, 0.9)),
+    *((230, 0.85, 0.85), (280, 0.8, 0.7), (330, 0.45, 0.98), (25, 0.75, 0.45), (0, 0.05, 0.6)),
 )
 
 
@@ -375,12 +359,12 @@ def _frequency() -> Array:
     return np.maximum(np.hypot(rows[:, None], columns), 1)
 
 
-def _power(exponent: float):
+def _power(exponent: float) -> Spectrum:
     return lambda frequency, rng: frequency ** (exponent + rng.normal(0, 0.1))
 
 
-def _band(centre: float):
-    def spectrum(frequency, rng):
+def _band(centre: float) -> Spectrum:
+    def spectrum(frequency: Array, rng: Rng) -> Array:
         middle = centre * rng.uniform(0.85, 1.15)
         return np.exp(-(((frequency - middle) / (0.25 * middle)) ** 2))
 

@@ -1,6 +1,5 @@
 """The embedded pools as FusionBench sees them: small real CLIPs and experts, no downloads."""
 
-from ...tinyclip.build import ensure_pool
 from .pool import (
     EmbeddedCLIPVisionModelPool,
     load_clip,
@@ -9,12 +8,6 @@ from .pool import (
     register_tasks,
 )
 
-__all__ = [
-    "EmbeddedCLIPVisionModelPool",
-    "ensure_pool",
-    "load_clip",
-    "load_dataset",
-    "load_processor",
-]
+__all__ = ["EmbeddedCLIPVisionModelPool", "load_clip", "load_dataset", "load_processor"]
 
 register_tasks()

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from fusion_bench.models.hf_clip import HFCLIPClassifier
-from fusion_bench.models.open_clip import ClassificationHead
+from fusion_bench.models.open_clip.modeling import ClassificationHead
 from omegaconf import OmegaConf
 from transformers import CLIPVisionModel
 
 from ...encoders.convert import to_openclip
 from ...encoders.huggingface import HuggingFaceTower
-from ...tinyclip.build import ensure_pool
 from ...tinyclip.pools import TINY, Pool
 from ..openclip.encoder import ImageEncoder
 from ..openclip.pool import OpenCLIPVisionModelPool
 from ..screen import one_line
-from .pool import PoolSettings, check_keys, datasets, folders, load_clip, load_processor, target
+from .pool import (
+    PoolSettings,
+    check_keys,
+    datasets,
+    folders,
+    load_clip,
+    load_processor,
+    pool_folder,
+    target,
+)
 
 
 class EmbeddedOpenCLIPVisionModelPool(OpenCLIPVisionModelPool):
-    """A small OpenCLIP encoder with eight experts, their heads and datasets; made ready offline.
+    """A small OpenCLIP encoder with eight experts, their heads and datasets; unpacked offline.
 
     Args:
-        seed: which pool; another seed draws, pre-trains and fine-tunes anew.
+        seed: of the pool; only 0 ships.
         models: further models by name, such as ``_merged_``.
         pool: its name, one of those in ``tinyclip/pools.py``.
+        folder: of a pool that ``tools/build_pool.py`` built, in place of the one that ships.
     """
 
     @one_line
@@ -34,33 +44,35 @@ class EmbeddedOpenCLIPVisionModelPool(OpenCLIPVisionModelPool):
         seed: int = 0,
         models: Mapping[str, object] | None = None,
         pool: str = TINY.name,
-        **kwargs: object,
+        folder: str | None = None,
+        **kwargs: Any,
     ):
         check_keys(kwargs, type(self))
-        settings = PoolSettings.read({"seed": seed, "pool": pool}, "modelpool")
-        of = {"seed": settings.seed, "pool": settings.pool}
+        given = {"seed": seed, "pool": pool, "folder": folder}
+        settings = PoolSettings.read(given, "modelpool")
+        place = {"pool": settings.pool, "folder": settings.folder}
         tasks = Pool.named(settings.pool).tasks
-        own = {name: target(load_encoder, name=name, **of) for name in folders(tasks)}
-        heads = OmegaConf.create({name: target(load_head, task=name, **of) for name in tasks})
-        own_data = datasets(tasks, **of)
-        super().__init__(
-            {**own, **(models or {})}, classification_heads=heads, **own_data, **kwargs
-        )
+        pool_folder(settings.pool, settings.folder, settings.seed)
+        own = {name: target(load_encoder, name=name, **place) for name in folders(tasks)}
+        heads = OmegaConf.create({name: target(load_head, task=name, **place) for name in tasks})
+        data = datasets(tasks, **place)
+        everything: Any = {**own, **(models or {})}
+        super().__init__(everything, classification_heads=heads, **data, **kwargs)
 
 
-def load_encoder(name: str, seed: int = 0, pool: str = TINY.name) -> ImageEncoder:
+def load_encoder(name: str, pool: str = TINY.name, folder: str | None = None) -> ImageEncoder:
     """An encoder of an embedded pool: ``_pretrained_`` or a task's expert."""
-    folder = folders(Pool.named(pool).tasks)[name]
-    vision = CLIPVisionModel.from_pretrained(ensure_pool(seed, pool) / folder)
-    tower = HuggingFaceTower(vision, load_clip(seed, pool).visual_projection)
-    processor: object = load_processor(seed, pool)
+    at = folders(Pool.named(pool).tasks)[name]
+    vision = CLIPVisionModel.from_pretrained(pool_folder(pool, folder) / at)
+    tower = HuggingFaceTower(vision, load_clip(pool, folder).visual_projection)
+    processor: Any = load_processor(pool, folder)
     images = processor.image_processor
     return ImageEncoder(to_openclip(tower, images.image_mean, images.image_std))
 
 
-def load_head(task: str, seed: int = 0, pool: str = TINY.name) -> ClassificationHead:
+def load_head(task: str, pool: str = TINY.name, folder: str | None = None) -> ClassificationHead:
     """A task's zero-shot head in the task-vectors paper's form: with the logit scale in it."""
-    classifier: object = HFCLIPClassifier(load_clip(seed, pool), load_processor(seed, pool))
+    classifier: Any = HFCLIPClassifier(load_clip(pool, folder), load_processor(pool, folder))
     info = Pool.named(pool).tasks[task]
     classifier.set_classification_task(list(info.classnames), info.templates)
     scale = classifier.clip_model.logit_scale.detach().exp()

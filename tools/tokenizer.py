@@ -10,14 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTokenizerFast
-
-from .processor import read_tokenizer
 
 END = "</w>"
 
 
-def write_tokenizer(folder: Path, captions: Iterable[str], context: int) -> CLIPTokenizerFast:
+def write_tokenizer(folder: Path, captions: Iterable[str]) -> tuple[Path, Path]:
     """Makes a byte-pair tokenizer that knows every word of the captions, in CLIP's file format.
 
     The vocabulary has CLIP's order: bytes, bytes that end a word, merges, start, end. So the end
@@ -25,8 +22,7 @@ def write_tokenizer(folder: Path, captions: Iterable[str], context: int) -> CLIP
     that looks for the end token (Hugging Face). Text beyond the captions is spelled out.
 
     Args:
-        folder: gets ``vocab.json`` and ``merges.txt``.
-        context: the number of tokens a text may have, start and end included.
+        folder: gets ``vocab.json`` and ``merges.txt``, which are returned.
     """
     words = sorted({w for text in captions for w in re.findall(r"[a-z]+|[0-9]", text.lower())})
     merges = _merges(words)
@@ -38,23 +34,23 @@ def write_tokenizer(folder: Path, captions: Iterable[str], context: int) -> CLIP
     (folder / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
     lines = ["#version: 0.2", *map(" ".join, merges), ""]
     (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
-    return read_tokenizer(folder, context)
+    return folder / "vocab.json", folder / "merges.txt"
 
 
 def _merges(words: list[str]) -> list[tuple[str, str]]:
     """Joins the most frequent pair of neighbours until every word is one token."""
     spelled = [[*word[:-1], word[-1] + END] for word in words]
     pairs: Counter[tuple[str, str]] = Counter()
-    found_in: dict[tuple[str, str], set[int]] = defaultdict(set)
+    words_with: dict[tuple[str, str], set[int]] = defaultdict(set)
     for i, tokens in enumerate(spelled):
         for pair in pairwise(tokens):
             pairs[pair] += 1
-            found_in[pair].add(i)
+            words_with[pair].add(i)
     merges: list[tuple[str, str]] = []
     while pairs:
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         merges.append(best)
-        for i in found_in[best]:  # a pair that has gone from a word may still lead there
+        for i in words_with[best]:  # some of which have lost it since
             for pair in pairwise(spelled[i]):
                 pairs[pair] -= 1
                 if not pairs[pair]:
@@ -63,7 +59,7 @@ def _merges(words: list[str]) -> list[tuple[str, str]]:
             for pair in pairwise(spelled[i]):
                 pairs[pair] += 1
                 if pair != best:
-                    found_in[pair].add(i)
+                    words_with[pair].add(i)
     return merges
 
 
