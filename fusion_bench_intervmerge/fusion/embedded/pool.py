@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from fusion_bench.modelpool.clip_vision import CLIPVisionModelPool
+from fusion_bench.modelpool.clip_vision.modelpool import CLIPVisionModelPool
 from fusion_bench.tasks.clip_classification import CLIPTemplateFactory
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
