@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fusion_bench_intervmerge.data import DataSettings, choose_images
 from fusion_bench_intervmerge.fusion.embedded.pool import EmbeddedCLIPVisionModelPool
-from fusion_bench_intervmerge.fusion.experts import ExpertPool
 from fusion_bench_intervmerge.fusion.merge import run_base
+from fusion_bench_intervmerge.fusion.pools import ExpertPool
 from fusion_bench_intervmerge.model.model import InterventionModel
 from fusion_bench_intervmerge.solving import solve as solver
 from fusion_bench_intervmerge.solving import sweep

@@ -31,8 +31,8 @@ from torch.nn.functional import normalize
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusion_bench_intervmerge.data import DataSettings, choose_images
-from fusion_bench_intervmerge.fusion.corruption import Corrupted, StreamSettings
-from fusion_bench_intervmerge.fusion.experts import ExpertPool
+from fusion_bench_intervmerge.fusion.pools import ExpertPool
+from fusion_bench_intervmerge.fusion.union import Corrupted, StreamSettings
 from fusion_bench_intervmerge.merging import mix
 from fusion_bench_intervmerge.model.model import InterventionModel
 from fusion_bench_intervmerge.model.router import Reading, Router, RouterSettings

@@ -18,7 +18,7 @@ from hydra.utils import get_class
 from pydantic_core import PydanticUndefined
 
 from fusion_bench_intervmerge.config import Settings
-from fusion_bench_intervmerge.fusion.corruption import StreamSettings
+from fusion_bench_intervmerge.fusion.union import StreamSettings
 from fusion_bench_intervmerge.interventions.config import InterventionConfig
 from fusion_bench_intervmerge.interventions.functions import (
     FUNCTION_NAMES,

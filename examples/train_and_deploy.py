@@ -23,7 +23,7 @@ from fusion_bench.utils.instantiate_utils import set_print_function_call_permean
 from torch.utils.data import DataLoader, Subset
 
 from fusion_bench_intervmerge.distillation.loop import distill
-from fusion_bench_intervmerge.fusion.experts import ExpertPool
+from fusion_bench_intervmerge.fusion.pools import ExpertPool
 from fusion_bench_intervmerge.merging import mix
 from fusion_bench_intervmerge.model.model import InterventionModel
 

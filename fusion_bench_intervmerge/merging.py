@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from .config import ConfigError, Flag, Settings, shown
 from .encoders.base import VisionTower
-from .pickles import read_tensor
 
 
 # == merging.task_vector
@@ -153,7 +152,10 @@ def _read_coefficients(path: Path, where: str) -> Tensor:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)["coefficients"]
-        return read_tensor(path)
+        content = torch.load(path, "cpu", weights_only=True)
+        if not isinstance(content, Tensor):
+            raise ValueError(f"it holds a {type(content).__name__}, not a tensor")
+        return content
     except FileNotFoundError:
         problem, allowed = f"there is no file {path}", "a number or an existing file"
     except Exception as error:

@@ -164,7 +164,7 @@ def test_the_heads_are_the_pools(repaired):
     from fusion_bench.utils import instantiate
     from test_command import compose
 
-    from fusion_bench_intervmerge.fusion.experts import ExpertPool
+    from fusion_bench_intervmerge.fusion.pools import ExpertPool
 
     pool = ExpertPool(instantiate(compose("modelpool=clip-vit-tiny_TA8").modelpool))
     about = pool.about()

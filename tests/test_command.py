@@ -113,7 +113,7 @@ def test_the_aliases_are_fusionbenchs_own_pools(size, tasks):
     stock = compose(f"modelpool=CLIPVisionModelPool/clip-vit-{long}_{tasks}")
     assert ours.modelpool.models == stock.modelpool.models
     assert ours.modelpool.test_datasets == stock.modelpool.test_datasets
-    assert ours.taskpool._target_.endswith("fusion.taskpools.CLIPVisionModelTaskPool")
+    assert ours.taskpool._target_.endswith("fusion.hosted.CLIPVisionModelTaskPool")
     assert ours.taskpool.test_datasets == ours.modelpool.test_datasets
     assert ours.taskpool.base_model == f"openai/clip-vit-{long}"
 
@@ -458,7 +458,7 @@ def test_an_error_is_one_line_that_says_where(overrides, message, tmp_path, monk
 def test_a_pool_without_experts():
     from fusion_bench import BaseModelPool
 
-    from fusion_bench_intervmerge.fusion.experts import ExpertPool
+    from fusion_bench_intervmerge.fusion.pools import ExpertPool
 
     with pytest.raises(ConfigError, match="there are no experts"):
         ExpertPool(BaseModelPool({"_pretrained_": "somewhere"}))
@@ -467,7 +467,7 @@ def test_a_pool_without_experts():
 def test_a_task_of_a_bad_name():
     from fusion_bench import BaseModelPool
 
-    from fusion_bench_intervmerge.fusion.experts import ExpertPool
+    from fusion_bench_intervmerge.fusion.pools import ExpertPool
 
     with pytest.raises(ConfigError, match=r"modelpool\.models: '/tmp/x' cannot name a task"):
         ExpertPool(BaseModelPool({"_pretrained_": "somewhere", "/tmp/x": "elsewhere"}))
@@ -480,7 +480,7 @@ def test_live_models_stay_as_they_are():
     from fusion_bench.method import TaskArithmeticAlgorithm
 
     from fusion_bench_intervmerge.fusion.algorithm import IntervMergeAlgorithm
-    from fusion_bench_intervmerge.fusion.experts import ExpertPool
+    from fusion_bench_intervmerge.fusion.pools import ExpertPool
 
     models = {"_pretrained_": hf_tower().model}
     models |= {task: load().model for task, load in fine_tuned(hf_tower).items()}
@@ -508,7 +508,7 @@ def test_a_stopped_run_knows_its_images():
     from fusion_bench import BaseModelPool
 
     from fusion_bench_intervmerge.fusion.algorithm import IntervMergeAlgorithm
-    from fusion_bench_intervmerge.fusion.experts import ExpertPool
+    from fusion_bench_intervmerge.fusion.pools import ExpertPool
 
     method = IntervMergeAlgorithm({"attention": {}})
     model = InterventionModel(hf_tower(), ["bees"], {"attention": {}})
@@ -572,7 +572,7 @@ def test_a_live_pretrained_model_is_one_line():
     from conftest import hf_tower
     from fusion_bench import CLIPVisionModelPool
 
-    from fusion_bench_intervmerge.fusion.experts import ExpertPool
+    from fusion_bench_intervmerge.fusion.pools import ExpertPool
 
     pool = ExpertPool(CLIPVisionModelPool({n: hf_tower().model for n in ("_pretrained_", "bees")}))
     with pytest.raises(ConfigError, match=r"models\._pretrained_: is a live module"):
@@ -582,7 +582,7 @@ def test_a_live_pretrained_model_is_one_line():
 def test_agreement_is_shown_for_the_tasks_that_have_it():
     from rich.console import Console
 
-    from fusion_bench_intervmerge.fusion.diagnosis import table
+    from fusion_bench_intervmerge.fusion.records import diagnosis_table as table
 
     bias = {"bias_before": 1.0, "bias_after": 0.5}
     console = Console(width=120, record=True, file=io.StringIO())

@@ -10,6 +10,7 @@ import torch
 from conftest import hf_tower, openclip_tower
 from fusion_bench import BaseModelPool
 from fusion_bench.method import SimpleAverageAlgorithm
+from fusion_bench_intervmerge.fusion.hub import warn_if_unreachable
 from PIL import Image
 from transformers import (
     CLIPVisionConfig,
@@ -24,8 +25,7 @@ from fusion_bench_intervmerge.config import ConfigError
 from fusion_bench_intervmerge.encoders import as_tower
 from fusion_bench_intervmerge.fusion.algorithm import IntervMergeAlgorithm
 from fusion_bench_intervmerge.fusion.comparison import ComparisonAlgorithm
-from fusion_bench_intervmerge.fusion.experts import ExpertPool
-from fusion_bench_intervmerge.fusion.hub import warn_if_unreachable
+from fusion_bench_intervmerge.fusion.pools import ExpertPool
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 4, "image_size": 32, "patch_size": 8}

@@ -15,8 +15,7 @@ from test_command import compose, in_process
 from torch import nn
 
 from fusion_bench_intervmerge.config import ConfigError
-from fusion_bench_intervmerge.fusion.corruption import Corrupted, StreamSettings
-from fusion_bench_intervmerge.fusion.union import Stream, Tally, measure
+from fusion_bench_intervmerge.fusion.union import Corrupted, Stream, StreamSettings, Tally, measure
 from fusion_bench_intervmerge.model.model import InterventionModel
 
 ROOT = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""``fusion_bench method=intervmerge``: merge, distil, report.
+"""``fusion_bench method=intervmerge``: merge, repair, report.
 
 Surgery and SurgeryV2 are configs of the same algorithm.
 """
@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Subset
 
-from ..config import ConfigError
+from ..config import ConfigError, Json
 from ..distillation.loop import Distillation, distill
 from ..distillation.settings import make_optimizer
 from ..distillation.states import StateFolder, interruptible
@@ -33,22 +33,26 @@ from ..expert_cache import ExpertCache
 from ..files import cache_root
 from ..interventions.config import read_interventions
 from ..merging import Mixture
-from ..model.artifact import Storage, check_place
+from ..model.artifact import check_place
 from ..model.model import InterventionModel
 from ..model.protocols import Experts, Repair
 from ..model.router import RouterSettings
 from ..results import Images, Result, Results
 from ..solving.fit_router import fit_router
 from ..solving.solve import budget_in_numbers, solve
-from .diagnosis import diagnose, table
-from .experts import ExpertPool
-from .host import check_task_pool, has_task_pool, plain, split_settings
-from .hosted_models import HostedInterventionModel
-from .hub import warn_if_unreachable
-from .loggers import show
+from .host import check_task_pool, has_task_pool, host_in_the_log, one_line, plain, split_settings
+from .hosted import HostedInterventionModel
 from .merge import merge_experts
-from .records import base_name, images_used, method_name, remembered_images, repaired
-from .screen import host_in_the_log, one_line
+from .pools import ExpertPool
+from .records import (
+    base_name,
+    diagnose,
+    diagnosis_table,
+    hydra_choices,
+    method_name,
+    repair_result,
+    saved_images,
+)
 from .settings import MethodSettings
 
 log = logging.getLogger(__name__)
@@ -56,8 +60,23 @@ log = logging.getLogger(__name__)
 DIAGNOSED_IMAGES = 256
 
 
+@dataclass(frozen=True)
+class Repaired:
+    """A repaired model and how it was made.
+
+    Attributes:
+        model: the model.
+        done: its training.
+        settings: the method's, as plain values, with those of ``model`` where it had them before.
+    """
+
+    model: InterventionModel
+    done: Distillation
+    settings: Json
+
+
 class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm, Repair):
-    """Merge experts and repair the merged encoder by distilling task-specific edits.
+    """Merge experts and repair the merged encoder with task-specific edits.
 
     Args:
         interventions, base: as in ``MethodSettings``.
@@ -74,21 +93,16 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         settings, host = split_settings(settings, interventions=interventions, base=base)
         super().__init__(**host)
         self.settings = MethodSettings.read(settings)
-        self.interventions: dict[str, Any] = self.settings.interventions
-        self.base: object = self.settings.base
-        self.coefficients: Any = self.settings.coefficients
-        self.data = self.settings.data
-        sites = read_interventions(self.interventions).values()
-        self._solves = any(config.init == "regression" for config in sites)
-        self._draws = any(config.init == "reference" for config in sites)
-        self._budget: int | None = None  # in numbers, once there is a model
+        if RuntimeConstants.debug:  # fast_dev_run=true
+            steps = min(self.settings.steps, 2)
+            self.settings = self.settings.model_copy(update={"steps": steps})
         # refused now, not after the merge
         make_optimizer(self.settings.optimizer, [nn.Parameter(torch.zeros(1))])
 
     @host_in_the_log()
     @one_line
     def run(self, modelpool: BaseModelPool) -> InterventionModel:
-        """Merge the pool's experts and train the edits.
+        """Merge the pool's experts and repair the merged encoder.
 
         Returns:
             The model, which FusionBench's task pools evaluate task by task.
@@ -98,159 +112,124 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             DistillationError: the loss is not finite.
         """
         pool = ExpertPool(modelpool)
-        check_task_pool(self._program, pool.family)
-        warn_if_unreachable(pool.pool._models.values())
         if self.settings.save_to is not None:
             self._check_writable(self._artifact_folder())
         if self.settings.extend is not None:
-            model, done = self._extend(pool, Path(self.settings.extend))
+            model = HostedInterventionModel.from_pretrained(Path(self.settings.extend))
+            check_task_pool(self._program, pool.family, {*model.tasks, *pool.tasks})
+            repaired = self._extend(pool, model)
         else:
+            check_task_pool(self._program, pool.family, pool.tasks)
             self.look_ahead(pool, pool.first_tower())
             with self.profile("merging"), interruptible("merging the experts"):
                 merged, mixture = self.merge(pool)
             with self.profile("distillation"):
-                model, done = self._repair(pool, merged, mixture)
-        with interruptible("measuring the repair", done.states):
-            report = self._report(pool, model, done)
-        self._remember(pool, model, done, report)
+                repaired = self._repair(pool, merged, mixture)
+        with interruptible("measuring the repair", repaired.done.states):
+            result = self._report(pool, repaired)
+        self._add_metadata(pool, repaired, result)
         if self.settings.save_to is not None and self.fabric.is_global_zero:
-            self._save(model, done)
-        done.clear()
-        return model
+            self._save(repaired)
+        repaired.done.clear()
+        return repaired.model
 
-    def _save(self, model: InterventionModel, done: Distillation) -> None:
-        folder = self._artifact_folder()
-        try:
-            with interruptible("saving the model", done.states):
-                model.save_pretrained(folder)
-        except (ConfigError, SafetensorError) as error:
-            kept = done.states is not None and done.states.newest() is not None
-            more = "; the training is kept, the same command goes on to the save" if kept else ""
-            raise ConfigError("save_to", f"the model was not saved ({error}){more}") from None
-        log.info("the model is saved in %s", folder)
-
-    def _remember(
-        self,
-        pool: ExpertPool,
-        model: InterventionModel,
-        done: Distillation,
-        result: Result,
-    ) -> None:
-        """Keep with the model its CLIP, and what it was trained on, earlier trainings included."""
-        seen = model.metadata
-        now = {"method": result.settings, "transductive": result.transductive}
-        images = [one.model_dump(exclude_defaults=True) for one in result.images]
-        about = pool.about()
-        classes = (seen.get("classes") or {}) | about.pop("classes", {})
-        seen |= about | ({"classes": classes} if classes else {})
-        if self.settings.extend is None:
-            seen |= {"base": result.base, "name": result.method, "images": images, **now}
-            return
-        before = seen.get("images") or "images that are not known"
-        seen["images"] = [*([before] if isinstance(before, str) else before), images[-1]]
-        seen["transductive"] = seen.get("transductive", False) or now["transductive"]
-        seen["extended"] = [*seen.get("extended", []), {"tasks": list(done.images), **now}]
+    # -- as one of a comparison's repairs --------------------------------------------------------
 
     def seeded(self, pool: Experts) -> bool:
         """A seed decides initial edits, the order of a training's images, and which are taken."""
-        data = self.data
+        data = self.settings.data
         sizes = [len(pool.images(task, data.split)) for task in pool.tasks]
         every_image = data.fraction == 1 and (data.images is None or data.images >= max(sizes))
-        return self._draws or self.settings.steps > 0 or not every_image
+        sites = read_interventions(self.settings.interventions).values()
+        drawn = any(config.init == "reference" for config in sites)
+        return drawn or self.settings.steps > 0 or not every_image
 
     def look_ahead(self, pool: Experts, tower: VisionTower) -> None:
         """Refuse edits that do not fit the encoder, and images that are not found."""
-        InterventionModel(tower, pool.tasks[:1], self.interventions)
+        InterventionModel(tower, pool.tasks[:1], self.settings.interventions)
         for task in pool.tasks:
-            pool.images(task, self.data.split)
+            pool.images(task, self.settings.data.split)
 
     def merge(self, pool: ExpertPool) -> tuple[VisionTower, Mixture | None]:
-        """The merged encoder, and the mixture it came from where ``coefficients`` are set."""
-        return merge_experts(
-            pool,
-            self.base,
-            self.coefficients,
-            self.fabric,
-            self._program,
-            keep=self.settings.resume == "auto",
-        )
+        """The merged encoder, and the mixture it came from if ``coefficients`` are set."""
+        settings, keep = self.settings, self.settings.resume == "auto"
+        base, coefficients = settings.base, settings.coefficients
+        return merge_experts(pool, base, coefficients, self.fabric, self._program, keep=keep)
 
     def repair(self, pool: Any, merged: VisionTower) -> InterventionModel:
-        """Train edits for a merged encoder, which the model takes over.
+        """Find edits for a merged encoder, which the model takes over.
 
-        Where ``coefficients`` are set the merge is made anew, by these.
+        If ``coefficients`` are set the merge is made anew, by these.
         """
         mixture = None
-        if self.coefficients is not None:
+        if self.settings.coefficients is not None:
             merged, mixture = self.merge(pool)
-        model, done = self._repair(pool, merged, mixture)
-        self._done = replace(done, expert_features={})  # large, and of no use to a comparison
-        return model
+        repaired = self._repair(pool, merged, mixture)
+        # the features are large, and of no use to a comparison
+        self._last = replace(repaired, done=replace(repaired.done, expert_features={}))
+        return repaired.model
 
     def record(self, model: Any) -> Result:
         # the base among the settings is not the one that a comparison repaired
-        own = self._settings(model) | {"base": None}
-        return repaired(model, self._done, [self.images_used], own)
+        last = replace(self._last, model=model, settings=self._last.settings | {"base": None})
+        return self._result(last, [self._images_used(model)])
 
     def clear(self) -> None:
-        self._done.clear()
+        self._last.done.clear()
 
-    def _repair(
-        self, pool: ExpertPool, merged: VisionTower, mixture: Mixture | None
-    ) -> tuple[InterventionModel, Distillation]:
-        seed = self.settings.seed
-        model = HostedInterventionModel(merged, pool.tasks, self.interventions, seed)
-        trained = mixture if self.coefficients is not None and self.coefficients.train else None
-        done = self._train(pool, model, pool.tasks, trained)
+    # -- the repair ------------------------------------------------------------------------------
+
+    def _repair(self, pool: ExpertPool, merged: VisionTower, mixture: Mixture | None) -> Repaired:
+        settings = self.settings
+        model = HostedInterventionModel(merged, pool.tasks, settings.interventions, settings.seed)
+        trains = settings.coefficients is not None and settings.coefficients.train
+        repaired = self._train(pool, model, pool.tasks, mixture if trains else None)
         if mixture is not None:
             model.metadata["coefficients"] = {"coefficients": mixture.coefficients.detach().cpu()}
-        self._store(model, self.settings.storage)
-        if self.settings.router is not None:
-            self._fit_router(pool, model, done, self.settings.router)
-        return model, done
+        self._round(model, settings.storage)
+        if settings.router is not None:
+            self._fit_router(pool, repaired, settings.router)
+        return repaired
 
-    def _extend(self, pool: ExpertPool, folder: Path) -> tuple[InterventionModel, Distillation]:
+    def _extend(self, pool: ExpertPool, model: InterventionModel) -> Repaired:
         """Add the pool's new tasks to a saved model; its merged encoder and tasks stay."""
-        model = HostedInterventionModel.from_pretrained(folder)
+        folder = self.settings.extend
         new = [task for task in pool.tasks if task not in model.tasks]
         if not new:
             raise ConfigError("extend", f"{folder} has every task of the pool already", "new tasks")
         if self.settings.router is not None and model.router is None:
             problem = f"{folder} has none, and its tasks' images are not at hand"
             raise ConfigError("router", problem, "null; fit_router(model, images) in Python")
+        if not solves(model) and not self.settings.steps:
+            problem = "0, but the saved model's edits are trained"
+            raise ConfigError("steps", problem, "1 or more, or no `extend`")
         for task in new:
             model.add_task(task)
-        done = self._train(pool, model, new, None)
-        self._store(model, model.storage)
+        repaired = self._train(pool, model, new, None)
+        self._round(model, model.storage)
         if model.router is not None:  # the tasks that it knows stay as they are
-            self._fit_router(pool, model, done, None)
-        return model, done
+            self._fit_router(pool, repaired, None)
+        return repaired
 
     @staticmethod
-    def _store(model: InterventionModel, storage: Storage) -> None:
+    def _round(model: InterventionModel, storage: Any) -> None:
         try:
             model.store_as(storage)
         except ValueError as error:
             raise ConfigError("storage", str(error), "float32, int8") from None
 
     def _fit_router(
-        self,
-        pool: ExpertPool,
-        model: InterventionModel,
-        done: Distillation,
-        settings: RouterSettings | None,
+        self, pool: ExpertPool, repaired: Repaired, settings: RouterSettings | None
     ) -> None:
-        """Learn to tell the tasks, from the images that their edits were found on."""
+        """Fit the router to the images that the edits were found on."""
+        model, done, data = repaired.model, repaired.done, self.settings.data
         started, home = time.perf_counter(), model.device
-        seen = {
-            task: Subset(pool.images(task, self.data.split), images)
-            for task, images in done.images.items()
-        }
-        workers = self.data.num_workers
+        images = {t: Subset(pool.images(t, data.split), rows) for t, rows in done.images.items()}
         try:
             model.to(self.fabric.device)
             with interruptible("fitting the router", done.states):
-                fit_router(model, seen, settings, seed=self.settings.seed, num_workers=workers)
+                seed, workers = self.settings.seed, data.num_workers
+                fit_router(model, images, settings, seed=seed, num_workers=workers)
         finally:
             model.to(home)
         done.seconds = {**done.seconds, "routing": time.perf_counter() - started}
@@ -261,125 +240,128 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         model: InterventionModel,
         tasks: Sequence[str],
         mixture: Mixture | None,
-    ) -> Distillation:
-        """Solve what the settings say is solved, then train."""
-        settings, data = self.settings, self.data
+    ) -> Repaired:
+        """Solve the edits that the settings say are solved, then train."""
+        settings, data = self.settings, self.settings.data
         experts = {task: partial(pool.tower, task) for task in tasks}
         images = {task: pool.images(task, data.split) for task in tasks}
-        self._budget = budget_in_numbers(settings.budget, model, len(tasks))
-        run = self._identity(pool, model, tasks)
-        # Nothing tells one live model from another, so their runs are not continued.
-        resume = settings.resume == "auto" and not pool.pool.has_instance_models
-        states = StateFolder(cache_root() / "states" / run, run) if resume else None
-        solved = None
-        self._solves = any(c.init == "regression" for c in model.interventions.values())
-        if self.settings.extend is not None and not self._solves and not self._steps:
-            raise ConfigError(
-                "steps", "0, but the saved model's edits are trained", "1 or more, or no `extend`"
-            )
-        if self._solves:
+        described = self._describe(model, tasks)
+        keep = settings.resume == "auto"
+        states, solved = None, None
+        if keep and not pool.pool.has_instance_models:  # nothing tells one live model from another
+            run = self._identity(pool, model, tasks, described)
+            states = StateFolder(cache_root() / "states" / run, run)
+        if solves(model):
             solved = solve(model, experts, images, settings, fabric=self.fabric, states=states)
-            if not self._steps:
-                return Distillation(
-                    torch.empty(0, len(tasks)),
-                    solved.images,
-                    solved.seconds,
-                    solved.expert_features,
-                    states=solved.states,
-                )
-        done = distill(
-            model,
-            experts,
-            images,
-            settings.model_copy(update={"steps": self._steps}),
-            mixture=mixture,
-            fabric=self.fabric,
-            states=states,
-            cache=ExpertCache(cache_root() / "features") if settings.resume == "auto" else None,
-        )
+        if solved is not None and not settings.steps:
+            done = Distillation(
+                torch.empty(0, len(tasks)),
+                solved.images,
+                solved.seconds,
+                solved.expert_features,
+                states=solved.states,
+            )
+            return Repaired(model, done, described)
+        cache = ExpertCache(cache_root() / "features") if keep else None
+        more = {"mixture": mixture, "fabric": self.fabric, "states": states, "cache": cache}
+        done = distill(model, experts, images, settings, **more)
         if solved is not None:
             done.seconds = solved.seconds | done.seconds
-        return done
+        return Repaired(model, done, described)
 
-    @property
-    def images_used(self) -> Images:
-        """Which images the edits are found on."""
-        return images_used(self.settings, self._steps, self._solves)
+    def _describe(self, model: InterventionModel, tasks: Sequence[str]) -> Json:
+        """The settings that decide a result, as plain values."""
+        settings = self.settings
+        base: object = settings.base
+        if base is not None and not isinstance(base, Mapping):
+            base = repr(type(base))  # nothing more can be told of a method object
+        described = {
+            "interventions": settings.interventions
+            if settings.extend is None  # if not, the saved model's own hold
+            else {site: config.to_dict() for site, config in model.interventions.items()},
+            "base": plain(base),
+            "budget": budget_in_numbers(settings.budget, model, len(tasks)),
+            "coefficients": settings.coefficients and settings.coefficients.to_dict(),
+            "loss": settings.loss,
+            "router": settings.router and settings.router.to_dict(),
+            "data": settings.data.to_dict(),
+            "optimizer": settings.optimizer,
+            "seed": settings.seed,
+        }
+        return described | ({} if settings.storage == "float32" else {"storage": settings.storage})
 
-    @property
-    def _steps(self) -> int:
-        return min(self.settings.steps, 2) if RuntimeConstants.debug else self.settings.steps
-
-    # -- around the trainer ------------------------------------------------------------------------
-
-    def _identity(self, pool: ExpertPool, model: InterventionModel, tasks: Sequence[str]) -> str:
-        """A digest of everything the trained numbers depend on."""
-        settings = self._settings(model)
-        del settings["router"]  # it is fitted when the edits are there
+    def _identity(
+        self, pool: ExpertPool, model: InterventionModel, tasks: Sequence[str], settings: Json
+    ) -> str:
+        """A digest of everything that the edits depend on."""
         facts = {
-            "settings": settings,
+            "settings": settings | {"router": None},  # it is fitted when the edits are there
             "model_seed": model.seed,
-            "steps": self._steps,
+            "steps": self.settings.steps,
             "merged": model.tower.digest(),
-            "experts": {task: pool.identity(task) for task in tasks},
-            "images": {task: pool.images_identity(task, self.data.split) for task in tasks},
+            **pool.identity(tasks, self.settings.data.split),
             "precision": str(getattr(self.fabric._precision, "precision", "")),
             "processes": self.fabric.world_size,
             "compile": self.settings.compile,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
 
-    def _settings(self, model: InterventionModel) -> dict[str, object]:
-        return {
-            "interventions": self.interventions
-            if self.settings.extend is None  # else the saved model's own hold
-            else {site: config.to_dict() for site, config in model.interventions.items()},
-            "base": self._base_settings(),
-            "budget": self._budget,
-            "coefficients": self.coefficients and self.coefficients.to_dict(),
-            "loss": self.settings.loss,
-            "router": self.settings.router and self.settings.router.to_dict(),
-            "data": self.data.to_dict(),
-            "optimizer": self.settings.optimizer,
-            "seed": self.settings.seed,
-            **({} if self.settings.storage == "float32" else {"storage": self.settings.storage}),
-        }
+    # -- what is said of it ----------------------------------------------------------------------
 
-    def _base_settings(self) -> Any:
-        """The base's config; of a method object nothing but its kind can be told."""
-        if self.base is None or isinstance(self.base, Mapping):
-            return plain(self.base)
-        return repr(type(self.base))
+    def _images_used(self, model: InterventionModel) -> Images:
+        """The images that the edits are found on."""
+        data, steps = self.settings.data, self.settings.steps
+        return Images(
+            split=data.split,
+            fraction=data.fraction,
+            at_most=data.images,
+            solved=solves(model),
+            steps=steps,
+            batch_size=data.batch_size if steps else None,
+            seed=self.settings.seed,
+            # accuracies are measured on the test split
+            transductive=data.split == "test",
+        )
 
-    def _base_name(self, pool: ExpertPool, model: InterventionModel) -> str:
-        if self.settings.extend is not None:
-            return model.metadata.get("base", "merged")
-        if self.coefficients is not None:
-            return "coefficients"
-        return "merged" if pool.pool.has_merged else base_name(self.base)
+    def _result(self, repaired: Repaired, images: list[Images], **more: object) -> Result:
+        done = repaired.done
+        return repair_result(
+            repaired.model,
+            repaired.settings,
+            images,
+            images_seen={task: len(rows) for task, rows in done.images.items()},
+            resumed_at=done.resumed_at,
+            final_loss=float(done.losses[-1].mean()) if len(done.losses) else None,
+            losses=done.by_task(),
+            seed=self.settings.seed,
+            **more,
+        )
 
-    def _report(self, pool: ExpertPool, model: InterventionModel, done: Distillation) -> Result:
-        """Print how far the model got; keep the whole story beside FusionBench's report."""
-        dummy = self._program is not None and not has_task_pool(self._program)
+    def _report(self, pool: ExpertPool, repaired: Repaired) -> Result:
+        """Print how close the model came to its experts, and write the run's results."""
+        model, done = repaired.model, repaired.done
+        alone = self._program is not None and not has_task_pool(self._program)
         rows, home = {}, model.device
         model.to(self.fabric.device)
         for task, seen in done.images.items():
             count = min(DIAGNOSED_IMAGES, len(seen))
-            head = pool.head(task) if dummy else None
+            head = pool.head(task) if alone else None
+            images = pool.images(task, self.settings.data.split)
             expert = done.expert_features[task][:count]
-            images = pool.images(task, self.data.split)
             rows[task] = diagnose(model, task, images, seen[:count], expert, head)
         model.to(home)  # a caller's images are where the pool's models were
-        used = [self.images_used]
+        used = [self._images_used(model)]
         if self.settings.extend is not None:
-            new = used[0].model_copy(update={"tasks": list(done.images)})
-            used = [*remembered_images(model), new]
-        result = repaired(
-            model,
-            done,
+            base = model.metadata.get("base", "merged")
+            used = [*saved_images(model), used[0].model_copy(update={"tasks": list(done.images)})]
+        elif self.settings.coefficients is not None:
+            base = "coefficients"
+        else:
+            base = "merged" if pool.pool.has_merged else base_name(self.settings.base)
+        result = self._result(
+            repaired,
             used,
-            self._settings(model),
-            base=self._base_name(pool, model),
+            base=base,
             seconds=sum(done.seconds.values()),
             seconds_by_part=done.seconds,
             features=rows,
@@ -388,21 +370,50 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         if self.fabric.is_global_zero:
             console = Console()
             console.print("Image features against the experts', merged and repaired", style="bold")
-            console.print(table(rows))
-            extra, words = result.extra_parameters, self.images_used.in_words()
+            console.print(diagnosis_table(rows))
+            extra, words = result.extra_parameters, used[-1].in_words()
             console.print(f"{extra:,} extra parameters, found on {words}.")
-            if dummy:
-                console.print(f"For accuracies add a task pool: {_suggested_task_pool()}")
+            if alone:
+                chosen = hydra_choices().get("modelpool", "/")
+                stock = "CLIPVisionModelTaskPool/clip-vit-classification_TA8"
+                suggested = stock if "/" in chosen else chosen
+                console.print(f"For accuracies add a task pool: taskpool={suggested}")
             name = f"{result.base}/{result.method}/seed{result.seed}"
             Results(tasks=list(pool.tasks), models={name: result}).write(self.log_dir)
-        show(self.fabric, [result])
         return result
+
+    def _add_metadata(self, pool: ExpertPool, repaired: Repaired, result: Result) -> None:
+        """Add to the model its CLIP, and what it was trained on, earlier trainings included."""
+        metadata, about = repaired.model.metadata, pool.about()
+        classes = (metadata.get("classes") or {}) | about.pop("classes", {})
+        metadata |= about | ({"classes": classes} if classes else {})
+        method = {"method": result.settings, "transductive": result.transductive}
+        images = [one.model_dump(exclude_defaults=True) for one in result.images]
+        if self.settings.extend is None:
+            metadata |= {"base": result.base, "name": result.method, "images": images, **method}
+            return
+        before = metadata.get("images") or "images that are not known"
+        metadata["images"] = [*([before] if isinstance(before, str) else before), images[-1]]
+        metadata["transductive"] = metadata.get("transductive", False) or result.transductive
+        added = {"tasks": list(repaired.done.images), **method}
+        metadata["extended"] = [*metadata.get("extended", []), added]
+
+    def _save(self, repaired: Repaired) -> None:
+        folder, states = self._artifact_folder(), repaired.done.states
+        try:
+            with interruptible("saving the model", states):
+                repaired.model.save_pretrained(folder)
+        except (ConfigError, SafetensorError) as error:
+            kept = states is not None and states.newest() is not None
+            more = "; the training is kept, the same command goes on to the save" if kept else ""
+            raise ConfigError("save_to", f"the model was not saved ({error}){more}") from None
+        log.info("the model is saved in %s", folder)
 
     def _artifact_folder(self) -> Path:
         return Path(str(self.settings.save_to).format(log_dir=self.log_dir or "."))
 
     def _check_writable(self, folder: Path) -> None:
-        """Say so before the training, not after it."""
+        """Refuse a folder before the training, not after it."""
         logs = Path(self.log_dir or ".").resolve()
         if folder.resolve() in (logs, *logs.parents):
             allowed = "'{log_dir}/intervmerge', or a folder elsewhere"
@@ -410,11 +421,6 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         check_place(folder, "save_to")
 
 
-def _suggested_task_pool() -> str:
-    from hydra.core.hydra_config import HydraConfig
-
-    if HydraConfig.initialized():
-        chosen = str(HydraConfig.get().runtime.choices.get("modelpool", ""))
-        if chosen and "/" not in chosen:
-            return f"taskpool={chosen}"
-    return "taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8"
+def solves(model: InterventionModel) -> bool:
+    """Whether any of a model's edits are solved in closed form."""
+    return any(config.init == "regression" for config in model.interventions.values())

@@ -23,25 +23,23 @@ from ..files import write_json
 from ..model import artifact
 from ..model.model import InterventionModel
 from ..results import Result, Results
-from .diagnosis import table
-from .experts import ExpertPool
-from .host import check_task_pool, has_task_pool, split_settings
-from .hosted_models import HostedInterventionModel
-from .records import saved
-from .screen import host_in_the_log, one_line
+from .host import check_task_pool, has_task_pool, host_in_the_log, one_line, split_settings
+from .hosted import HostedInterventionModel
+from .pools import ExpertPool
+from .records import diagnosis_table, saved_result
 
 
 class Analyser:
-    """Runs analyses and keeps what they find in ``analysis.json``.
+    """Runs analyses and writes their values to ``analysis.json``.
 
-    The file holds ``images`` (a task), ``split``, ``tasks``, and ``merges``: merge -> analysis ->
+    The file holds ``images`` (per task), ``split``, ``tasks``, and ``merges``: merge -> analysis ->
     task -> encoder -> value; the encoders are ``merged``, the repaired models by name, and for
     embeddings ``expert``.
 
     Args:
         analyses: names, ``all``, or null for none.
-        images: images a task, the same for every encoder.
-        split: which split they are of.
+        images: images per task, the same for every encoder.
+        split: the split that they are taken from.
         device: where the encoders run.
 
     Raises:
@@ -53,7 +51,7 @@ class Analyser:
     ):
         self.names = read_analyses(analyses)
         self.images, self.split, self.device = images, split, device
-        self.found: dict[str, Json] = {}
+        self.merges: dict[str, Json] = {}
 
     def run(
         self,
@@ -63,10 +61,10 @@ class Analyser:
         models: Mapping[str, InterventionModel],
         tasks: Sequence[str],
     ) -> Json:
-        """Analyse one merge and its repairs, a task and so an expert at a time.
+        """Analyse one merge and its repairs, one task and so one expert at a time.
 
         Args:
-            name: the merge's.
+            name: the name of the merge.
             pool: the experts, their images and heads.
             merged: the merged encoder.
             models: name -> repaired model.
@@ -75,7 +73,7 @@ class Analyser:
         Returns:
             Analysis -> task -> encoder -> value.
         """
-        found: dict[str, Json] = {}
+        values: dict[str, Json] = {}
         encoders: list[VisionTower | InterventionModel] = [merged, *models.values()]
         before = {encoder: encoder.device for encoder in encoders}
         for encoder in before:
@@ -83,18 +81,18 @@ class Analyser:
         for task in tasks:
             images, labels = self._images(pool, task)
             expert = pool.tower(task).requires_grad_(False).eval().to(self.device)
-            seen = TaskEncoders(task, images, expert, merged, models, pool.head(task), labels)
-            for analysis, values in analyse(seen, self.names).items():
-                found.setdefault(analysis, {})[task] = values
+            encoded = TaskEncoders(task, images, expert, merged, models, pool.head(task), labels)
+            for analysis, own in analyse(encoded, self.names).items():
+                values.setdefault(analysis, {})[task] = own
         for encoder, device in before.items():
             encoder.to(device)
-        self.found[name] = found
-        return found
+        self.merges[name] = values
+        return values
 
     def write(self, folder: Path, tasks: Sequence[str]) -> None:
         """Write ``analysis.json`` beside the report."""
         about = {"images": self.images, "split": self.split, "tasks": list(tasks)}
-        write_json(folder / "analysis.json", {**about, "merges": self.found}, indent=None)
+        write_json(folder / "analysis.json", {**about, "merges": self.merges}, indent=None)
 
     def _images(self, pool: ExpertPool, task: str) -> tuple[Tensor, Tensor | None]:
         """Images drawn with a fixed seed, since some data sets are sorted by class."""
@@ -113,7 +111,7 @@ class AnalyseSettings(Settings):
     Args:
         path: the artifact's folder.
         analyses: names of analyses, or ``all``.
-        images: images a task.
+        images: images per task.
         split: the split they are of: ``test``, ``validation`` or ``train``.
     """
 
@@ -156,36 +154,38 @@ class AnalyseInterventionModel(LightningFabricMixin, BaseAlgorithm):
         """
         settings = self.settings
         pool, folder = ExpertPool(modelpool), Path(settings.path)
-        check_task_pool(self._program, pool.family)
         analyser = Analyser(settings.analyses, settings.images, settings.split, self.fabric.device)
         model = HostedInterventionModel.from_pretrained(folder)
+        check_task_pool(self._program, pool.family, model.tasks)
         tasks = [task for task in pool.tasks if task in model.tasks]
         if not tasks:
             allowed = ", ".join(model.tasks)
-            raise ConfigError("modelpool.models", "no expert of the model's", allowed)
+            raise ConfigError("modelpool.models", "no expert is of the model's tasks", allowed)
         name = folder.resolve().name
         merge = Result(kind="merge", base=MERGED, extra_parameters=0)
-        results = Results(tasks=tasks, models={MERGED: merge, name: saved(model, MERGED, name)})
+        results = Results(
+            tasks=tasks, models={MERGED: merge, name: saved_result(model, MERGED, name)}
+        )
         if self.fabric.is_global_zero:
             # without a task the model is the merged encoder
             results.write(self.log_dir)
-            found = analyser.run(MERGED, pool, model.tower, {name: model}, tasks)
+            values = analyser.run(MERGED, pool, model.tower, {name: model}, tasks)
             analyser.write(Path(self.log_dir or "."), tasks)
-            if "bias" in found:
-                Console().print(table(_rows(found, name)))
+            if "bias" in values:
+                Console().print(diagnosis_table(_rows(values, name)))
         if not has_task_pool(self._program):
             return None
-        # a tower of its own: the model's carries the edits' hooks
+        # a tower of its own, because the model's carries the hooks of the edits
         merged = artifact.read(folder).tower.library_model()
         return {MERGED: merged, name: model}
 
 
-def _rows(found: Mapping[str, Json], name: str) -> dict[str, dict[str, float]]:
+def _rows(values: Mapping[str, Json], name: str) -> dict[str, dict[str, float]]:
     """Task -> the numbers of a diagnosis, before and after the repair."""
     encoders = {"before": MERGED, "after": name}
     rows: dict[str, dict[str, float]] = {}
-    for task, bias in found["bias"].items():
-        shares = found.get("agreement", {}).get(task)
+    for task, bias in values["bias"].items():
+        shares = values.get("agreement", {}).get(task)
         rows[task] = {f"bias_{when}": bias[of]["features"] for when, of in encoders.items()}
         if shares:
             rows[task] |= {f"agreement_{when}": shares[of] for when, of in encoders.items()}

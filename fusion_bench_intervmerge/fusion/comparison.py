@@ -15,7 +15,6 @@ from fusion_bench import BaseAlgorithm, BaseModelPool
 from fusion_bench.mixins import LightningFabricMixin
 from hydra.utils import get_class
 from pydantic import Field, model_validator
-from torch import nn
 from typing_extensions import Self
 
 from ..analysis import read_analyses
@@ -39,15 +38,11 @@ from ..model.protocols import Repair
 from ..results import Images, Result, Results
 from .algorithm import IntervMergeAlgorithm
 from .analyse import Analyser
-from .encoder_per_task import ExpertPerTask
-from .experts import ExpertPool
-from .host import adopted, check_task_pool, split_settings
-from .hosted_models import hosted
-from .hub import warn_if_unreachable
-from .loggers import show
+from .host import attach, check_task_pool, host_in_the_log, one_line, split_settings
+from .hosted import hosted
 from .merge import merge_experts, run_adamerging
-from .rivals import FusionBenchMethod
-from .screen import host_in_the_log, one_line
+from .pools import ExpertPool
+from .rivals import ExpertPerTask, FusionBenchMethod
 from .settings import check_method
 
 log = logging.getLogger(__name__)
@@ -63,22 +58,23 @@ class ComparisonSettings(Settings):
         bases: name -> config of a FusionBench method.
         methods: name -> config of a repair (``_target_``: a ``Repair``); its own ``base`` is not
             used. A method with ``coefficients`` trains those of the merge that it repairs.
-        rivals: name -> config of a FusionBench method, or of a repair, that stands by itself: it
-            starts from the experts, whatever merge is repaired beside it.
-        coefficients: name of a base -> the coefficients that stand for it: ``granularity``,
-            ``init``, ``task_vectors``; with ``init: base`` the base is an AdaMerging method, run
-            once. Bases without are left out for methods that train coefficients.
-        seeds: seeds of the repairs; what no seed decides (edits solved on all images) is run once.
+        rivals: name -> config of a FusionBench method, or of a repair, that starts from the
+            experts, whatever merge is repaired beside it.
+        coefficients: name of a base -> coefficients that reproduce it: ``granularity``, ``init``,
+            ``task_vectors``; with ``init: base`` the base is an AdaMerging method, run once. Bases
+            without are left out for methods that train coefficients.
+        seeds: seeds of the repairs; edits that no seed decides (solved on all images) are found
+            once.
         steps: override every method's, so that all have the same; a method with ``steps: 0`` is
             solved, not trained, and keeps it.
         data: override every method's, so that all have the same.
-        images: what bases and rivals see: name -> fields of ``results.Images``.
-        labels: how many labelled images a task bases and rivals need, by name.
+        images: the images that bases and rivals see: name -> fields of ``results.Images``.
+        labels: labelled images per task that bases and rivals need, by name.
         keep_going: whether a merge or rival that fails is a line in the results, and not the end.
         references: whether the pretrained encoder and the experts themselves are evaluated too.
         analyses: names of analyses of every merge and its repairs at the first seed, ``all``, or
-            null; ``analysis.json`` keeps what they find.
-        analysis_images: images a task for them, of the test split.
+            null; their values are written to ``analysis.json``.
+        analysis_images: images per task for them, of the test split.
 
     Raises:
         ConfigError: the first setting that does not fit, those of the methods included.
@@ -88,7 +84,7 @@ class ComparisonSettings(Settings):
     methods: Annotated[
         dict[str, Json], Field(description="settings of intervmerge or surgery, by name")
     ]
-    rivals: Annotated[dict[str, Json], Field(description="methods, by name")] = Field(default={})
+    rivals: Annotated[dict[str, Json], Field(description="methods, by name")] = Field({})
     coefficients: Annotated[
         dict[str, Json] | None, Field(description="coefficients, by the base's name")
     ] = None
@@ -97,10 +93,8 @@ class ComparisonSettings(Settings):
     ] = Field(default=[0])
     steps: Annotated[int | None, whole(0, 10**7, before="null, or ")] = None
     data: Annotated[Json | None, Field(description="null, or {split: validation, ...}")] = None
-    images: Annotated[dict[str, Json], Field(description="images, by name")] = Field(default={})
-    labels: Annotated[dict[str, int], Field(description="whole numbers, by name")] = Field(
-        default={}
-    )
+    images: Annotated[dict[str, Json], Field(description="images, by name")] = Field({})
+    labels: Annotated[dict[str, int], Field(description="whole numbers, by name")] = Field({})
     keep_going: Flag = False
     references: Flag = True
     analyses: Any = None
@@ -141,23 +135,23 @@ class ComparisonSettings(Settings):
         return {"images": images, "labels": self.labels.get(name, 0)}
 
     def repair_class(self, name: str) -> type[Repair]:
-        """What repairs by a method: its ``_target_``, IntervMerge's algorithm where it has none.
+        """The class that repairs by a method: its ``_target_``; without one, IntervMerge's.
 
         Raises:
-            ConfigError: it is no ``Repair``.
+            ConfigError: it is not a ``Repair``.
         """
         target = self.methods[name].get("_target_")
         if target is None:
             return IntervMergeAlgorithm
         try:
-            found = get_class(target)
+            repair = get_class(target)
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"methods.{name}._target_", reason, "a repair") from error
-        if not issubclass(found, Repair):
-            allowed = "a subclass of fusion_bench_intervmerge.protocols.Repair"
-            raise ConfigError(f"methods.{name}._target_", f"{target} is no repair", allowed)
-        return found
+        if not issubclass(repair, Repair):
+            allowed = "a subclass of fusion_bench_intervmerge.model.protocols.Repair"
+            raise ConfigError(f"methods.{name}._target_", f"{target} is not a repair", allowed)
+        return repair
 
     def method(self, name: str) -> Json:
         """A method's settings, with those that hold for all that have them."""
@@ -176,9 +170,8 @@ class ComparisonSettings(Settings):
 class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
     """Merge by each base, repair each merge by each method and seed, hand all to the task pool.
 
-    Every method gets the same images, steps and merged encoder. The report that FusionBench
-    writes then holds, by name, what its task pool says of each model, and ``intervmerge.json``
-    beside it what each one is.
+    Every method gets the same images, steps and merged encoder. FusionBench's report then has the
+    accuracies of each model by name, and ``intervmerge.json`` beside it what each model is.
 
     Args:
         bases, methods: as in ``ComparisonSettings``.
@@ -204,111 +197,118 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
     @one_line
     def run(self, modelpool: BaseModelPool) -> dict[str, object]:
         """Returns every model by name."""
-        pool = ExpertPool(modelpool)
-        check_task_pool(self._program, pool.family)
-        warn_if_unreachable(pool.pool._models.values())
-        settings = self.settings
-        analyser = Analyser(settings.analyses, settings.analysis_images, "test", self.fabric.device)
+        settings, pool = self.settings, ExpertPool(modelpool)
+        check_task_pool(self._program, pool.family, pool.tasks)
         tower = pool.first_tower()
         for method in settings.methods:
-            repair = self._build(method)
             with named(f"methods.{method}"):
-                repair.look_ahead(pool, tower)
+                self._build(method).look_ahead(pool, tower)
+        self._models: dict[str, object] = {}
+        self._results: dict[str, Result] = {}
         self._problems: dict[str, str] = {}
-        models: dict[str, object] = {}
-        about: dict[str, Result] = {}
-        repairs: list[Repair] = []
+        self._repairs: list[Repair] = []
         if settings.references:
-            models["pretrained"] = pool.raw("_pretrained_")
-            models["experts"] = hosted(ExpertPerTask(pool), tower)
-            about["pretrained"] = Result(kind="pretrained")
-            about["experts"] = Result(kind="experts")
+            self._models["pretrained"] = pool.pool.load_model("_pretrained_")
+            self._results["pretrained"] = Result(kind="pretrained")
+            self._models["experts"] = hosted(ExpertPerTask(pool), tower)
+            self._results["experts"] = Result(kind="experts")
         for name in settings.rivals:
             with self._going_on(name):
                 log.info("running: %s", name)
-                repair, pretrained = self._rival(name), pool.tower("_pretrained_")
-                repairs.append(repair)
-                models[name], result = self._repair(repair, f"rivals.{name}", pool, pretrained)
-                about[name] = result.model_copy(update={"method": name, **settings.needs(name)})
-        for base_name, base in settings.bases.items():
-            started = time.perf_counter()
+                about = {"method": name, **settings.needs(name)}
+                rival, pretrained = self._rival(name), pool.tower("_pretrained_")
+                self._repair(rival, f"rivals.{name}", pool, pretrained, name, about)
+        analyser = Analyser(settings.analyses, settings.analysis_images, "test", self.fabric.device)
+        for name in settings.bases:
             merged = None
-            with self._going_on(base_name):
-                merged, start = self._merge(pool, base_name, base)
+            with self._going_on(name):
+                merged, start = self._merge(pool, name)
             if merged is None:
                 continue
-            models[base_name] = copy.deepcopy(merged.library_model())
-            took = time.perf_counter() - started
-            about[base_name] = Result(
-                kind="merge",
-                base=base_name,
-                extra_parameters=0,
-                bytes=0,
-                seconds=took,
-                **settings.needs(base_name),
-            )
             for method in settings.methods:
-                given = {}
-                if settings.method(method).get("coefficients"):
-                    if start is None:
-                        continue
-                    given = {"coefficients": {**start, "train": True}}
-                for seed in settings.seeds if self._build(method).seeded(pool) else [None]:
-                    name = "/".join([base_name, method] + [f"seed{seed}"] * (seed is not None))
-                    log.info("repairing: %s", name)
-                    repair = self._build(method, given if seed is None else {"seed": seed, **given})
-                    repairs.append(repair)
-                    models[name], result = self._repair(repair, f"methods.{method}", pool, merged)
-                    told = {"base": base_name, "method": method, "seed": seed}
-                    about[name] = result.model_copy(update=told)
+                self._repair_merge(method, pool, merged, name, start)
             if analyser.names and self.fabric.is_global_zero:
-                repaired = self._first_seed(models, base_name)
-                analyser.run(base_name, pool, merged, repaired, pool.tasks)
+                analyser.run(name, pool, merged, self._first_seed(name), pool.tasks)
                 analyser.write(Path(self.log_dir or "."), pool.tasks)
-            show(self.fabric, about.values(), base_name, analyser.found.get(base_name))
         if self.fabric.is_global_zero:
-            found = Results(tasks=list(pool.tasks), models=about, problems=self._problems)
-            found.write(self.log_dir)
-        for repair in repairs:
+            Results(tasks=list(pool.tasks), models=self._results, problems=self._problems).write(
+                self.log_dir
+            )
+        for repair in self._repairs:
             repair.clear()
-        return models
+        return self._models
 
-    def _first_seed(self, models: Mapping[str, object], base: str) -> dict[str, InterventionModel]:
-        """Method -> its repair of a merge at the first seed; analyses look into our own alone."""
-        found = {
-            method: models.get(f"{base}/{method}/seed{self.settings.seeds[0]}")
-            or models.get(f"{base}/{method}")
-            for method in self.settings.methods
-        }
-        return {m: model for m, model in found.items() if isinstance(model, InterventionModel)}
+    def _first_seed(self, base: str) -> dict[str, InterventionModel]:
+        """One repair of each method for the analyses, under the method's name."""
+        chosen: dict[str, InterventionModel] = {}
+        for name, result in self._results.items():
+            model = self._models[name]
+            if result.base == base and isinstance(model, InterventionModel):
+                chosen.setdefault(str(result.method), model)
+        return chosen
 
-    def _merge(self, pool: ExpertPool, name: str, base: object) -> tuple[VisionTower, Json | None]:
-        """The merged encoder, and the coefficients that stand for it, if any do."""
+    def _merge(self, pool: ExpertPool, name: str) -> tuple[VisionTower, Json | None]:
+        """Merge by a base: the merged encoder, and the coefficients that reproduce it, if any."""
+        started, base = time.perf_counter(), self.settings.bases[name]
         start, settings = (self.settings.coefficients or {}).get(name), None
         if start is not None and start.get("init") == "base":
-            found = run_adamerging(base, pool.pool, self.fabric, self._program)
-            start = {**start, "init": found.tolist()}
+            coefficients = run_adamerging(base, pool.pool, self.fabric, self._program)
+            start = {**start, "init": coefficients.tolist()}
             settings = CoefficientSettings.read({**start, "train": False}, "coefficients")
         try:
-            return merge_experts(pool, base, settings, self.fabric, self._program)[0], start
+            merged = merge_experts(pool, base, settings, self.fabric, self._program)[0]
         except ConfigError as error:
             if error.where != "base":
                 raise
             raise ConfigError(f"bases.{name}", error.problem, error.allowed) from error
+        self._models[name] = copy.deepcopy(merged.library_model())
+        self._results[name] = Result(
+            kind="merge",
+            base=name,
+            extra_parameters=0,
+            bytes=0,
+            seconds=time.perf_counter() - started,
+            **self.settings.needs(name),
+        )
+        return merged, start
+
+    def _repair_merge(
+        self, method: str, pool: ExpertPool, merged: VisionTower, base: str, start: Json | None
+    ) -> None:
+        """Repair a merge by a method, with every seed that makes a difference."""
+        changes: Json = {}
+        if self.settings.method(method).get("coefficients"):
+            if start is None:
+                return
+            changes = {"coefficients": {**start, "train": True}}
+        for seed in self.settings.seeds if self._build(method).seeded(pool) else [None]:
+            name = f"{base}/{method}" + ("" if seed is None else f"/seed{seed}")
+            log.info("repairing: %s", name)
+            own = changes if seed is None else {"seed": seed, **changes}
+            about = {"base": base, "method": method, "seed": seed}
+            repair = self._build(method, own)
+            self._repair(repair, f"methods.{method}", pool, merged, name, about)
 
     def _repair(
-        self, repair: Repair, where: str, pool: ExpertPool, merged: VisionTower
-    ) -> tuple[nn.Module, Result]:
+        self,
+        repair: Repair,
+        where: str,
+        pool: ExpertPool,
+        merged: VisionTower,
+        name: str,
+        about: Json,
+    ) -> None:
         started = time.perf_counter()
+        self._repairs.append(repair)
         with named(where):
             model: Any = repair.repair(pool, copy.deepcopy(merged))
-        seconds = time.perf_counter() - started
-        result = repair.record(model).model_copy(update={"seconds": seconds})
-        return hosted(model, merged), result
+        about = {"seconds": time.perf_counter() - started, **about}
+        self._results[name] = repair.record(model).model_copy(update=about)
+        self._models[name] = hosted(model, merged)
 
     @contextmanager
     def _going_on(self, name: str) -> Iterator[None]:
-        """What fails inside is written down, where the settings say so, and the run goes on."""
+        """With ``keep_going``, a failure inside is written down and the run goes on."""
         try:
             yield
         except Exception as error:  # another's method may fail in any way
@@ -322,19 +322,19 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         config = self.settings.rivals[name]
         repair: object
         with named(f"rivals.{name}"):
-            found: object = None
+            cls: object = None
             with suppress(ErrorDuringImport):  # what cannot be imported fails when it runs
-                found = locate(config.get("_target_", ""))
-            if isinstance(found, type) and issubclass(found, Repair):
-                repair = found(**{k: v for k, v in config.items() if k not in _NOT_SETTINGS})
+                cls = locate(config.get("_target_", ""))
+            if isinstance(cls, type) and issubclass(cls, Repair):
+                repair = cls(**{k: v for k, v in config.items() if k not in _NOT_SETTINGS})
             else:
                 repair = FusionBenchMethod(method=config)
-        return adopted(repair, self._program, self.fabric)
+        return attach(repair, self._program, self.fabric)
 
-    def _build(self, method: str, more: Mapping[str, object] | None = None) -> Repair:
+    def _build(self, method: str, changes: Mapping[str, object] | None = None) -> Repair:
         """A method's repair, with the settings that hold for all."""
         settings = self.settings
         with named(f"methods.{method}"):
-            own = settings.method(method) | dict(more or {})
+            own = settings.method(method) | dict(changes or {})
             repair: Any = settings.repair_class(method)(**own)
-        return adopted(repair, self._program, self.fabric)
+        return attach(repair, self._program, self.fabric)

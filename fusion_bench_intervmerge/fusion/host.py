@@ -1,19 +1,62 @@
-"""What FusionBench's program hands to a method, and does around it."""
+"""Helpers for running inside FusionBench: its configs, its task pools, and what the screen shows.
+
+Hydra prints the message of its compact exceptions alone, and the full trace with
+``HYDRA_FULL_ERROR=1``. So within a Hydra run our errors become compact ones, at the calls that
+FusionBench makes. FusionBench also logs every exception with its trace: that goes to its log file
+and stays off the screen, as does everything else that it logs and prints while we run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeVar
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
+from fusion_bench import BaseAlgorithm
+from fusion_bench.constants import RuntimeConstants
 from fusion_bench.taskpool import CLIPVisionModelTaskPool, DummyTaskPool
+from fusion_bench.utils import set_print_function_call, set_print_function_call_permeanent
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 
-from ..config import HOST_KEYS, ConfigError
+from ..config import HOST_KEYS, ArtifactError, ConfigError
+from ..distillation.loop import DistillationError
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
+
+_inside: ContextVar[bool] = ContextVar("inside", default=False)
+
+
+# -- configs and task pools ------------------------------------------------------------------------
 
 
 def plain(value: Any) -> Any:
-    """A piece of Hydra's config as plain containers, interpolations resolved; else as it is."""
+    """Hydra's containers as plain ones, interpolations resolved; any other value as it is."""
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def split_settings(
+    given: Mapping[str, object], **more: object
+) -> tuple[dict[str, object], dict[str, Any]]:
+    """The settings among a method's arguments, as plain containers, and Hydra's own keys."""
+    settings = {key: plain(value) for key, value in (more | dict(given)).items()}
+    return settings, {key: settings.pop(key) for key in HOST_KEYS if key in settings}
+
+
+def attach(method: T, program: object, fabric: object) -> T:
+    """Give a nested method the running program and its fabric, if it takes them."""
+    for name, value in (("_program", program), ("_fabric_instance", fabric), ("_fabric", fabric)):
+        if hasattr(method, name):
+            setattr(method, name, value)
+    return method
 
 
 def has_task_pool(program: object) -> bool:
@@ -22,25 +65,19 @@ def has_task_pool(program: object) -> bool:
     return pool is not None and not isinstance(pool, DummyTaskPool)
 
 
-T = TypeVar("T")
+def check_task_pool(program: object, family: str, tasks: Iterable[str]) -> None:
+    """Check, before the training, that the task pool can evaluate the models.
 
-
-def adopted(method: T, program: object, fabric: object) -> T:
-    """A nested method, which gets the program and the fabric that runs it, where it takes them."""
-    for name, value in (("_program", program), ("_fabric_instance", fabric), ("_fabric", fabric)):
-        if hasattr(method, name):
-            setattr(method, name, value)
-    return method
-
-
-def check_task_pool(program: object, family: str) -> None:
-    """Make sure, before the training, that the task pool can evaluate encoders of this family.
+    Args:
+        program: the running FusionBench program, or None.
+        family: the models', ``huggingface`` or ``openclip``.
+        tasks: those that the models know; a warning names the pool's others.
 
     Raises:
-        ConfigError: it evaluates those of the other one, or never names a task.
+        ConfigError: the pool evaluates encoders of the other family, or never names a task.
     """
     pool = getattr(program, "taskpool", None)
-    # FusionBench's OpenCLIP task pool is not imported for this: it cannot be before Python 3.12.
+    # FusionBench's OpenCLIP task pool cannot be imported before Python 3.12, so no isinstance
     theirs = "openclip" if hasattr(pool, "_classifier_heads") else "huggingface"
     if (theirs == "openclip" or isinstance(pool, CLIPVisionModelTaskPool)) and theirs != family:
         names = {"openclip": "OpenCLIP", "huggingface": "Hugging Face"}
@@ -55,11 +92,93 @@ def check_task_pool(program: object, family: str) -> None:
             "it never names the task to a model, so its report would show the merged encoder",
             "taskpool=openclip-vit-b32_TA8, or another of this package's",
         )
+    known = set(tasks)
+    unseen = [task for task in getattr(pool, "_test_datasets", None) or () if task not in known]
+    if unseen:
+        log.warning(
+            "no expert knows %s: evaluated with the merged encoder, and marked as unseen",
+            ", ".join(unseen),
+        )
 
 
-def split_settings(
-    given: Mapping[str, object], **more: object
-) -> tuple[dict[str, object], dict[str, Any]]:
-    """What a method was given: its settings as plain containers, and the host's own keys."""
-    settings = {key: plain(value) for key, value in (more | dict(given)).items()}
-    return settings, {key: settings.pop(key) for key in HOST_KEYS if key in settings}
+# -- the screen ------------------------------------------------------------------------------------
+
+
+class OneLineError(CompactHydraException):
+    """An error of ours that Hydra prints as one line."""
+
+
+def one_line(call: Callable[P, T]) -> Callable[P, T]:
+    """Let our errors end a Hydra run with one line; outside of one they stay as they are.
+
+    Settings of a method are named as the command line writes them, ``method.KEY``. Ctrl-C ends the
+    run, and a sweep that it belongs to, in the same way.
+    """
+
+    @wraps(call)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        if _inside.get() or not HydraConfig.initialized():
+            return call(*args, **kwargs)
+        token = _inside.set(True)
+        try:
+            return call(*args, **kwargs)
+        except ConfigError as error:
+            typed = error.under("method") if isinstance(args[0], BaseAlgorithm) else error
+            raise _off_screen(OneLineError(str(typed))) from error
+        except (ArtifactError, DistillationError) as error:
+            raise _off_screen(OneLineError(str(error))) from error
+        except KeyboardInterrupt as stop:
+            message = str(stop) or "stopped; the same command starts again"
+            raise _off_screen(SystemExit(message)) from stop
+        finally:
+            _inside.reset(token)
+
+    return wrapped
+
+
+class HostFilter(logging.Filter):
+    """Lets FusionBench's warnings pass, and every record of other packages."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        host = record.name.partition(".")[0] == "fusion_bench"
+        return record.levelno >= logging.WARNING or not host
+
+
+@contextmanager
+def host_in_the_log() -> Iterator[None]:
+    """In a Hydra run, keep FusionBench's logs and boxes off the screen; its file has the logs.
+
+    With ``print_function_call=false`` there are no boxes afterwards either: FusionBench reads that
+    setting but does not follow it.
+    """
+    if not HydraConfig.initialized():
+        yield
+        return
+    screens, quiet = _screens(), HostFilter()
+    for screen in screens:
+        screen.addFilter(quiet)
+    try:
+        with set_print_function_call(False):
+            yield
+    finally:
+        for screen in screens:
+            screen.removeFilter(quiet)
+        if RuntimeConstants.print_function_call is False:  # type: ignore[comparison-overlap]
+            set_print_function_call_permeanent(False)
+
+
+def _screens() -> list[logging.Handler]:
+    """The log handlers that write to no file."""
+    handlers = logging.getLogger().handlers
+    return [handler for handler in handlers if not isinstance(handler, logging.FileHandler)]
+
+
+def _off_screen(error: E) -> E:
+    """Keep FusionBench's log record of an error off the screen."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not record.exc_info or record.exc_info[1] is not error
+
+    for screen in _screens():
+        screen.addFilter(wanted)
+    return error

@@ -12,10 +12,9 @@ from pydantic import Field
 from ..config import Flag, Folder, Settings, unknown_key
 from ..model.model import InterventionModel
 from ..results import Results
-from .host import check_task_pool, split_settings
-from .hosted_models import HostedInterventionModel
-from .records import saved
-from .screen import host_in_the_log, one_line
+from .host import check_task_pool, host_in_the_log, one_line, split_settings
+from .hosted import HostedInterventionModel
+from .records import saved_result
 
 
 class LoadSettings(Settings):
@@ -59,15 +58,15 @@ class LoadInterventionModel(LightningFabricMixin, BaseAlgorithm):
         """
         folder = Path(self.settings.path).resolve()
         model = HostedInterventionModel.from_pretrained(self.settings.path)
-        check_task_pool(self._program, model.tower.family)
         for task in self.settings.drop:
             if task not in model.tasks:
                 raise unknown_key(task, model.tasks, "task").under("drop")
             model.drop_task(task)
+        check_task_pool(self._program, model.tower.family, model.tasks)
         if self.settings.fold:
             model = model.fold()
         if self._program is not None and self.fabric.is_global_zero:
-            known = model.metadata
-            result = saved(model, known.get("base", "merged"), known.get("name", folder.name))
+            base, name = (model.metadata.get(key) for key in ("base", "name"))
+            result = saved_result(model, base or "merged", name or folder.name)
             Results(tasks=model.tasks, models={folder.name: result}).write(self.log_dir)
         return model

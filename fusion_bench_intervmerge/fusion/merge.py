@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 from fusion_bench import BaseModelPool
 from fusion_bench.constants import RuntimeConstants
@@ -24,12 +25,17 @@ from ..encoders.base import VisionTower
 from ..expert_cache import ExpertCache
 from ..files import cache_root
 from ..merging import CoefficientSettings, Mixture, initial_coefficients, mix
-from ..pickles import read_tensor
-from .experts import ExpertPool
-from .host import adopted
-from .hub import watched
+from .host import attach
+from .pools import ExpertPool, checked_loads
 
 log = logging.getLogger(__name__)
+
+# fusion-bench 0.2.33: these add a state dict of parameters to one of tensors, which its own
+# arithmetic of state dicts refuses, so that they run with no pool.
+WANT_TENSORS = tuple(
+    f"fusion_bench.method.{package}."
+    for package in ("fw_merging", "rankone_moe", "sparse_we_moe", "tall_mask", "we_moe")
+)
 
 
 def merge_experts(
@@ -40,15 +46,15 @@ def merge_experts(
     program: object = None,
     keep: bool = True,
 ) -> tuple[VisionTower, Mixture | None]:
-    """The merged encoder, and the mixture it came from where ``coefficients`` are set.
+    """The merged encoder, and the mixture it came from if ``coefficients`` are set.
 
     Args:
-        pool: the experts; where it has a merged model already, that is taken, and nothing merges.
+        pool: the experts; a merged model in it is taken as it is.
         base: config of a FusionBench method, or a method object.
         coefficients: merge by these instead, starting from their ``init``.
         fabric: shared with the nested method.
         program: the running FusionBench program, or None.
-        keep: whether coefficients that AdaMerging found in an earlier run are taken.
+        keep: whether to take the coefficients of an earlier run of AdaMerging.
 
     Raises:
         ConfigError: nothing merges, or models that do not fit each other.
@@ -92,7 +98,7 @@ def run_base(config: object, pool: BaseModelPool, fabric: Fabric, program: objec
     """Run a nested method as ``run_method`` does, and return the merged model.
 
     Raises:
-        ConfigError: the config names no method, or the method gives no single model.
+        ConfigError: the config names no method, or the method does not give a single model.
     """
     merged = run_method(config, pool, fabric, program)
     if not isinstance(merged, nn.Module):
@@ -116,23 +122,10 @@ def run_method(config: object, pool: BaseModelPool, fabric: Fabric, program: obj
     Raises:
         ConfigError: the config names no method.
     """
-    if isinstance(config, Mapping) and not isinstance(config, DictConfig):
-        config = OmegaConf.create(dict(config))
-    if pool.has_instance_models:
-        # Methods merge into the models they are given, and these are the user's.
-        pool = copy.copy(pool)
-        pool._models = {str(n): copy.deepcopy(model) for n, model in pool._models.items()}
-    try:
-        return _run(config, watched(pool), fabric, program)
-    except TypeError as error:
-        if "Tensor type mismatch" not in str(error):
-            raise
-        return _run(config, _of_tensors(watched(pool)), fabric, program)
-
-
-def _run(config: object, pool: BaseModelPool, fabric: Fabric, program: object) -> object:
     method: Any = config
-    if isinstance(config, DictConfig):
+    if isinstance(config, Mapping):
+        if not isinstance(config, DictConfig):
+            config = OmegaConf.create(dict(config))
         if "_target_" in config:
             method = instantiate(config, _recursive_=config.get("_recursive_", False))
         elif "name" in config:
@@ -141,19 +134,22 @@ def _run(config: object, pool: BaseModelPool, fabric: Fabric, program: object) -
             method = load_algorithm_from_config(config)
         else:
             raise ConfigError("base", "names no method", "method@method.base=task_arithmetic, ...")
-    adopted(method, program, fabric)
+    if pool.has_instance_models:
+        # Methods merge into the models they are given, and these are the user's.
+        pool = copy.copy(pool)
+        pool._models = {str(n): copy.deepcopy(model) for n, model in pool._models.items()}
+    pool = checked_loads(pool)
+    if type(method).__module__.startswith(WANT_TENSORS):
+        pool = _with_tensors(pool)
+    attach(method, program, fabric)
     getattr(method, "on_run_start", lambda: None)()  # older methods have neither
-    found = method.run(pool)
+    result = method.run(pool)
     getattr(method, "on_run_end", lambda: None)()
-    return found
+    return result
 
 
-def _of_tensors(pool: BaseModelPool) -> BaseModelPool:
-    """The pool with models whose state dicts hold tensors, never parameters.
-
-    Some methods of fusion-bench 0.2.33 (WEMoE, Rank-one MoE, TALL masks, Frank-Wolfe) add one of
-    each, which its arithmetic of state dicts refuses: they cannot run with any pool.
-    """
+def _with_tensors(pool: BaseModelPool) -> BaseModelPool:
+    """The pool with models whose state dicts hold tensors, never parameters."""
 
     def load(name: str, *args: object, **kwargs: object) -> nn.Module:
         model = pool.load_model(name, *args, **kwargs)
@@ -174,14 +170,13 @@ def _of_tensors(pool: BaseModelPool) -> BaseModelPool:
 def run_adamerging(
     config: object, pool: BaseModelPool, fabric: Fabric, program: object, keep: bool = True
 ) -> Tensor:
-    """Run one of FusionBench's AdaMerging methods for its coefficients, once.
+    """Run one of FusionBench's AdaMerging methods for its coefficients, once per pool and method.
 
-    They are kept in the cache folder, so that the runs of a study start from the same ones, and
-    none waits for what another has computed.
+    They are kept in the cache folder, so that all runs of a study start from the same ones.
 
     Args:
         config: the method's config; the others are as in ``run_base``.
-        keep: whether coefficients of an earlier run of the same method and pool are taken.
+        keep: whether to take the coefficients of an earlier run of the same method and pool.
 
     Returns:
         (tasks,) or (tasks, parameter tensors).
@@ -189,42 +184,39 @@ def run_adamerging(
     Raises:
         ConfigError: the method does not save coefficients.
     """
-    if not isinstance(config, DictConfig):
-        config = OmegaConf.create(dict(config) if isinstance(config, Mapping) else {})
-    assert isinstance(config, DictConfig)
-    if "save_merging_weights" not in config:
+    if not isinstance(config, Mapping) or "save_merging_weights" not in config:
         raise ConfigError(
             "coefficients.init",
-            "`base` is no AdaMerging method, so it gives no coefficients",
+            "`base` is not an AdaMerging method, so it gives no coefficients",
             "method@method.base=adamerging/clip, a number, or a file",
         )
     if not keep or pool.has_instance_models:  # nothing tells one live module from another
         return _find_coefficients(config, pool, fabric, program)
-    key, folder = _key(config, pool), cache_root() / "coefficients"
+    key, folder = _cache_key(config, pool), cache_root() / "coefficients"
     cache = ExpertCache(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{key}.lock"):
-        kept = cache.get(key)
-        if kept is not None:
+        saved = cache.get(key)
+        if saved is not None:
             log.info("AdaMerging's coefficients are those of an earlier run, %s/%s", folder, key)
-            return kept[0]["coefficients"]
-        found = _find_coefficients(config, pool, fabric, program)
-        cache.put(key, {"coefficients": found}, images="")
-        return found
+            return saved[0]["coefficients"]
+        coefficients = _find_coefficients(config, pool, fabric, program)
+        cache.put(key, {"coefficients": coefficients}, images="")
+        return coefficients
 
 
 def _find_coefficients(
-    config: DictConfig, pool: BaseModelPool, fabric: Fabric, program: object
+    config: Mapping[Any, Any], pool: BaseModelPool, fabric: Fabric, program: object
 ) -> Tensor:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "merging_weights.pt"
         saving = OmegaConf.merge(config, {"save_merging_weights": str(path)})
         run_base(saving, pool, fabric, program)
-        return read_tensor(path)
+        return torch.load(path, weights_only=True)
 
 
-def _key(config: DictConfig, pool: BaseModelPool) -> str:
-    """A digest of everything that the coefficients a method finds on a pool depend on."""
+def _cache_key(config: Mapping[Any, Any], pool: BaseModelPool) -> str:
+    """A digest of everything that a method's coefficients on a pool depend on."""
     facts = [
         OmegaConf.to_yaml(config, resolve=True),
         *(f"{name}: {pool._models[name]}" for name in pool.all_model_names),

@@ -1,115 +1,38 @@
-"""What the methods write of their models into a run's results."""
+"""What the methods write of their models: results, and the diagnosis on the screen."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import numpy as np
+import pandas as pd
+import torch
 from hydra.core.hydra_config import HydraConfig
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..config import Json, checked
-from ..distillation.loop import Distillation
 from ..model.model import InterventionModel
 from ..results import Images, Result
-from .settings import MethodSettings
+
+# -- results ---------------------------------------------------------------------------------------
 
 
-def images_used(settings: MethodSettings, steps: int, solved: bool) -> Images:
-    """Which images a method's edits are found on.
-
-    Args:
-        settings: the method's.
-        steps: that it really takes.
-        solved: whether it solves any edits.
-    """
-    data = settings.data
-    return Images(
-        split=data.split,
-        fraction=data.fraction,
-        at_most=data.images,
-        solved=solved,
-        steps=steps,
-        batch_size=data.batch_size if steps else None,
-        seed=settings.seed,
-        # accuracies are measured on the test split
-        transductive=data.split == "test",
-    )
-
-
-def repaired(
-    model: InterventionModel,
-    done: Distillation,
-    images: list[Images],
-    settings: Json,
-    **more: object,
+def repair_result(
+    model: InterventionModel, settings: Json, images: list[Images], **more: object
 ) -> Result:
-    """What is known of a repaired model.
+    """The result of a repaired model.
 
     Args:
         model: the model.
-        done: its training.
-        images: what its edits were found on, the last of them now.
         settings: its method's, as plain values.
+        images: what its edits were found on.
         more: other fields of ``Result``.
     """
-    return _repair(
-        model,
-        settings,
-        images=images,
-        images_seen={task: len(seen) for task, seen in done.images.items()},
-        resumed_at=done.resumed_at,
-        final_loss=float(done.losses[-1].mean()) if len(done.losses) else None,
-        losses=done.by_task(),
-        seed=images[-1].seed,
-        **more,
-    )
-
-
-def saved(model: InterventionModel, base: str, method: str) -> Result:
-    """What a saved model remembers of itself.
-
-    Args:
-        model: the model.
-        base, method: what to call its merge and its repair.
-    """
-    settings, images = model.metadata.get("method") or {}, remembered_images(model)
-    return _repair(model, settings, images=images, seed=model.seed, base=base, method=method)
-
-
-def remembered_images(model: InterventionModel) -> list[Images]:
-    """The images that a saved model's edits were found on, as far as it tells."""
-    known = model.metadata.get("images")
-    # a sentence stands for images that are not known, of a model that was made in Python
-    kept = [one for one in known if not isinstance(one, str)] if isinstance(known, list) else []
-    return [checked(Images, one, "images") for one in kept]
-
-
-def method_name(result: Result) -> str:
-    """What the method is called on the command line, with its size: ``intervmerge_r4``."""
-    name = _choices().get("method", "intervmerge").replace("/", "_")
-    if result.budget is not None:
-        return f"{name}_b{result.budget}"
-    return name if result.rank is None else f"{name}_r{result.rank}"
-
-
-def base_name(base: object) -> str:
-    """What a base method is called on the command line; in Python, the name of its class."""
-    if chosen := _choices().get("method@method.base"):
-        return str(chosen).replace("/", "_")
-    given = base.get("_target_") or base.get("name") if isinstance(base, Mapping) else None
-    return str(given or type(base).__name__).rpartition(".")[2]
-
-
-def _choices() -> dict[str, str]:
-    """Which config of each group was chosen, where Hydra composed them."""
-    if not HydraConfig.initialized():
-        return {}
-    return {key: str(name) for key, name in HydraConfig.get().runtime.choices.items() if name}
-
-
-def _repair(model: InterventionModel, settings: Json, **more: object) -> Result:
     extra, budget = model.extra_parameters(), settings.get("budget")
-    places = (blocks for sites in model.ranks().values() for blocks in sites.values())
-    ranks = {rank for blocks in places for rank in blocks.values()}
+    ranks = {r for sites in model.ranks().values() for at in sites.values() for r in at.values()}
     known: Json = {
         "budget": budget,
         "rank": ranks.pop() if budget is None and len(ranks) == 1 else None,
@@ -121,5 +44,107 @@ def _repair(model: InterventionModel, settings: Json, **more: object) -> Result:
         "labels": 0,
         "passes": 1.0,
         "needs_task": model.router is None,
+        "images": images,
     }
     return Result(kind="repair", **known | more)
+
+
+def saved_result(model: InterventionModel, base: str, method: str) -> Result:
+    """The result of a saved model, as far as it tells.
+
+    Args:
+        model: the model.
+        base, method: what to call its merge and its repair.
+    """
+    settings, images = model.metadata.get("method") or {}, saved_images(model)
+    return repair_result(model, settings, images, seed=model.seed, base=base, method=method)
+
+
+def saved_images(model: InterventionModel) -> list[Images]:
+    """The images that a saved model's edits were found on, as far as it tells."""
+    known = model.metadata.get("images")
+    # a sentence stands for images that are not known, of a model that was made in Python
+    told = [one for one in known if not isinstance(one, str)] if isinstance(known, list) else []
+    return [checked(Images, one, "images") for one in told]
+
+
+def method_name(result: Result) -> str:
+    """The method's name on the command line, with its size: ``intervmerge_r4``."""
+    name = hydra_choices().get("method", "intervmerge").replace("/", "_")
+    if result.budget is not None:
+        return f"{name}_b{result.budget}"
+    return name if result.rank is None else f"{name}_r{result.rank}"
+
+
+def base_name(base: object) -> str:
+    """A base method's name on the command line; in Python, the name of its class."""
+    if chosen := hydra_choices().get("method@method.base"):
+        return chosen.replace("/", "_")
+    named = base.get("_target_") or base.get("name") if isinstance(base, Mapping) else None
+    return str(named or type(base).__name__).rpartition(".")[2]
+
+
+def hydra_choices() -> dict[str, str]:
+    """Which config of each group was chosen; empty if Hydra composed none."""
+    if not HydraConfig.initialized():
+        return {}
+    return {key: str(name) for key, name in HydraConfig.get().runtime.choices.items() if name}
+
+
+# -- diagnosis -------------------------------------------------------------------------------------
+
+ENCODERS = {"before": "merged", "after": "repaired"}
+
+
+@torch.no_grad()
+def diagnose(
+    model: InterventionModel,
+    task: str,
+    dataset: Dataset[Any],
+    indices: list[int],
+    expert: Tensor,
+    head: Callable[[Tensor], Tensor] | None,
+) -> dict[str, float]:
+    """One task's representation bias, and its agreement with the expert's predictions.
+
+    Args:
+        model: the trained model.
+        task: the task.
+        dataset: items (pixel values, ...).
+        indices: which images to look at.
+        expert: the expert's image features of these images, (images, projection_dim).
+        head: zero-shot logits of image features; without one, agreement is left out.
+
+    Returns:
+        ``bias_before`` and ``bias_after``, the mean L1 of image features to the expert's, and with
+        a head ``agreement_before`` and ``agreement_after``, the share of images on which the
+        predicted class is the expert's.
+    """
+    features: dict[str, list[Tensor]] = {when: [] for when in ENCODERS}
+    for batch in DataLoader(Subset(dataset, indices), batch_size=64):
+        images = (batch[0] if isinstance(batch, (list, tuple)) else batch).to(model.device)
+        features["before"].append(model.encode(images).float().cpu())
+        features["after"].append(model.encode(images, task).float().cpu())
+    row = {}
+    for when, parts in features.items():
+        own = torch.cat(parts)
+        row[f"bias_{when}"] = float((own - expert).abs().mean())
+        if head is not None:
+            same = head(own).argmax(dim=-1) == head(expert).argmax(dim=-1)
+            row[f"agreement_{when}"] = float(same.float().mean())
+    return row
+
+
+def diagnosis_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
+    """The tasks' diagnosis as a table for the terminal."""
+    numbers = pd.DataFrame.from_dict(rows, orient="index")
+    table = Table("task")
+    for name in numbers:
+        what, _, when = str(name).partition("_")
+        table.add_column(f"{what}, {ENCODERS[when]}", justify="right")
+    numbers.loc["average"] = numbers.mean()
+    for task, row in numbers.iterrows():
+        forms = ("{:.4f}" if name.startswith("bias") else "{:.1%}" for name in numbers)
+        cells = ["-" if np.isnan(n) else form.format(n) for form, n in zip(forms, row, strict=True)]
+        table.add_row(task, *cells, end_section=task == list(rows)[-1])
+    return table

@@ -1,68 +1,150 @@
-"""FusionBench's own methods beside the repairs, whatever they return.
+"""Methods that stand beside the repairs: FusionBench's own, whatever they return, and TALL-masks.
 
-Some give one encoder, some a mixture of experts, some one model a task, some a model that is told
-its task. Each becomes something that a task pool can evaluate on the same footing.
+Some give one encoder, some a mixture of experts, some one model per task, some a model that must
+be told the task. Each becomes something that a task pool can evaluate on the same footing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+import torch
 from fusion_bench import BaseAlgorithm, BaseModelPool
 from fusion_bench.mixins import LightningFabricMixin
 from fusion_bench.models.modulator import ModulatedModel
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import ConfigError, Settings, nested
 from ..encoders.base import VisionTower
+from ..merging import TaskVector
 from ..model.protocols import Repair, TaskConditionalModel
 from ..results import Result, Results
-from .encoder_per_task import ModelPerTask, ToldItsTask
-from .experts import ExpertPool
-from .host import check_task_pool, split_settings
-from .hosted_models import hosted
+from .host import check_task_pool, host_in_the_log, one_line, split_settings
+from .hosted import hosted
 from .merge import run_method
-from .screen import host_in_the_log, one_line
+from .pools import ExpertPool
+
+NotNegative = Annotated[float, Field(ge=0, description="a number, 0 or more")]
 
 
-class Storage(Settings):
-    """What a method stores beyond one model, where its modules hold more than it needs.
-
-    Args:
-        models: tensors of the model's size, in fp32.
-        bits: a task and number of the model, for masks.
-    """
-
-    models: Annotated[float, Field(ge=0, description="a number, 0 or more")] = 0.0
-    bits: Annotated[float, Field(ge=0, description="a number, 0 or more")] = 0.0
-
-    def bytes(self, numbers: int, tasks: int) -> int:
-        """Over all tasks, for a model of so many numbers."""
-        return round(numbers * (4 * self.models + tasks * self.bits / 8))
+# -- an encoder per task ---------------------------------------------------------------------------
 
 
-class RivalSettings(Settings):
-    """A FusionBench method among a comparison's ``methods`` or ``rivals``.
+class EncoderPerTask(nn.Module):
+    """Encodes by the task's encoder, one task after the other; without a task, by the pretrained.
 
     Args:
-        method: its config.
-        storage: what it stores; by default all that its modules hold beyond one encoder.
-        passes: of an encoder, an image.
-        take: which model, of a method that gives several by name.
+        pool: the experts that it was made of.
+
+    Attributes:
+        tasks: those it has an encoder for.
     """
 
-    method: dict[str, object]
-    storage: Annotated[Storage, nested(Storage)] | None = None
-    passes: Annotated[float, Field(gt=0, description="a number above 0")] = 1
-    take: str | None = None
+    def __init__(self, pool: ExpertPool):
+        super().__init__()
+        self.tasks, self._pool = pool.tasks, pool
+        self._pretrained: VisionTower | None = None
+
+    @abstractmethod
+    def tower_for(self, task: str) -> VisionTower:
+        """The task's encoder."""
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, task: str | Sequence[str] | None = None) -> Tensor:
+        """Image features (batch, projection_dim) for a task, or for one task per image.
+
+        Raises:
+            ValueError: the model has no encoder for a task.
+        """
+        if task is None:
+            if self._pretrained is None:
+                self._pretrained = self._pool.tower("_pretrained_").requires_grad_(False).eval()
+            return self._pretrained.to(images.device).features(images)
+        if isinstance(task, str):
+            if task not in self.tasks:
+                raise ValueError(f"no encoder for task {task!r}; there are: {self.tasks}")
+            return self.tower_for(task).to(images.device).features(images)
+        rows = {name: [i for i, t in enumerate(task) if t == name] for name in dict.fromkeys(task)}
+        features = torch.cat([self.encode(images[own], name) for name, own in rows.items()])
+        order = torch.tensor([row for own in rows.values() for row in own])
+        return features[order.argsort()]
+
+    def extra_parameters(self) -> dict[str, int]:
+        """All encoders but one."""
+        return {"total": (len(self.tasks) - 1) * count(self.tower_for(self.tasks[0]))}
+
+
+class ExpertPerTask(EncoderPerTask):
+    """Each task is encoded by its own expert, the upper bound; one is in memory at a time."""
+
+    def __init__(self, pool: ExpertPool):
+        super().__init__(pool)
+        self._loaded = ""
+        self.tower_for(self.tasks[0])
+
+    def tower_for(self, task: str) -> VisionTower:
+        if task != self._loaded:
+            self.tower: VisionTower = self._pool.tower(task).requires_grad_(False).eval()
+            self._loaded = task
+        return self.tower
+
+
+class ModelPerTask(EncoderPerTask):
+    """All tasks' encoders in memory.
+
+    Args:
+        models: task -> vision model.
+        pool: the experts that they were made of.
+    """
+
+    def __init__(self, models: Mapping[str, nn.Module], pool: ExpertPool):
+        super().__init__(pool)
+        towers = [pool.wrap(models[task]).requires_grad_(False).eval() for task in pool.tasks]
+        self.towers = nn.ModuleList(towers)
+
+    def tower_for(self, task: str) -> VisionTower:
+        tower: Any = self.towers[self.tasks.index(task)]
+        return tower
+
+
+class Modulated(EncoderPerTask):
+    """FusionBench's ``ModulatedModel``, whose weights become a task's own in place.
+
+    Args:
+        model: the model.
+        pool: the experts that it was made of.
+    """
+
+    def __init__(self, model: ModulatedModel[Any], pool: ExpertPool):
+        super().__init__(pool)
+        self.model = model
+        self.tower = pool.wrap(model.backbone).requires_grad_(False).eval()
+
+    def tower_for(self, task: str) -> VisionTower:
+        self.model.set_task(task)
+        return self.tower
+
+    def extra_parameters(self) -> dict[str, int]:
+        """What the module holds beyond one encoder."""
+        return {"total": sum(p.numel() for p in self.parameters()) - count(self.tower)}
+
+
+def count(tower: VisionTower) -> int:
+    """How many numbers a tower's mergeable tensors have."""
+    return sum(p.numel() for p in tower.mergeable().values())
+
+
+# -- the rivals ------------------------------------------------------------------------------------
 
 
 class Rival(LightningFabricMixin, BaseAlgorithm, Repair):
     """A method that starts from the experts, whatever merge is repaired beside it.
 
-    It runs alone (``method=rivals/NAME``) as it does in a comparison, by its ``Settings``.
+    A new one is one file: a subclass with ``Settings`` and ``repair``, which runs by itself
+    (``method=rivals/NAME``) and among the ``rivals`` of a comparison.
     """
 
     @one_line
@@ -80,7 +162,7 @@ class Rival(LightningFabricMixin, BaseAlgorithm, Repair):
             ConfigError: a pool that does not fit, in one line.
         """
         pool = ExpertPool(modelpool)
-        check_task_pool(self._program, pool.family)
+        check_task_pool(self._program, pool.family, pool.tasks)
         tower = pool.tower("_pretrained_")
         model: Any = self.repair(pool, tower)
         if self.fabric.is_global_zero:
@@ -88,6 +170,38 @@ class Rival(LightningFabricMixin, BaseAlgorithm, Repair):
             result = self.record(model).model_copy(update={"method": name})
             Results(tasks=pool.tasks, models={name: result}).write(self.log_dir)
         return hosted(model, tower)
+
+
+class Storage(Settings):
+    """What a method stores beyond one model, if its modules hold more than it needs.
+
+    Args:
+        models: tensors of the model's size, in fp32.
+        bits: for masks, bits per task and number of the model.
+    """
+
+    models: NotNegative = 0.0
+    bits: NotNegative = 0.0
+
+    def bytes(self, numbers: int, tasks: int) -> int:
+        """Over all tasks, for a model of so many numbers."""
+        return round(numbers * (4 * self.models + tasks * self.bits / 8))
+
+
+class RivalSettings(Settings):
+    """The settings of ``FusionBenchMethod``.
+
+    Args:
+        method: the method's config.
+        storage: what it stores; by default all that its modules hold beyond one encoder.
+        passes: forward passes of an encoder per image.
+        take: which model to take of a method that gives several by name.
+    """
+
+    method: dict[str, object]
+    storage: Annotated[Storage, nested(Storage)] | None = None
+    passes: Annotated[float, Field(gt=0, description="a number above 0")] = 1
+    take: str | None = None
 
 
 class FusionBenchMethod(Rival):
@@ -99,16 +213,15 @@ class FusionBenchMethod(Rival):
         """What the method returns, ready for a task pool.
 
         Raises:
-            ConfigError: it returns no model.
+            ConfigError: it does not return a model.
         """
-        fabric, take = self.fabric, self.settings.take
-        found = run_method(self.settings.method, pool.pool, fabric, self._program)
-        if take is not None and isinstance(found, Mapping):
-            found = found.get(take)
-        one = sum(p.numel() for p in merged.mergeable().values())
-        model = as_task_conditional(found, pool)
-        if self.settings.storage is not None:
-            self._bytes = self.settings.storage.bytes(one, len(pool.tasks))
+        settings = self.settings
+        result = run_method(settings.method, pool.pool, self.fabric, self._program)
+        if settings.take is not None and isinstance(result, Mapping):
+            result = result.get(settings.take)
+        one, model = count(merged), as_task_conditional(result, pool)
+        if settings.storage is not None:
+            self._bytes = settings.storage.bytes(one, len(pool.tasks))
         else:
             tensors = (*model.parameters(), *model.buffers())  # each of them once
             held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -127,23 +240,63 @@ class FusionBenchMethod(Rival):
         )
 
 
-def as_task_conditional(found: object, pool: ExpertPool) -> nn.Module:
+def as_task_conditional(result: object, pool: ExpertPool) -> nn.Module:
     """A method's result as a module that a task pool evaluates.
 
     Args:
-        found: a module; or a mapping with ``models``, one a task.
+        result: a module; or a mapping with ``models``, one per task.
         pool: the experts that it was made of.
 
     Returns:
-        A ``TaskConditionalModel`` where the result depends on the task, else the module itself.
+        A ``TaskConditionalModel`` if the result depends on the task, else the module itself.
 
     Raises:
         ConfigError: it is none of these.
     """
-    if isinstance(found, Mapping) and isinstance(found.get("models"), Mapping):
-        return ModelPerTask(found["models"], pool)
-    if isinstance(found, ModulatedModel):
-        return ToldItsTask(found, pool)
-    if isinstance(found, nn.Module):
-        return found
-    raise ConfigError("method", f"gives a {type(found).__name__}", "a model, or one a task")
+    if isinstance(result, Mapping) and isinstance(result.get("models"), Mapping):
+        return ModelPerTask(result["models"], pool)
+    if isinstance(result, ModulatedModel):
+        return Modulated(result, pool)
+    if isinstance(result, nn.Module):
+        return result
+    raise ConfigError("method", f"gives a {type(result).__name__}", "a model, or one per task")
+
+
+class TallMaskSettings(Settings):
+    """The settings of ``TallMasks``.
+
+    Args:
+        threshold: lambda; larger ones keep less of the merged vector.
+    """
+
+    threshold: NotNegative = 0.6
+
+
+class TallMasks(Rival):
+    """theta_t = theta0 + m_t * tau with m_t = |tau_t| >= lambda |tau - tau_t|, tau = sum of tau_t.
+
+    TALL-masks (arXiv 2405.07813, section 4), which stores tau beside theta0, and a bit per number
+    and task. fusion-bench 0.2.33 has it too, but compares |theta0 - tau_t| instead of |tau_t|.
+    """
+
+    Settings = TallMaskSettings
+
+    def repair(self, pool: Any, merged: VisionTower) -> nn.Module:
+        theta0 = {n: p.detach() for n, p in pool.tower("_pretrained_").mergeable().items()}
+        vectors = [TaskVector.between(pool.tower(t).mergeable(), theta0) for t in pool.tasks]
+        total = sum(vectors[1:], vectors[0])
+        towers = {}
+        for task, vector in zip(pool.tasks, vectors, strict=True):
+            towers[task] = pool.tower("_pretrained_")
+            for name, parameter in towers[task].mergeable().items():
+                own, all_ = vector.tensors[name], total.tensors[name]
+                mask = own.abs() >= self.settings.threshold * (all_ - own).abs()
+                parameter.data += mask * all_
+        self._bytes = Storage(models=1, bits=1).bytes(count(merged), len(pool.tasks))
+        return ModelPerTask(towers, pool)
+
+    def record(self, model: TaskConditionalModel) -> Result:
+        numbers = self._bytes // 4
+        return Result(
+            kind="rival", extra_parameters=numbers, bytes=self._bytes, needs_task=True, passes=1.0
+        )

@@ -1,51 +1,104 @@
 """One stream of images of all tasks, and the classes of all tasks in one label space.
 
-No task is told, unless a number says so. A class belongs to its task: ``one`` of two tasks is two
-classes.
+The task of an image is not given, unless a number says so. A class belongs to its task: ``one`` of
+two tasks is two classes. The images may be spoilt, the same way every time.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from fusion_bench.models.hf_clip import HFCLIPClassifier
 from fusion_bench.utils import count_parameters
+from PIL import Image, ImageFilter
+from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..config import Json
+from ..config import Json, Seed, Settings
 from ..data import generator_of
 from ..model.protocols import TaskConditionalModel
-from .corruption import Corrupted, StreamSettings
-from .experts import Head, zero_shot_head
-from .screen import one_line
-from .taskpools import CLIPVisionModelTaskPool
+from .host import one_line
+from .hosted import CLIPVisionModelTaskPool, encode_mixed, unseen_tasks
+from .pools import Head, zero_shot_head
+
+# Severity 1 to 5. Noise: standard deviation, of pixels from 0 to 1, as in ImageNet-C. Blur: radius
+# of the Gaussian, as a share of the shorter side.
+NOISE = (0.08, 0.12, 0.18, 0.26, 0.38)
+BLUR = (0.01, 0.02, 0.03, 0.04, 0.06)
 
 
-class Stream(Dataset):
-    """All images of all tasks, in an order of their own: items are (pixels, task index, label)."""
+class StreamSettings(Settings):
+    """The settings of a ``..._union`` task pool.
 
-    def __init__(self, datasets: Mapping[str, Sequence], seed: int):
+    Args:
+        corruption: ``noise``, ``blur``, or null.
+        severity: 1 to 5.
+        stream_seed: decides the order of the images, and the noise.
+    """
+
+    corruption: Literal["noise", "blur"] | None = Field(
+        default=None, description="null, noise, blur"
+    )
+    severity: Annotated[int, Field(ge=1, le=5, description="a whole number, 1 to 5")] = 3
+    stream_seed: Seed = 0
+
+
+class Corrupted(Dataset[Any]):
+    """A data set whose images are spoilt; labels stay.
+
+    Args:
+        dataset: items are ``{"image": PIL.Image, "label": int}`` or pairs of both.
+        task: its name; the noise follows from (seed, task, index).
+        settings: what is done to the images.
+    """
+
+    def __init__(self, dataset: Sequence[Any], task: str, settings: StreamSettings):
+        self.dataset, self.task, self.settings = dataset, task, settings
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        item = self.dataset[index]
+        image, label = (item["image"], item["label"]) if isinstance(item, dict) else item
+        return {"image": self._corrupt(image.convert("RGB"), index), "label": label}
+
+    def _corrupt(self, image: Image.Image, index: int) -> Image.Image:
+        level = self.settings.severity - 1
+        if self.settings.corruption == "blur":
+            return image.filter(ImageFilter.GaussianBlur(BLUR[level] * min(image.size)))
+        seed = generator_of(self.settings.stream_seed, f"noise {index}", self.task).initial_seed()
+        pixels = np.asarray(image) / 255
+        noise = np.random.default_rng(seed).normal(0, NOISE[level], pixels.shape)
+        return Image.fromarray(np.uint8(np.clip(pixels + noise, 0, 1) * 255))
+
+
+class Stream(Dataset[Any]):
+    """All images of all tasks, shuffled: items are (pixels, task index, label)."""
+
+    def __init__(self, datasets: Mapping[str, Sequence[Any]], seed: int):
         self.datasets = list(datasets.values())
-        keys = [(task, at) for task, data in enumerate(self.datasets) for at in range(len(data))]
+        keys = [(task, row) for task, data in enumerate(self.datasets) for row in range(len(data))]
         order = torch.randperm(len(keys), generator=generator_of(seed, "stream", ""))
-        self.keys = [keys[at] for at in order.tolist()]
+        self.keys = [keys[position] for position in order.tolist()]
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        task, at = self.keys[index]
-        pixels, label = self.datasets[task][at]
+        task, row = self.keys[index]
+        pixels, label = self.datasets[task][row]
         return pixels, task, int(label)
 
 
 class Tally:
-    """What was right of each task.
+    """Counts of right answers, per task and way of answering.
 
     Args:
         tasks: in the order of their indices.
@@ -55,34 +108,34 @@ class Tally:
         self.tasks = tasks
         self.images = torch.zeros(len(tasks), dtype=torch.long)
         self.right: dict[str, Tensor] = {}
-        # one more column: refused, as of no known task
+        # one more column: refused, as an image of no known task
         self.confusion = torch.zeros(len(tasks), len(tasks) + 1, dtype=torch.long)
 
-    def count(self, name: str, right: Tensor, of: Tensor) -> None:
-        """Add images (batch,) of tasks ``of`` (batch,) that were right or wrong in one way."""
+    def count(self, name: str, right: Tensor, task_ids: Tensor) -> None:
+        """Add a batch: whether each image (batch,) was right, and its task's index (batch,)."""
         sums = self.right.setdefault(name, torch.zeros_like(self.images))
-        sums += torch.bincount(of[right.cpu()], minlength=len(self.tasks))
+        sums += torch.bincount(task_ids[right.cpu()], minlength=len(self.tasks))
 
     def report(self) -> Json:
-        """Task -> its numbers; ``average``; ``confusion``, task -> told task -> images."""
+        """Task -> its numbers; ``average``; ``confusion``, task -> answered task -> images."""
         seen = self.images > 0
         shares = {name: (right / self.images)[seen] for name, right in self.right.items()}
-        # what a model says of itself that nobody tells the task; else all that it can
+        # what the model reaches when nobody names the task; else the best that it has
         shown = next(name for name in ("routed", "given", "union") if name in shares)
         shares = {"accuracy": shares[shown], **shares}
-        named = [task for task, at in zip(self.tasks, seen.tolist(), strict=True) if at]
-        found: Json = {
+        evaluated = [task for task, has in zip(self.tasks, seen.tolist(), strict=True) if has]
+        report: Json = {
             task: {name: float(share[row]) for name, share in shares.items()}
-            for row, task in enumerate(named)
+            for row, task in enumerate(evaluated)
         }
-        found["average"] = {name: float(share.mean()) for name, share in shares.items()}
+        report["average"] = {name: float(share.mean()) for name, share in shares.items()}
         if "routing" in shares:
             columns = [*self.tasks, "none"]
-            found["confusion"] = {
+            report["confusion"] = {
                 task: {c: n for c, n in zip(columns, row, strict=True) if n}
                 for task, row in zip(self.tasks, self.confusion.tolist(), strict=True)
             }
-        return found
+        return report
 
 
 @torch.no_grad()
@@ -91,7 +144,7 @@ def measure(
     heads: Mapping[str, Head],
     batches: Iterator[tuple[Tensor, Tensor, Tensor]],
     device: torch.device,
-) -> dict[str, object]:
+) -> Json:
     """Evaluate a model on a stream.
 
     Args:
@@ -101,23 +154,22 @@ def measure(
         device: where the images go.
 
     Returns:
-        As ``Tally.report``. ``given``: somebody tells the task; ``routed``: the router does, and
-        the class is one of the routed task; ``union``: the class is one of all tasks, from the
-        routed task's features or, where no task is asked for, the model's; ``routing``: the task
-        is right, as routed or as the class says; ``accuracy``: the first that the model has of
-        ``routed``, ``given``, ``union``.
+        As ``Tally.report``. ``given``: the task is given; ``routed``: the router names it, and the
+        class is one of the routed task; ``union``: the class is one of all tasks, from the routed
+        task's features or, if the model needs no task, its own; ``routing``: the task is right, as
+        routed or as the class says; ``accuracy``: the first that the model has of ``routed``,
+        ``given``, ``union``.
     """
     tasks = list(heads)
     tally = Tally(tasks)
     conditional = isinstance(model, TaskConditionalModel)
     routes = getattr(model, "router", None) is not None
-    sizes = None
-    for images, of, labels in batches:
+    for images, task_ids, labels in batches:
         images = images.to(device)
-        tally.images += torch.bincount(of, minlength=len(tasks))
+        tally.images += torch.bincount(task_ids, minlength=len(tasks))
         if conditional:
-            features = model.encode(images, [tasks[index] for index in of.tolist()])
-            tally.count("given", _own_class(features, heads, of).eq(labels), of)
+            features = encode_mixed(model, images, [tasks[index] for index in task_ids.tolist()])
+            tally.count("given", _predicted(features, heads, task_ids).eq(labels), task_ids)
             if not routes:
                 continue
         features = model.encode(images, "auto") if conditional else model(images)
@@ -125,29 +177,29 @@ def measure(
         sizes = torch.tensor([part.shape[1] for part in logits])
         start = sizes.cumsum(0) - sizes
         best = torch.cat(logits, dim=1).argmax(dim=1)
-        tally.count("union", best.eq(start[of] + labels), of)
+        tally.count("union", best.eq(start[task_ids] + labels), task_ids)
         if routes:
-            places = {task: at for at, task in enumerate(tasks)}  # the one behind: none of these
-            told = torch.tensor([places.get(task, len(tasks)) for task in model.route(images)])
-            known = told < len(tasks)
-            own = torch.stack([part.argmax(dim=1) for part in logits], dim=1)
-            chosen = own.gather(1, told.clamp_max(len(tasks) - 1)[:, None])[:, 0]
-            tally.count("routed", known & told.eq(of) & chosen.eq(labels), of)
+            index = {task: i for i, task in enumerate(tasks)}  # len(tasks) stands for none of them
+            answer = torch.tensor([index.get(task, len(tasks)) for task in model.route(images)])
+            known = answer < len(tasks)
+            by_head = torch.stack([part.argmax(dim=1) for part in logits], dim=1)
+            chosen = by_head.gather(1, answer.clamp_max(len(tasks) - 1)[:, None])[:, 0]
+            tally.count("routed", known & answer.eq(task_ids) & chosen.eq(labels), task_ids)
         else:
-            told = torch.bucketize(best, sizes.cumsum(0), right=True)
-        tally.count("routing", told.eq(of), of)
-        tally.confusion.index_put_((of, told), torch.ones_like(of), accumulate=True)
+            answer = torch.bucketize(best, sizes.cumsum(0), right=True)
+        tally.count("routing", answer.eq(task_ids), task_ids)
+        tally.confusion.index_put_((task_ids, answer), torch.ones_like(answer), accumulate=True)
     return tally.report()
 
 
-def _own_class(features: Tensor, heads: Mapping[str, Head], of: Tensor) -> Tensor:
-    """The class that each image's own head finds (batch,)."""
-    found = torch.zeros_like(of)
+def _predicted(features: Tensor, heads: Mapping[str, Head], task_ids: Tensor) -> Tensor:
+    """Predicted class (batch,) from each image's task head."""
+    classes = torch.zeros_like(task_ids)
     for index, head in enumerate(heads.values()):
-        rows = of == index
+        rows = task_ids == index
         if rows.any():
-            found[rows] = head(features[rows.to(features.device)]).argmax(dim=1).cpu()
-    return found
+            classes[rows] = head(features[rows.to(features.device)]).argmax(dim=1).cpu()
+    return classes
 
 
 class Union:
@@ -164,19 +216,23 @@ class Union:
         super().__init__(*args, **settings)
 
     def report(self: Any, model: Any, heads: Any, name: str | None = None) -> Json:
-        """FusionBench's ``model_info``, and what ``measure`` finds on the stream."""
+        """FusionBench's ``model_info``, and what ``measure`` says of the stream."""
         trainable, everything = count_parameters(model)
         info: Json = {"trainable_params": trainable, "all_params": everything}
         info |= {} if name is None else {"name": name}
         device = self.fabric.device
         model = model.to(device).eval()
+        unseen = unseen_tasks(model, heads)
         if hasattr(self, "clip_model") and not isinstance(model, TaskConditionalModel):
             self.clip_model.vision_model = model
             model = HFCLIPClassifier(self.clip_model, self.processor).get_image_features
-        return {"model_info": info, **measure(model, heads, self.batches(), device)}
+        report = measure(model, heads, self.batches(), device)
+        for task in unseen & report.keys():
+            report[task]["unseen"] = True
+        return {"model_info": info, **report}
 
     def batches(self: Any) -> Iterator[Any]:
-        """The stream in batches, spoilt where the settings say so."""
+        """The stream in batches, corrupted if the settings say so."""
         datasets = self.test_datasets
         if self.stream.corruption is not None:
             for task, data in datasets.items():
@@ -199,7 +255,7 @@ class UnionCLIPVisionModelTaskPool(Union, CLIPVisionModelTaskPool):
         return self.report(model, self._heads(), name)
 
     def _heads(self) -> dict[str, Head]:
-        """FusionBench's zero-shot heads, one a task; they need no vision model."""
+        """FusionBench's zero-shot heads, one per task; they need no vision model."""
         if not hasattr(self, "_zero_shot"):
             clip, processor, tasks = self.clip_model, self.processor, map(str, self.test_datasets)
             self._zero_shot = {task: zero_shot_head(clip, processor, task) for task in tasks}

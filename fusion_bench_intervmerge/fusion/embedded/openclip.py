@@ -13,9 +13,9 @@ from transformers import CLIPVisionModel
 from ...encoders.convert import to_openclip
 from ...encoders.huggingface import HuggingFaceTower
 from ...tinyclip.pools import TINY, Pool
-from ..openclip.encoder import ImageEncoder
+from ..host import one_line
+from ..openclip.checkpoints import ImageEncoder
 from ..openclip.pool import OpenCLIPVisionModelPool
-from ..screen import one_line
 from .pool import (
     PoolSettings,
     check_keys,

@@ -21,7 +21,7 @@ from transformers import BatchFeature, CLIPModel, CLIPProcessor
 from ...config import ConfigError, Folder, Seed, Settings, unknown_key
 from ...tinyclip.pools import ABOUT, POOLS, TINY, Pool, ensure_pool, load_images
 from ...tinyclip.tasks import SIZE, SPLITS, Array
-from ..screen import one_line
+from ..host import one_line
 
 
 class PoolSettings(Settings):

@@ -21,8 +21,12 @@ def _override_in_typing() -> Iterator[None]:
 
 
 with _override_in_typing():
-    from .encoder import ImageEncoder
+    from .checkpoints import ImageEncoder
     from .pool import OpenCLIPVisionModelPool
     from .taskpool import OpenCLIPVisionModelTaskPool
 
-__all__ = ["ImageEncoder", "OpenCLIPVisionModelPool", "OpenCLIPVisionModelTaskPool"]
+__all__ = [
+    "ImageEncoder",
+    "OpenCLIPVisionModelPool",
+    "OpenCLIPVisionModelTaskPool",
+]

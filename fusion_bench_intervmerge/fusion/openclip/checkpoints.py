@@ -1,227 +1,36 @@
-"""Reads encoders and heads: safetensors, state dicts, and the task-vectors paper's pickles.
+"""Encoders and heads of the task-vectors paper: safetensors, state dicts, and whole modules.
 
-The paper's checkpoints are whole modules, pickled under open_clip 2.0.2 and classes of the paper's
-own code. Unpickling runs whatever a file asks for, so they are read by
-:mod:`fusion_bench_intervmerge.pickles`, which runs nothing: a file may name the classes listed
-here, and an object of one is nothing but its attributes. The tensors are taken out of these,
-converted to safetensors once, and read from there the next time.
+The paper's checkpoints are whole modules, saved under open_clip 2.0.2 and classes of the paper's
+own code. They are read by ``torch.load(weights_only=True)`` with stand-ins under the old names, so
+that nothing of the file runs: an object is nothing but its attributes, and a file that asks for
+another class is refused. Only the tensors are taken.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import pickle
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import isqrt
 from pathlib import Path
+from typing import Any
 
+import open_clip
 import torch
 from fusion_bench.models.open_clip import ClassificationHead
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...config import ConfigError
+from ...config import ConfigError, Json
 from ...encoders import as_tower
-from ...encoders.openclip import OpenCLIPTower
-from ...files import cache_root, whole_file
-from ...pickles import ForbiddenName, StandIn, View, copy_out, read
-from .encoder import ImageEncoder, fitting_spec, named_spec, told_spec
+from ...encoders.openclip import MEAN, STD, OpenCLIPTower
+from ...files import whole_file
 
 NO_DOWNLOAD = "modelpool=openclip-vit-mini_TA8, which needs no download"
-
-
-def load_encoder(
-    path: str | Path, model_name: str | None = None, *, where: str = "path"
-) -> ImageEncoder:
-    """Read an encoder.
-
-    Args:
-        path: a ``.safetensors`` file, a state dict, or a pickled module. The tensors are called
-            ``model.visual.*`` (or ``visual.*``); others are left out.
-        model_name: its architecture, in OpenCLIP's words. Files written by ``save_encoder`` know
-            theirs; others without a name are taken for one of OpenAI's vision transformers.
-        where: the config key that named the file.
-
-    Raises:
-        ConfigError: the file is missing, asks for a class that does not belong in a checkpoint,
-            or holds no such encoder.
-    """
-    file = _read(Path(path), where)
-    spec = None if model_name is None else named_spec(model_name, where)
-    weights = {
-        name.removeprefix("model."): tensor
-        for name, tensor in file.tensors.items()
-        if name.startswith("model.visual.")
-    }
-    try:
-        if spec is None:
-            spec = fitting_spec(weights)
-            if "spec" in file.metadata:
-                spec = told_spec(file.metadata["spec"], spec)
-        with torch.device("meta"):  # no time, and no random numbers, for weights to be replaced
-            tower = OpenCLIPTower.from_spec(spec)
-        if _shapes(tower.weights()) == _shapes(weights):  # else loading says what does not fit
-            tower.to_empty(device="cpu")
-        tower.load_weights(weights)
-    except (LookupError, ValueError, ArithmeticError, TypeError, RuntimeError) as error:
-        wanted = model_name or "vision transformer"
-        why = f"lacks {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
-        raise ConfigError(where, f"{path} holds no {wanted} ({why})", NO_DOWNLOAD) from None
-    return ImageEncoder(tower)
-
-
-def load_head(path: str | Path, *, where: str = "path") -> ClassificationHead:
-    """Read a classification head.
-
-    Args:
-        path: as for ``load_encoder``; the tensors are ``weight`` (classes, projection_dim) and, if
-            there is one, ``bias``. Features are normalised before it, as everywhere in the paper,
-            unless the file says otherwise.
-        where: the config key that named the file.
-
-    Raises:
-        ConfigError: as for ``load_encoder``.
-    """
-    file = _read(Path(path), where)
-    weight, bias = file.tensors.get("weight"), file.tensors.get("bias")
-    if (
-        weight is None
-        or weight.dim() != 2
-        or weight.numel() == 0
-        or not weight.is_floating_point()
-        or (bias is not None and bias.shape != weight.shape[:1])
-        or (bias is not None and not bias.is_floating_point())
-    ):
-        raise ConfigError(where, f"{path} holds no classification head", NO_DOWNLOAD)
-    normalize = file.metadata.get("normalize", "true")
-    if normalize not in ("true", "false"):
-        raise ConfigError(where, f"{path} says normalize: {normalize[:40]!r}", "true, false")
-    return ClassificationHead(normalize == "true", weight, bias)  # type: ignore[arg-type]
-
-
-def save_encoder(encoder: nn.Module, path: str | Path) -> None:
-    """Write an OpenCLIP encoder's vision tower to a safetensors file that ``load_encoder`` reads.
-
-    Args:
-        encoder: anything ``as_tower`` takes for an OpenCLIP tower.
-        path: gets the suffix ``.safetensors`` where it has another.
-    """
-    tower = as_tower(encoder)
-    tensors = {f"model.{name}": tensor for name, tensor in tower.weights().items()}
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        path = path.with_name(path.name + ".safetensors")
-    _write(path, _File(tensors, {"spec": json.dumps(tower.spec())}))
-
-
-# -- files -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _File:
-    """What is kept of a checkpoint: tensors by name, and strings by name."""
-
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str] = field(default_factory=dict)
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
-
-
-def _read(path: Path, where: str) -> _File:
-    if not path.is_file():
-        allowed = f"a checkpoint that is there, or {NO_DOWNLOAD}"
-        raise ConfigError(where, f"no file {path}", allowed)
-    if path.suffix != ".safetensors":
-        converted = cache_root() / "openclip" / f"{_sha256(path)}.safetensors"
-        try:
-            return _read_safetensors(converted)
-        except (SafetensorError, OSError):  # not there yet, or torn
-            _write(converted, _convert(path, where))
-        path = converted
-    try:
-        return _read_safetensors(path)
-    # There are many ways to be broken, each with an exception of its own.
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(where, f"{path} cannot be read ({reason})", NO_DOWNLOAD) from None
-
-
-def _read_safetensors(path: Path) -> _File:
-    with safe_open(path, framework="pt") as file:
-        names = file.keys()
-        return _File({name: file.get_tensor(name) for name in names}, file.metadata() or {})
-
-
-def _write(path: Path, file: _File) -> None:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in file.tensors.items()}
-    with whole_file(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", **file.metadata})
-        temporary.chmod(0o644)
-
-
-def _sha256(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 22):
-            sha.update(chunk)
-    return sha.hexdigest()
-
-
-def _convert(path: Path, where: str) -> _File:
-    allowed = f"a CLIP checkpoint, or {NO_DOWNLOAD}"
-    try:
-        return _kept(read(path, _NAMES), path.stat().st_size)
-    except ForbiddenName as error:
-        reason = f"{error}, which does not belong in a checkpoint, and was not unpickled"
-    # There are many ways to be broken, each with an exception of its own.
-    except Exception as error:
-        said = f": {error}" if isinstance(error, pickle.UnpicklingError) else ""
-        reason = f"cannot be read ({type(error).__name__}{said.splitlines()[0] if said else ''})"
-    raise ConfigError(where, f"{path} {reason}", allowed)
-
-
-def _kept(unpickled: object, limit: int) -> _File:
-    """The vision tower of an encoder under the paper's names, or all of a head."""
-    views = dict(_named_views(unpickled))
-    vision = {
-        f"model.{name.removeprefix('model.')}": view
-        for name, view in views.items()
-        if name.startswith(("model.visual.", "visual."))
-    }
-    if vision:
-        return _File(copy_out(vision, limit))
-    attributes = unpickled.state if isinstance(unpickled, StandIn) else {}
-    normalize = attributes.get("normalize", True) is not False
-    return _File(copy_out(views, limit), {"normalize": json.dumps(normalize)})
-
-
-def _named_views(unpickled: object) -> Iterator[tuple[str, View]]:
-    """The tensors of a state dict, or of a module that came as a stand-in, each module once."""
-    seen: set[int] = set()
-    modules: list[tuple[str, object]] = [("", unpickled)]
-    while modules:
-        prefix, module = modules.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        if isinstance(module, StandIn):
-            own, buffers, inside = (
-                module.state.get(key) or {} for key in ("_parameters", "_buffers", "_modules")
-            )
-            state: Mapping[str, object] = {**own, **buffers}
-            modules.extend((f"{prefix}{name}.", child) for name, child in inside.items())
-        else:
-            state = module if isinstance(module, Mapping) and not prefix else {}
-        for name, value in state.items():
-            if isinstance(value, View):
-                yield f"{prefix}{name}", value
-
-
-# -- pickles ---------------------------------------------------------------------------------------
+# OpenAI's vision transformers, which the paper fine-tuned, all have heads of this width.
+HEAD_WIDTH = 64
 
 _OLD_CLASSES = {
     "src.modeling": "ImageEncoder ClassificationHead",
@@ -241,6 +50,243 @@ _OLD_CLASSES = {
     "torchvision.transforms.transforms": "CenterCrop Compose Normalize RandomResizedCrop Resize "
     "ToTensor",
 }
-_NAMES = frozenset(
-    f"{module}.{name}" for module, names in _OLD_CLASSES.items() for name in names.split()
-)
+
+
+class ImageEncoder(nn.Module):
+    """An OpenCLIP vision transformer under the names of the task-vectors paper's ``ImageEncoder``.
+
+    Every tensor is called ``model.visual.*``. The paper's encoders also carry leftovers of the text
+    tower (token embeddings and the like), which no image passes through and no fine-tuning changed.
+    They are left out: methods that count parameters (the trimming of Ties) or list them
+    (AdaMerging's coefficients) then count and list the vision tower alone.
+
+    Args:
+        tower: whose transformer to take over.
+
+    Attributes:
+        train_preprocess, val_preprocess: PIL image -> (3, image_size, image_size).
+    """
+
+    def __init__(self, tower: OpenCLIPTower):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.visual = tower.visual
+        self.train_preprocess = tower.train_preprocess
+        self.val_preprocess = tower.val_preprocess
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (batch, 3, image_size, image_size) -> image features (batch, projection_dim)."""
+        return self.model.visual(images)  # type: ignore[operator]
+
+
+def load_encoder(
+    path: str | Path, model_name: str | None = None, *, where: str = "path"
+) -> ImageEncoder:
+    """Read an encoder.
+
+    Args:
+        path: a ``.safetensors`` file, or a state dict or module by ``torch.save``. The tensors are
+            called ``model.visual.*`` (or ``visual.*``); others are left out.
+        model_name: its architecture, in OpenCLIP's words. Files by ``save_encoder`` hold theirs;
+            others are taken for one of OpenAI's vision transformers.
+        where: the config key that named the file.
+
+    Raises:
+        ConfigError: the file is missing, asks for a class that does not belong in a checkpoint,
+            or does not hold such an encoder.
+    """
+    file = _read(Path(path), where)
+    spec = None if model_name is None else named_spec(model_name, where)
+    weights = {
+        "visual." + name.removeprefix("model.").removeprefix("visual."): tensor
+        for name, tensor in file.tensors.items()
+        if name.startswith(("model.visual.", "visual."))
+    }
+    try:
+        if spec is None:
+            spec = json.loads(file.about["spec"]) if "spec" in file.about else fitting_spec(weights)
+        with torch.device("meta"):  # no time, and no random numbers, for weights to be replaced
+            tower = OpenCLIPTower.from_spec(spec)
+        if _shapes(tower.weights()) == _shapes(weights):  # if not, loading says what does not fit
+            tower.to_empty(device="cpu")
+        tower.load_weights(weights)
+    except (LookupError, ValueError, ArithmeticError, TypeError, RuntimeError, AssertionError) as e:
+        wanted = model_name or "vision transformer"
+        why = f"lacks {e}" if isinstance(e, KeyError) else str(e).partition("\n")[0]
+        raise ConfigError(where, f"{path} does not hold a {wanted} ({why})", NO_DOWNLOAD) from None
+    return ImageEncoder(tower)
+
+
+def load_head(path: str | Path, *, where: str = "path") -> ClassificationHead:
+    """Read a classification head.
+
+    Args:
+        path: as for ``load_encoder``; the tensors are ``weight`` (classes, projection_dim) and
+            perhaps ``bias``. Features are normalised before it, as everywhere in the paper, unless
+            the file says otherwise.
+        where: the config key that named the file.
+
+    Raises:
+        ConfigError: as for ``load_encoder``.
+    """
+    file = _read(Path(path), where)
+    weight, bias = file.tensors.get("weight"), file.tensors.get("bias")
+    normalize = file.about.get("normalize", "true").lower() != "false"
+    fits = weight is not None and weight.dim() == 2 and weight.is_floating_point()
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):  # type: ignore[union-attr]
+        raise ConfigError(where, f"{path} does not hold a classification head", NO_DOWNLOAD)
+    return ClassificationHead(normalize, weight, bias)  # type: ignore[arg-type]
+
+
+def save_encoder(encoder: nn.Module, path: str | Path) -> None:
+    """Write an OpenCLIP encoder's vision tower to a safetensors file that ``load_encoder`` reads.
+
+    Args:
+        encoder: anything that ``as_tower`` takes for an OpenCLIP tower.
+        path: gets the suffix ``.safetensors`` if it has another.
+    """
+    tower = as_tower(encoder)
+    tensors = {f"model.{n}": t.detach().cpu().contiguous() for n, t in tower.weights().items()}
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        path = path.with_name(path.name + ".safetensors")
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, {"format": "pt", "spec": json.dumps(tower.spec())})
+
+
+# -- architectures ---------------------------------------------------------------------------------
+
+
+def named_spec(model_name: str, where: str) -> Json:
+    """The sizes of one of OpenCLIP's plain vision transformers, with OpenAI's activation.
+
+    Args:
+        model_name: such as ``ViT-B-32``.
+        where: the config key that said so.
+
+    Returns:
+        what ``OpenCLIPTower.from_spec`` takes.
+
+    Raises:
+        ConfigError: OpenCLIP knows no such architecture, or it is not a plain transformer.
+    """
+    config = open_clip.get_model_config(model_name) or {}
+    vision = config.get("vision_cfg", {})
+    plain = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
+    if not plain.issuperset(vision) or not isinstance(vision.get("layers"), int):
+        names = "ViT-B-32, ViT-B-16, ViT-L-14, or OpenCLIP's name of another plain ViT"
+        raise ConfigError(where, f"no vision transformer is called {model_name!r}", names)
+    return _spec(
+        image_size=vision["image_size"],
+        patch_size=vision["patch_size"],
+        width=vision["width"],
+        layers=vision["layers"],
+        heads=vision["width"] // vision.get("head_width", HEAD_WIDTH),
+        mlp_ratio=vision.get("mlp_ratio", 4.0),
+        output_dim=config["embed_dim"],
+    )
+
+
+def fitting_spec(weights: Mapping[str, Tensor]) -> Json:
+    """The sizes of an OpenAI vision transformer with these tensors, called ``visual.*``.
+
+    Raises:
+        LookupError, ValueError, ArithmeticError: these are not a vision transformer's tensors.
+    """
+    width, _, _, patch_size = weights["visual.conv1.weight"].shape
+    blocks = {name.split(".")[3] for name in weights if name.startswith("visual.transformer.res")}
+    tokens = weights["visual.positional_embedding"].shape[0]
+    hidden = weights["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
+    return _spec(
+        image_size=patch_size * isqrt(tokens - 1),
+        patch_size=patch_size,
+        width=width,
+        layers=len(blocks),
+        heads=max(1, width // HEAD_WIDTH),
+        mlp_ratio=hidden / width,
+        output_dim=weights["visual.proj"].shape[1],
+    )
+
+
+def _spec(**sizes: object) -> Json:
+    # OpenAI trained with QuickGELU; OpenCLIP's configs say so only under names of their own.
+    return sizes | {"family": "openclip", "quick_gelu": True, "mean": list(MEAN), "std": list(STD)}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _File:
+    """A checkpoint: tensors by name, and what else is known of it."""
+
+    tensors: dict[str, Tensor]
+    about: dict[str, str] = field(default_factory=dict)
+
+
+class _StandIn:
+    """An object of a listed class: its attributes, and nothing else."""
+
+    def __init__(self, *arguments: object):
+        pass
+
+    def __new__(cls, *arguments: object) -> Any:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, dict):
+            vars(self).update(state)
+
+
+def _read(path: Path, where: str) -> _File:
+    if not path.is_file():
+        allowed = f"a checkpoint that is there, or {NO_DOWNLOAD}"
+        raise ConfigError(where, f"no file {path}", allowed)
+    allowed = f"a CLIP checkpoint, or {NO_DOWNLOAD}"
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return _File({n: file.get_tensor(n) for n in file.keys()}, file.metadata() or {})  # noqa: SIM118
+        stand_ins: list[Any] = [
+            (_StandIn, f"{module}.{name}")
+            for module, names in _OLD_CLASSES.items()
+            for name in names.split()
+        ]
+        with torch.serialization.safe_globals(stand_ins):
+            content = torch.load(path, "cpu", weights_only=True)
+        about = {"normalize": str(getattr(content, "normalize", True))}
+        return _File(dict(_named_tensors(content)), about)
+    # There are many ways to be broken, each with an exception of its own.
+    except Exception as error:
+        reason, asked = str(error).partition("\n")[0], re.search(r"GLOBAL (\S+)", str(error))
+        if asked is not None and asked[1] == "torch.storage._load_from_bytes":
+            reason = "was written by pickle.dump"
+            allowed = "torch.save(pickle.load(open(path, 'rb')), path), if you trust the file"
+        elif asked is not None:
+            reason = f"asks for {asked[1]}, which does not belong in a checkpoint"
+        raise ConfigError(where, f"{path} cannot be read ({reason})", allowed) from None
+
+
+def _named_tensors(content: object) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a state dict, or of a module that came as a stand-in, each module once."""
+    if isinstance(content, Mapping):
+        yield from ((n, t) for n, t in content.items() if isinstance(t, Tensor))
+        return
+    seen: set[int] = set()
+    modules: list[tuple[str, object]] = [("", content)]
+    while modules:
+        prefix, module = modules.pop()
+        if id(module) in seen or not isinstance(module, _StandIn):
+            continue
+        seen.add(id(module))
+        state = vars(module)
+        own = {**(state.get("_parameters") or {}), **(state.get("_buffers") or {})}
+        for name, tensor in own.items():
+            if isinstance(tensor, Tensor):
+                yield f"{prefix}{name}", tensor.detach()
+        children = (state.get("_modules") or {}).items()
+        modules.extend((f"{prefix}{name}.", child) for name, child in children)

@@ -13,7 +13,7 @@ from torch import nn
 
 from ...config import ConfigError
 from ...model.model import InterventionModel
-from ..screen import one_line
+from ..host import one_line
 from .checkpoints import load_encoder, load_head, save_encoder
 
 

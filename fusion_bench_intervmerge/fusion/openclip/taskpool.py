@@ -1,4 +1,4 @@
-"""FusionBench's OpenCLIP task pool, which tells a model the task it is evaluated on."""
+"""FusionBench's OpenCLIP task pool, which names to a model the task that it is evaluated on."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
 from ...config import ConfigError, Json
-from ..hosted_models import OneTask, by_task
-from ..screen import one_line
+from ..host import one_line
+from ..hosted import OneTask, by_task, unseen_tasks
 from .pool import read_head
 
 
@@ -35,17 +35,19 @@ class OpenCLIPVisionModelTaskPool(HostOpenCLIPVisionModelTaskPool):
             model: images -> image features, with ``train_preprocess`` and ``val_preprocess``.
 
         Returns:
-            FusionBench's report: per task, and on average, accuracy and loss.
+            FusionBench's report: accuracy and loss, per task and on average.
 
         Raises:
             ConfigError: a head is missing.
-            ValueError: the model is a repaired one that has no edits for a task.
         """
         self.processor = model.val_preprocess
-        return super().evaluate(by_task(model), **kwargs)
+        report = super().evaluate(by_task(model), **kwargs)
+        for task in unseen_tasks(model, self._test_datasets):
+            report[task]["unseen"] = True
+        return report
 
     def setup(self) -> None:
-        """Loads the datasets and the heads."""
+        """Load the datasets and the heads."""
         host: Any = self  # whose annotations do not know that a task's name is a string
         self.classifier_heads, self.test_datasets, self.test_dataloaders = {}, {}, {}
         for task, dataset in host._test_datasets.items():
@@ -62,7 +64,11 @@ class OpenCLIPVisionModelTaskPool(HostOpenCLIPVisionModelTaskPool):
         self._is_setup = True
 
     def _evaluate(
-        self, classifier: ImageClassifier, test_loader: DataLoader, num_classes: int, task_name: str
+        self,
+        classifier: ImageClassifier,
+        test_loader: DataLoader[Any],
+        num_classes: int,
+        task_name: str,
     ) -> dict[str, float]:
         encoder: Any = classifier.image_encoder
         if is_wrapped(encoder):

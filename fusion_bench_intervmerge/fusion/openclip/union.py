@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...config import Json
-from ..screen import one_line
+from ..host import one_line
 from ..union import Union
 from .taskpool import OpenCLIPVisionModelTaskPool
 
@@ -15,7 +15,7 @@ class UnionOpenCLIPVisionModelTaskPool(Union, OpenCLIPVisionModelTaskPool):
 
     @one_line
     def evaluate(self, model: Any, **kwargs: object) -> Json:
-        """As ``measure``, with ``model_info``."""
+        """As ``union.measure``, with ``model_info``."""
         self.processor = model.val_preprocess
         if not self._is_setup:
             self.setup()

@@ -1,20 +1,25 @@
-"""Task-conditional models among FusionBench's vision models.
+"""Task-conditional models among FusionBench's vision models, and the task pool that evaluates them.
 
 FusionBench's Hugging Face task pool calls a model, projects and normalises its output, and names
 the task only then, to ``compute_surgery_features``; its OpenCLIP task pool never names one. The
-task pools of this package name the task before the forward pass (``.taskpools``). In FusionBench's
-own, the images of the last forward pass are remembered, and a second one pays for the numbers of
-the task.
+task pools of this package name the task before the forward pass. In FusionBench's own, the images
+of the last forward pass are remembered, and a second pass gives the features of the task.
+
+A task that the model does not know gets the merged encoder's features, and in our task pools'
+reports a mark, ``"unseen": true``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from fusion_bench.models.hf_clip import HFCLIPClassifier
+from fusion_bench.taskpool import CLIPVisionModelTaskPool as HostCLIPVisionModelTaskPool
 from torch import Tensor, nn
 
+from ..config import Json
 from ..encoders.base import VisionTower
 from ..model.model import InterventionModel
 from ..model.protocols import TaskConditionalModel
@@ -28,6 +33,7 @@ class _NamedAfterwards(nn.Module):
     """
 
     is_surgery_model = True
+    tasks: Any
     encode: Callable[..., Tensor]
     _images: Tensor | None = None
 
@@ -38,10 +44,10 @@ class _NamedAfterwards(nn.Module):
     def compute_surgery_features(
         self, features: Tensor, dataset_name: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of the images of the last forward pass, for the task they are of.
+        """Features of the images of the last forward pass, for their task.
 
         Args:
-            features: what became of that pass's output: projected, normalised.
+            features: the output of that pass, projected and normalised.
             dataset_name: the task.
 
         Returns:
@@ -49,14 +55,14 @@ class _NamedAfterwards(nn.Module):
             difference between the two.
 
         Raises:
-            ValueError: a task that is none of the model's, or features of other images.
+            ValueError: features of other images.
         """
         images, self._images = self._images, None
         if images is None or len(images) != len(features):
             raise ValueError(
                 "these features are not those of the last forward pass; use encode(images, task)"
             )
-        edited = self.encode(images, dataset_name)
+        edited = self.encode(images, dataset_name if dataset_name in self.tasks else None)
         edited = edited / edited.norm(p=2, dim=-1, keepdim=True)
         return edited, features, features - edited
 
@@ -68,8 +74,8 @@ class HostedInterventionModel(_NamedAfterwards, InterventionModel):
         """As ``InterventionModel.forward``; without a task, the merged encoder's output.
 
         Raises:
-            ValueError: no task, on an OpenCLIP tower, whose task pool in FusionBench never names
-                one: its report would show the merged encoder's numbers as this model's.
+            ValueError: no task, on an OpenCLIP tower: FusionBench's OpenCLIP task pool never names
+                one, so its report would show the merged encoder's numbers as this model's.
         """
         if task is None and not self.task_is_known:
             if self.tower.family == "openclip":
@@ -85,7 +91,7 @@ class HostedInterventionModel(_NamedAfterwards, InterventionModel):
 
 
 class HostedModel(_NamedAfterwards):
-    """Any task-conditional model that FusionBench's own task pools evaluate too.
+    """Any task-conditional model, as FusionBench's own task pools evaluate it.
 
     Args:
         model: the model.
@@ -99,7 +105,7 @@ class HostedModel(_NamedAfterwards):
         _copy_preprocessing(like, self)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(batch, width) without a number in it, until the task is named."""
+        """(batch, width) filled with NaN: the features come once the task is named."""
         self._remember(pixel_values)
         shape = (len(pixel_values), self.width)
         return torch.full(shape, torch.nan, device=pixel_values.device)
@@ -116,7 +122,7 @@ class HostedModel(_NamedAfterwards):
 
 
 def hosted(model: nn.Module, like: VisionTower) -> nn.Module:
-    """A model as FusionBench's own task pools can evaluate it; one that they can is left as it is.
+    """A model as FusionBench's own task pools can evaluate it; others stay as they are.
 
     Args:
         model: any model.
@@ -131,7 +137,7 @@ class OneTask(nn.Module):
     """A task-conditional model while one task is evaluated: images -> that task's features.
 
     Attributes:
-        task: the task; to be set before the first forward pass.
+        task: to be set before the first forward pass.
         train_preprocess, val_preprocess: the model's; FusionBench's OpenCLIP classifier has them.
     """
 
@@ -145,14 +151,54 @@ class OneTask(nn.Module):
         """(batch, 3, image_size, image_size) -> (batch, projection_dim), not normalised."""
         if self.task is None:
             raise ValueError("no task is named")
-        return self.model.encode(images, self.task)
+        return self.model.encode(images, self.task if self.task in self.model.tasks else None)
 
 
 def by_task(model: nn.Module) -> Any:
-    """A task-conditional model as one that is told the task before; others as they are."""
+    """A task-conditional model as one whose task is named before; others stay as they are."""
     return OneTask(model) if isinstance(model, TaskConditionalModel) else model
+
+
+def unseen_tasks(model: object, tasks: Iterable[str]) -> set[str]:
+    """Those of the tasks that a task-conditional model does not know; of another model none."""
+    return set(tasks) - set(model.tasks) if isinstance(model, TaskConditionalModel) else set()
+
+
+def encode_mixed(model: TaskConditionalModel, images: Tensor, tasks: Sequence[str]) -> Tensor:
+    """Features for one task per image; of tasks that the model does not know, the merged ones."""
+    seen = [row for row, task in enumerate(tasks) if task in model.tasks]
+    if len(seen) == len(tasks):
+        return model.encode(images, tasks)
+    features = model.encode(images)
+    if seen:
+        features[seen] = model.encode(images[seen], [tasks[row] for row in seen])
+    return features
 
 
 def _copy_preprocessing(source: object, target: object) -> None:
     for name in ("train_preprocess", "val_preprocess"):
         setattr(target, name, getattr(source, name, None))
+
+
+class CLIPVisionModelTaskPool(HostCLIPVisionModelTaskPool):
+    """Evaluates Hugging Face's CLIP vision encoders, and any ``TaskConditionalModel``.
+
+    It takes the configs of FusionBench's pool of that name and gives the same numbers; an image of
+    a task-conditional model costs one forward pass instead of two.
+    """
+
+    def evaluate(self, model: Any, name: str | None = None, **kwargs: Any) -> Json:
+        """FusionBench's report: accuracy and loss, per task and on average."""
+        report = super().evaluate(by_task(model), name, **kwargs)
+        for task in unseen_tasks(model, self._test_datasets):
+            report[task]["unseen"] = True
+        return report
+
+    def on_task_evaluation_begin(self, classifier: HFCLIPClassifier, task_name: str) -> None:
+        """Name the task to the model."""
+        super().on_task_evaluation_begin(classifier, task_name)
+        model = classifier.clip_model.vision_model
+        if isinstance(model, OneTask):
+            model.task = task_name
+            # the output is projected already: edits of the image features come after that
+            classifier.get_image_features = model.forward  # type: ignore[method-assign]

@@ -8,10 +8,12 @@ from conftest import TASKS, hf_tower, openclip_tower, perturbed
 from torch import nn
 from torch.nn.functional import normalize
 
-from fusion_bench_intervmerge.fusion.hosted_models import (
+from fusion_bench_intervmerge.fusion.hosted import (
     HostedInterventionModel,
     HostedModel,
     by_task,
+    encode_mixed,
+    unseen_tasks,
 )
 from fusion_bench_intervmerge.model.model import InterventionModel
 from fusion_bench_intervmerge.model.protocols import TaskConditionalModel
@@ -66,9 +68,24 @@ def test_features_of_no_known_images_are_refused(images):
         model.compute_surgery_features(embeds[:3], "ants")
     with pytest.raises(ValueError, match="not those of the last forward pass"):
         model.compute_surgery_features(embeds, "ants")  # the images were those of the call before
-    model(images)
+
+
+@torch.no_grad()
+def test_a_task_that_the_model_does_not_know_gets_the_merged_features(images):
+    model = hosted()
+    _, (features, merged, _) = as_the_host_does(model, images, model.tower.projection, "dogs")
+    torch.testing.assert_close(features, merged)
+    one = by_task(model)
+    one.task = "dogs"
+    assert torch.equal(one(images), model.encode(images))
+    assert unseen_tasks(model, ["dogs", "ants"]) == {"dogs"}
+    assert not unseen_tasks(hf_tower(), ["dogs"])
+    tasks = ["dogs", "ants"] * (len(images) // 2)
+    mixed = encode_mixed(model, images, tasks)
+    torch.testing.assert_close(mixed[::2], model.encode(images)[::2])
+    torch.testing.assert_close(mixed[1::2], model.encode(images, "ants")[1::2])
     with pytest.raises(ValueError, match="no edits for task 'dogs'"):
-        model.compute_surgery_features(embeds, "dogs")
+        model.encode(images, "dogs")
 
 
 @torch.no_grad()

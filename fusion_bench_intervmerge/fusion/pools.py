@@ -1,6 +1,6 @@
-"""What a run needs of a model pool: towers, images, zero-shot heads.
+"""A FusionBench model pool as the core takes it: towers, images and zero-shot heads.
 
-What is not found is said in one line.
+What cannot be loaded is one line with the config key, what was looked for, and a way out.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from fusion_bench import BaseModelPool
 from fusion_bench.dataset import CLIPDataset
@@ -23,12 +24,27 @@ from transformers import CLIPModel, CLIPProcessor
 from ..config import ConfigError, Json, check_task_name
 from ..encoders import as_tower
 from ..encoders.base import MissingProjectionError, VisionTower, check_expert
-from .hub import fetch, watched
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Head = Callable[[Tensor], Tensor]
+
 SPLITS = {"test": "test", "validation": "val", "train": "train"}  # as FusionBench calls them
+OFFLINE_POOL = "modelpool=clip-vit-mini_TA8 taskpool=clip-vit-mini_TA8 need no download"
+# FusionBench 0.2.33 names these data sets without their owner, which the hub no longer takes.
+OWNERS = {"mnist": "ylecun", "svhn": "ufldl-stanford"}
+
+# A pool's methods that read files or a hub -> the config group that says where these are.
+LOADS = {
+    "load_model": "models",
+    "load_clip_model": "models",
+    "load_classification_head": "classification_heads",
+    "load_train_dataset": "train_datasets",
+    "load_val_dataset": "val_datasets",
+    "load_test_dataset": "test_datasets",
+    "load_processor": "processor",
+}
 
 
 class ExpertPool:
@@ -38,14 +54,14 @@ class ExpertPool:
         pool: a ``CLIPVisionModelPool`` or an ``OpenCLIPVisionModelPool``.
 
     Raises:
-        ConfigError: the pool has no experts, or a name that no task may have.
+        ConfigError: the pool has no experts, or a name that cannot name a task.
     """
 
     def __init__(self, pool: BaseModelPool):
-        self.pool: Any = watched(pool)
+        self.pool: Any = checked_loads(pool)
         self.tasks: list[str] = list(pool.model_names)
         if not self.tasks:
-            raise ConfigError("modelpool.models", "there are no experts", "one model a task")
+            raise ConfigError("modelpool.models", "there are no experts", "one model per task")
         for index, task in enumerate(self.tasks):
             check_task_name(task, self.tasks[:index], "modelpool.models")
         self._projection: nn.Linear | None = None
@@ -60,7 +76,7 @@ class ExpertPool:
         """The model of that name, ``_pretrained_`` and ``_merged_`` included, as a tower.
 
         Raises:
-            ConfigError: its checkpoint is not found, or it is no CLIP vision encoder.
+            ConfigError: its checkpoint is not found, or is not a CLIP vision encoder.
         """
         model = self.pool.load_model(name)
         if self.pool.has_instance_models:
@@ -68,7 +84,7 @@ class ExpertPool:
         return self.wrap(model, f"modelpool.models.{name}")
 
     def first_tower(self) -> VisionTower:
-        """The tower that a run starts from: a merged model of the pool's, or its first one.
+        """The tower that a run starts from: the pool's merged model, or its first model.
 
         Raises:
             ConfigError: as in ``tower``.
@@ -76,7 +92,7 @@ class ExpertPool:
         return self.tower("_merged_" if self.pool.has_merged else self.pool.all_model_names[0])
 
     def check_shapes(self) -> None:
-        """Make sure that the models can be merged.
+        """Check that the models can be merged.
 
         Raises:
             ConfigError: two models differ in a tensor's shape.
@@ -85,15 +101,11 @@ class ExpertPool:
         for name in others:
             check_expert(name, self.tower(name), self.tower(first))
 
-    def raw(self, name: str) -> nn.Module:
-        """The model of that name as the pool gives it, or a ConfigError: it is not found."""
-        return self.pool.load_model(name)
-
     def wrap(self, model: nn.Module, where: str = "base") -> VisionTower:
         """A vision model of this pool's kind as a tower.
 
         Raises:
-            ConfigError: it is no CLIP vision encoder.
+            ConfigError: it is not a CLIP vision encoder.
         """
         try:
             try:
@@ -118,7 +130,7 @@ class ExpertPool:
         if (task, split) not in self._images:
             items = _Items(getattr(self.pool, f"load_{SPLITS[split]}_dataset")(task), where)
             if len(items):
-                items[0]  # what all of them lack is said before the merge
+                items[0]  # a mistake in all of them is reported before the merge
             self._images[task, split] = CLIPDataset(items, self._processor())
         return self._images[task, split]
 
@@ -127,9 +139,9 @@ class ExpertPool:
 
         Returns:
             None for a task without a head in the pool, or whose class names FusionBench does not
-            know: one's own experts need neither.
+            know: your own experts need neither.
         """
-        if hasattr(self.pool, "load_classification_head"):
+        if self.family == "openclip":
             if task not in (self.pool._classification_heads or {}):
                 return None
             return self.pool.load_classification_head(task).eval()
@@ -147,18 +159,18 @@ class ExpertPool:
 
         Returns:
             ``base_model``, the pretrained CLIP's id or folder; ``preprocessor``, the settings of
-            its image processor; ``classes``, task -> names and templates of the captions, where
-            FusionBench knows them. Without what the pool does not tell.
+            its image processor; ``classes``, task -> names and templates of the captions, if
+            FusionBench knows them. Keys that the pool does not tell are left out.
         """
-        found: Json = {}
+        about: Json = {}
         config = self.pool._models.get("_pretrained_")
         if isinstance(config, Mapping):
             config = config.get("pretrained_model_name_or_path")
-        if hasattr(self.pool, "load_clip_model") and isinstance(config, str):
-            found["base_model"] = config
+        if self.family == "huggingface" and isinstance(config, str):
+            about["base_model"] = config
         images = getattr(self._processor(), "image_processor", None)
         if images is not None:
-            found["preprocessor"] = json.loads(images.to_json_string())
+            about["preprocessor"] = json.loads(images.to_json_string())
         classes = {}
         for task in self.tasks:
             try:
@@ -167,19 +179,17 @@ class ExpertPool:
                 continue
             templates = [function("{}") for function in functions]
             pairs = list(zip(templates, functions, strict=True))
-            # A template may be any function; kept are those that a text can say.
+            # A template may be any function; only those that a text can express are saved.
             if all(text.format(name) == say(name) for text, say in pairs for name in names):
                 classes[task] = {"names": list(names), "templates": templates}
-        return found | ({"classes": classes} if classes else {})
+        return about | ({"classes": classes} if classes else {})
 
-    def identity(self, name: str) -> str:
-        """What the config says of a model; of a live module it says nothing."""
-        config = self.pool._models[name]
-        return "a live module" if isinstance(config, nn.Module) else str(config)
-
-    def images_identity(self, task: str, split: str) -> str:
-        """What the config says of a split's images."""
-        return str(self._datasets(split).get(task))
+    def identity(self, tasks: Sequence[str], split: str) -> Json:
+        """What the config says of these tasks' experts and images; it tells runs apart."""
+        return {
+            "experts": {task: str(self.pool._models[task]) for task in tasks},
+            "images": {task: str(self._datasets(split).get(task)) for task in tasks},
+        }
 
     def _datasets(self, split: str) -> Mapping[str, object]:
         return getattr(self.pool, f"_{SPLITS[split]}_datasets", None) or {}
@@ -191,13 +201,12 @@ class ExpertPool:
     def _visual_projection(self) -> nn.Linear | None:
         # Only Hugging Face's vision models come without their projection.
         if self._projection is None and hasattr(self.pool, "load_clip_model"):
-            where = "modelpool.models._pretrained_"
             config = self.pool._models.get("_pretrained_")
             if config is None or isinstance(config, nn.Module):
                 problem = "is missing" if config is None else "is a live module"
                 problem += ", so that there is no visual projection"
                 allowed = "the id or the folder of a whole CLIP; experts may be live modules"
-                raise ConfigError(where, problem, allowed)
+                raise ConfigError("modelpool.models._pretrained_", problem, allowed)
             clip = self.pool.load_clip_model("_pretrained_")
             self._projection = copy.deepcopy(clip.visual_projection)
         return self._projection
@@ -217,29 +226,83 @@ def zero_shot_head(clip: CLIPModel, processor: CLIPProcessor, task: str) -> Head
     return lambda features: normalize(features.float(), dim=-1).to(weights.device) @ weights.T
 
 
-class _Items(Dataset):
+class _Items(Dataset[Any]):
     """A data set's items as ``{"image": ..., "label": ...}``; -1 stands for no label.
 
     Args:
-        dataset: items are mappings with ``image``, and with ``label`` where there is one, or pairs.
+        dataset: items are pairs of image and label, or mappings with ``image`` and perhaps
+            ``label``.
         where: the data set's config key, for errors.
 
     Raises:
         ConfigError: an item cannot be read, or has no image.
     """
 
-    def __init__(self, dataset: Sequence, where: str):
+    def __init__(self, dataset: Sequence[Any], where: str):
         self.dataset, self.where = dataset, where
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Json:
-        item = fetch(lambda: self.dataset[index], f"{self.where}[{index}]")
+        item = load_or_explain(lambda: self.dataset[index], f"{self.where}[{index}]")
         if isinstance(item, (tuple, list)) and len(item) == 2:
             item = {"image": item[0], "label": item[1]}
         if not isinstance(item, dict) or "image" not in item:
-            found = ", ".join(map(str, item)) if isinstance(item, dict) else type(item).__name__
+            given = ", ".join(map(str, item)) if isinstance(item, dict) else type(item).__name__
             allowed = "items with `image` (and `label`), or pairs of both"
-            raise ConfigError(self.where, f"items hold {found}, and no image", allowed)
+            raise ConfigError(self.where, f"items hold {given}, and no image", allowed)
         return {"label": -1, **item}
+
+
+# -- loading -------------------------------------------------------------------------------------
+
+
+def checked_loads(pool: BaseModelPool) -> BaseModelPool:
+    """A copy of a model pool whose loads raise a ``ConfigError`` if they fail.
+
+    Nested methods, which load what they merge themselves, get it too. The pool stays as it is.
+    """
+    pool = copy.copy(pool)
+    for name, group in LOADS.items():
+        vars(pool).pop(name, None)  # from a copy of a copy
+        if hasattr(pool, name):
+            load = partial(_load, getattr(pool, name), group, getattr(pool, f"_{group}", None))
+            setattr(pool, name, load)
+    return pool
+
+
+def load_or_explain(load: Callable[[], T], where: str, allowed: str = "") -> T:
+    """Load something that may be far away.
+
+    Raises:
+        ConfigError: it failed, for any reason: the errors of a hub, of file readers and of users'
+            own configs have no class in common.
+    """
+    try:
+        return load()
+    except ConfigError:
+        raise
+    except Exception as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        reason = message if len(message) <= 200 else f"{message[:197]}..."
+        allowed = allowed or f"a reachable id or a local folder; {OFFLINE_POOL}"
+        raise ConfigError(where, f"could not be loaded ({reason})", allowed) from error
+
+
+def _load(
+    load: Callable[..., T], group: str, configs: object, *args: object, **kwargs: object
+) -> T:
+    name = args[0] if args and isinstance(args[0], str) else None
+    where = f"modelpool.{group}" + (f".{name}" if name else "")
+    config = configs.get(name) if isinstance(configs, Mapping) else None
+    allowed = _owner_needed(str(config)) if group.endswith("_datasets") else ""
+    return load_or_explain(lambda: load(*args, **kwargs), where, allowed)
+
+
+def _owner_needed(config: str) -> str:
+    """The hub's name of a data set that a config names without its owner; else nothing."""
+    for name, owner in OWNERS.items():
+        if f"'{name}'" in config and "datasets.load_dataset" in config:
+            return f"the hub's {owner}/{name}, as in modelpool=clip-vit-b32_TA8 and our other pools"
+    return ""
