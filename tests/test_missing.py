@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import socket
 
 import pytest
 import torch
-from conftest import hf_tower, openclip_tower
+from conftest import hf_tower
 from fusion_bench import BaseModelPool
 from fusion_bench.method import SimpleAverageAlgorithm
-from fusion_bench_intervmerge.fusion.hub import warn_if_unreachable
+from fusion_bench.taskpool import CLIPVisionModelTaskPool
 from PIL import Image
 from transformers import (
     CLIPVisionConfig,
@@ -25,6 +24,8 @@ from fusion_bench_intervmerge.config import ConfigError
 from fusion_bench_intervmerge.encoders import as_tower
 from fusion_bench_intervmerge.fusion.algorithm import IntervMergeAlgorithm
 from fusion_bench_intervmerge.fusion.comparison import ComparisonAlgorithm
+from fusion_bench_intervmerge.fusion.host import check_task_pool
+from fusion_bench_intervmerge.fusion.openclip import OpenCLIPVisionModelTaskPool
 from fusion_bench_intervmerge.fusion.pools import ExpertPool
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -112,7 +113,7 @@ class GivesNone:
 def test_a_base_that_gives_no_model_is_named_as_the_comparison_names_it():
     bases = {"none": {"_target_": f"{__name__}.GivesNone"}}
     comparison = ComparisonAlgorithm(bases=bases, methods={})
-    line = told(comparison._merge, pool_of([]), "none", comparison.settings.bases["none"])
+    line = told(comparison._merge, pool_of([]), "none")
     assert line.startswith("bases.none: it gives a dict; allowed: a method that gives one")
 
 
@@ -141,11 +142,6 @@ def test_vision_models_of_no_known_family_are_refused_by_name(model):
 
 @pytest.mark.parametrize("family", ["huggingface", "openclip"])
 def test_a_task_pool_of_the_other_family(family):
-    from fusion_bench.taskpool import CLIPVisionModelTaskPool
-
-    from fusion_bench_intervmerge.fusion.host import check_task_pool
-    from fusion_bench_intervmerge.fusion.openclip.taskpool import OpenCLIPVisionModelTaskPool
-
     class Program:
         taskpool = object.__new__(OpenCLIPVisionModelTaskPool)
 
@@ -153,21 +149,32 @@ def test_a_task_pool_of_the_other_family(family):
         Program.taskpool = object.__new__(CLIPVisionModelTaskPool)
     else:
         Program.taskpool._classifier_heads = {}
-    line = told(
-        check_task_pool,
-        Program(),
-        {"huggingface": hf_tower, "openclip": openclip_tower}[family]().family,
-    )
+    line = told(check_task_pool, Program(), family, [])
     assert line.startswith("taskpool: it evaluates ") and "the same name" in line
-    check_task_pool(Program(), {"openclip": "huggingface", "huggingface": "openclip"}[family])
+    other = {"openclip": "huggingface", "huggingface": "openclip"}[family]
+    check_task_pool(Program(), other, [])
 
 
-def test_a_hub_that_does_not_answer_is_said_at_once(monkeypatch, caplog):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with caplog.at_level(logging.WARNING):
-        warn_if_unreachable(["openai/clip-vit-base-patch32"])
-    assert f"{address} does not answer" in caplog.text and "HF_HUB_OFFLINE=1" in caplog.text
+def test_tasks_without_an_expert_are_named_beforehand(caplog):
+    class Program:
+        taskpool = object.__new__(CLIPVisionModelTaskPool)
+
+    Program.taskpool._test_datasets = {"bees": [], "ants": [], "cats": []}
+    with caplog.at_level(logging.WARNING, logger="fusion_bench_intervmerge"):
+        check_task_pool(Program(), "huggingface", ["ants"])
+    assert caplog.messages == [
+        "no expert knows bees, cats: evaluated with the merged encoder, and marked as unseen"
+    ]
+
+
+def test_a_data_set_without_its_owner_says_so():
+    class Hub(Pool):
+        def load_test_dataset(self, name, *args, **kwargs):
+            raise ValueError("Repository id must be 'namespace/name'")
+
+    svhn = {"_target_": "datasets.load_dataset", "_args_": ["svhn", "cropped_digits"]}
+    models = {"_pretrained_": hf_tower().model, "svhn": hf_tower().model}
+    pool = ExpertPool(Hub(models, test_datasets={"svhn": svhn}))
+    line = told(pool.images, "svhn", "test")
+    assert line.startswith("modelpool.test_datasets.svhn: could not be loaded (Repository id must")
+    assert "the hub's ufldl-stanford/svhn, as in modelpool=clip-vit-b32_TA8" in line
