@@ -103,7 +103,7 @@ class GridSweeper(Sweeper):
         log.info("%d of %d runs are finished in %s", len(jobs) - len(waiting), len(jobs), folder)
         results = self.launcher.launch(waiting, initial_job_idx=0) if waiting else []
         if self.study and any((folder / job.folder / REPORT).is_file() for job in jobs):
-            from fusion_bench_intervmerge.report.study import write_study
+            from fusion_bench_intervmerge.report import write_study
 
             write_study(folder)
         for result in results:

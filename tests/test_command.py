@@ -412,7 +412,7 @@ def test_the_report_shows_what_the_task_pool_said(comparison, tmp_path):
 
     assert main(["report", str(comparison), "--to", str(tmp_path / "report")]) == 0
     names = {path.name for path in (tmp_path / "report").iterdir()}
-    assert {"report.html", "table.md", "table.json", "accuracy_vs_parameters.png"} <= names
+    assert {"report.html", "table.md", "table.csv", "accuracy_vs_parameters.png"} <= names
     report = json.loads((comparison / "program_report.json").read_text())
     shown = (tmp_path / "report" / "table.md").read_text()
     assert f"{100 * report['experts']['average']['accuracy']:.1f}" in shown

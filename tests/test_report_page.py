@@ -1,19 +1,18 @@
-"""The report's page in a real browser: it sorts, switches to dark, fits, and nothing complains."""
+"""The report's page in a real browser: it sorts, follows the system's colours, fits a phone."""
 
 from __future__ import annotations
 
 import html
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import synthetic_runs as synthetic
+from browser import CHROMIUM
 
 from fusion_bench_intervmerge.report.page import write_report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium to open the page in")
 
 
@@ -36,78 +35,64 @@ def browse(text: str, folder: Path, script: str, *flags: str) -> tuple[str, str]
         "--dump-dom", file.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    found = re.search(r'<output id="said">(.*?)</output>', done.stdout, re.DOTALL)
-    assert found is not None, done.stderr
+    said = re.search(r'<output id="said">(.*?)</output>', done.stdout, re.DOTALL)
+    assert said is not None, done.stderr
     console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
-    return html.unescape(found[1]), console
-
-
-METHODS = "[...document.querySelectorAll('.results tbody th')].map(h => h.textContent).join(', ')"
-CLICK = "document.querySelectorAll('.results thead button')[{}].click();"
-SORTED = "[...document.querySelectorAll('.results thead th')].map(h => h.ariaSort).join(' ')"
-AS_WRITTEN = "Pretrained, Task Arithmetic, Surgery r=16, IntervMerge r=1, IntervMerge r=4, Experts"
+    return html.unescape(said[1]), console
 
 
 def test_a_header_sorts_down_up_and_back(page: str, tmp_path: Path) -> None:
-    average = CLICK.format(1)
-    steps = [f"{average} said.push({METHODS} + ' | ' + {SORTED});" for _ in range(3)]
-    script = f"const said = []; {''.join(steps)} say(said.join('\\n'));"
-    said, console = browse(page, tmp_path, script)
-    down, up, back = (line.split(" | ") for line in said.splitlines())
+    methods = "[...document.querySelectorAll('.results tbody th')].map(h => h.textContent)"
+    order = "[...document.querySelectorAll('.results thead th')].map(h => h.ariaSort)"
+    click = "document.querySelectorAll('.results thead button')[{}].click();"
+    note = f"said.push({methods}.join(', ') + ' | ' + {order}.slice(1).join(' '));"
+    steps = [click.format(0) + note] * 3 + [click.format(2) * 2 + note]
+    said, console = browse(
+        page, tmp_path, f"const said = []; {''.join(steps)} say(said.join('\\n'));"
+    )
+    down, up, back, parameters = (line.split(" | ") for line in said.splitlines())
     assert down[0] == (
         "Experts, IntervMerge r=4, IntervMerge r=1, Surgery r=16, Task Arithmetic, Pretrained"
     )
     assert up[0] == ", ".join(reversed(down[0].split(", ")))
-    assert back[0] == AS_WRITTEN
-    assert [line[1].split()[1] for line in (down, up, back)] == ["descending", "ascending", "none"]
-    assert down[1].split().count("none") == 12
-    assert console == ""
-
-
-def test_rows_without_a_value_stay_last(page: str, tmp_path: Path) -> None:
-    parameters = CLICK.format(3)
-    said, _ = browse(page, tmp_path, f"{parameters}{parameters} say({METHODS});")
-    assert said == (
+    assert back[0] == (
+        "Pretrained, Task Arithmetic, Surgery r=16, IntervMerge r=1, IntervMerge r=4, Experts"
+    )
+    assert [line[1].split()[0] for line in (down, up, back)] == ["descending", "ascending", "none"]
+    assert set(down[1].split()[1:]) == {"none"}
+    # ascending; what has no value stays last
+    assert parameters[0] == (
         "Task Arithmetic, IntervMerge r=1, Surgery r=16, IntervMerge r=4, Pretrained, Experts"
     )
-
-
-def test_headers_are_reached_and_pressed_by_keyboard(page: str, tmp_path: Path) -> None:
-    # A button is pressed by Enter and Space; what a script can show is that it takes the focus.
-    script = (
-        "const b = document.querySelector('.results thead button'); b.focus();"
-        "say([document.activeElement === b, b.type, b.tabIndex].join(' '));"
-    )
-    assert browse(page, tmp_path, script)[0] == "true button 0"
-
-
-def test_dark_follows_the_system_and_the_button(page: str, tmp_path: Path) -> None:
-    ground = "getComputedStyle(document.body).backgroundColor"
-    press = "document.getElementById('theme').click();"
-    script = f"const a = {ground}; {press} const b = {ground}; {press} say([a, b, {ground}]);"
-    light, _ = browse(page, tmp_path, script)
-    (tmp_path / "other").mkdir()  # the first browser remembers the button
-    dark, console = browse(
-        page, tmp_path / "other", script, "--blink-settings=preferredColorScheme=0"
-    )
-    day, night = "rgb(245, 246, 248)", "rgb(15, 18, 21)"
-    assert light == f"{day},{night},{day}"
-    assert dark == f"{night},{day},{night}"
     assert console == ""
 
 
-def test_a_phone_scrolls_the_table_and_not_the_page(page: str, tmp_path: Path) -> None:
+def test_figures_and_page_follow_the_systems_colours(page: str, tmp_path: Path) -> None:
+    colour = "getComputedStyle(document.querySelector('{}')).{}"
+    what = [colour.format("body", "backgroundColor"), colour.format("figure svg", "color")]
+    said = []
+    for mode in (1, 0):
+        (tmp_path / str(mode)).mkdir()
+        flag = f"--blink-settings=preferredColorScheme={mode}"
+        said.append(browse(page, tmp_path / str(mode), f"say([{','.join(what)}].join('|'))", flag))
+    assert said == [
+        ("rgb(245, 246, 248)|rgb(28, 33, 39)", ""),
+        ("rgb(15, 18, 21)|rgb(232, 235, 238)", ""),
+    ]
+
+
+def test_a_phone_scrolls_tables_and_figures_and_not_the_page(page: str, tmp_path: Path) -> None:
     inner = tmp_path / "inner.html"
     # files may not look into each other: the framed page measures itself and tells its frame
     measure = (
-        "<script>addEventListener('load', () => { const d = document.documentElement;"
-        "const shown = (s) => getComputedStyle(document.querySelector(s)).display;"
-        "const t = document.querySelector('.scroll');"
-        "parent.postMessage([d.scrollWidth > d.clientWidth, t.scrollWidth > t.clientWidth,"
-        "shown('.wide'), shown('.narrow')].join(' '), '*'); });</script></body>"
+        "<script>addEventListener('load', () => {"
+        "const wide = (s) => { const e = document.querySelector(s);"
+        " return e.scrollWidth > e.clientWidth; };"
+        "parent.postMessage(['html', '.scroll', 'figure'].map(wide).join(' '), '*'); });"
+        "</script></body>"
     )
     inner.write_text(page.replace("</body>", measure))
     frame = f'<iframe src="{inner.as_uri()}" width="375" height="700"></iframe>'
     listen = "addEventListener('message', (e) => say(e.data));"
     said, _ = browse(f"{frame}</body>", tmp_path, listen, "--virtual-time-budget=4000")
-    assert said == "false true none block"
+    assert said == "false true true"

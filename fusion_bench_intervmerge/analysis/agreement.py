@@ -1,11 +1,8 @@
-"""Agreement with the expert's predictions, which needs no labels. ``bias`` draws it."""
+"""Agreement with the expert's predictions, which needs no labels."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .base import TaskEncoders
+from .base import TaskEncoders
 
 
 def measure(encoders: TaskEncoders) -> dict[str, float]:

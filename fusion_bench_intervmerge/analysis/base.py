@@ -1,4 +1,4 @@
-"""What every analysis is given: one task, its images, its expert, and the models beside it."""
+"""The input of every analysis: one task, its images, its expert, and the models beside it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from ..config import ConfigError
 from ..encoders.base import VisionTower
 from ..model.model import InterventionModel
-from . import EXPERT, MERGED
 
+EXPERT, MERGED = "expert", "merged"  # encoders beside the repaired models
 BATCH = 32
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What an encoder makes of the images.
+    """An encoder's outputs on the images.
 
     Attributes:
         blocks: the class token at each block's output, (blocks, images, width).
@@ -40,8 +40,8 @@ class TaskEncoders:
         expert: the task's expert.
         merged: the merged encoder.
         models: name -> repaired model with edits for the task.
-        logits: zero-shot logits (images, classes) of image features; None where there are none.
-        labels: (images,); None where there are none.
+        logits: zero-shot logits (images, classes) of image features, if there are class names.
+        labels: (images,), if there are any.
 
     Raises:
         ConfigError: the encoders are of different sizes, or a model has the name of another.
@@ -82,7 +82,7 @@ class TaskEncoders:
                 yield self.models[name].tower
 
     def trace(self, name: str) -> Trace:
-        """What an encoder makes of the images: one pass over them, however often it is asked."""
+        """An encoder's outputs, computed once."""
         if name not in self._traces:
             with self.encoder(name) as tower:
                 parts = [_trace(tower, images) for images in self.batches(tower)]
@@ -93,30 +93,30 @@ class TaskEncoders:
         return self._traces[name]
 
     def batches(self, tower: VisionTower) -> Iterator[Tensor]:
-        """The images, where and as the tower takes them."""
+        """The images on the tower's device, in its type."""
         for images in self.images.split(BATCH):
             yield images.to(tower.device, tower.dtype)
 
     def scores(self, features: Tensor) -> dict[str, float]:
-        """What image features (images, projection_dim) say: shares of the images.
+        """How often image features (images, projection_dim) predict the right class.
 
         Returns:
-            ``agreement``, on which the predicted class is the expert's, and ``accuracy``, on which
-            it is the label; without logits neither, without labels no accuracy.
+            ``agreement``, the share of images whose predicted class is the expert's, and
+            ``accuracy``; without logits neither, without labels no accuracy.
         """
         if self.logits is None:
             return {}
         predicted = self.logits(features).argmax(dim=-1).cpu()
         expert = self.logits(self.trace(EXPERT).features).argmax(dim=-1).cpu()
-        found = {"agreement": float((predicted == expert).double().mean())}
+        shares = {"agreement": float((predicted == expert).double().mean())}
         if self.labels is not None:
-            found["accuracy"] = float((predicted == self.labels).double().mean())
-        return found
+            shares["accuracy"] = float((predicted == self.labels).double().mean())
+        return shares
 
 
 @torch.no_grad()
 def walk(tower: VisionTower, images: Tensor) -> Iterator[Tensor]:
-    """States (batch, num_tokens, width) by the number of blocks behind them, 0 to num_blocks."""
+    """States (batch, num_tokens, width) after each number of blocks, 0 to num_blocks."""
     states = tower.embed(images)
     yield states
     for block in range(tower.num_blocks):
@@ -128,22 +128,22 @@ def walk(tower: VisionTower, images: Tensor) -> Iterator[Tensor]:
 def finish(tower: VisionTower, states: Tensor, start: int) -> Tensor:
     """Image features of the states that enter block ``start``, on the CPU.
 
-    Every block works on all tokens, as in ``walk``: a shortcut's rounding would show as a
-    difference that is none.
+    Every block works on all tokens, as in ``walk``: the rounding of a shortcut would show as a
+    false difference.
     """
     for block in range(start, tower.num_blocks):
         states = tower.run_block(block, states)
-    return _kept(tower.readout(states))
+    return _on_cpu(tower.readout(states))
 
 
 def _trace(tower: VisionTower, images: Tensor) -> Trace:
     tokens = []
     for states in walk(tower, images):
-        tokens.append(_kept(states[:, 0]))
+        tokens.append(_on_cpu(states[:, 0]))
     return Trace(torch.stack(tokens[1:]), finish(tower, states, tower.num_blocks))
 
 
-def _kept(tensor: Tensor) -> Tensor:
+def _on_cpu(tensor: Tensor) -> Tensor:
     # half types are for the encoder; means over thousands of entries are not
     return tensor.detach().to("cpu", torch.promote_types(tensor.dtype, torch.float32), copy=True)
 

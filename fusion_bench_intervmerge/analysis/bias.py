@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-import pandas as pd
+from torch import Tensor
 
 from ..config import Json
-from . import EXPERT, Drawing, Found
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .base import TaskEncoders
-
-PLACE = 10
-_AGREEMENT = "predictions equal to the expert's"
+from .base import EXPERT, TaskEncoders
 
 
 def bias(own: Tensor, expert: Tensor) -> float:
@@ -36,41 +25,15 @@ def measure(encoders: TaskEncoders) -> dict[str, Json]:
     """Bias along the encoder.
 
     Returns:
-        Encoder -> ``blocks``: of the class token at each block's output, a value a block;
+        Encoder -> ``blocks``: of the class token at each block's output, one value per block;
         ``features``: of the image features.
     """
     expert = encoders.trace(EXPERT)
-    found = {}
+    values = {}
     for name in encoders.compared:
         own = encoders.trace(name)
-        found[name] = {
+        values[name] = {
             "blocks": [bias(a, b) for a, b in zip(own.blocks, expert.blocks, strict=True)],
             "features": bias(own.features, expert.features),
         }
-    return found
-
-
-def figures(found: Found) -> Iterator[Drawing]:
-    """How close image features are, beside the predictions' agreement, and the class token."""
-    tasks, agreement = found["bias"], found.get("agreement")
-    features = {task: {e: v["features"] for e, v in of.items()} for task, of in tasks.items()}
-    shown = {"distance of image features": pd.DataFrame(features).T}
-    if agreement is not None and list(agreement) == list(tasks):  # else class names are missing
-        shown[_AGREEMENT] = 100 * pd.DataFrame(agreement).T
-    for values in shown.values():
-        values.loc["mean"] = values.mean()
-    blocks = {e: pd.DataFrame({t: of[e]["blocks"] for t, of in tasks.items()}) for e in values}
-    blocks = {encoder: values.set_axis(values.index + 1) for encoder, values in blocks.items()}
-    yield (
-        "closeness",
-        "How close to the experts",
-        "The mean absolute difference of image features to the expert's"
-        + (", and how often the predicted class is the expert's." if len(shown) > 1 else "."),
-        lambda canvas: canvas.dots(shown, percent=[_AGREEMENT]),
-    )
-    yield (
-        "bias_by_block",
-        "Bias along the blocks",
-        "The mean absolute difference of the class token to the expert's after each block.",
-        lambda canvas: canvas.curves(blocks, "block", "distance to the expert"),
-    )
+    return values

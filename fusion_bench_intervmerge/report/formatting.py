@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from math import isnan, nan
 
 NONE = "—"
 # written in a configuration as here, but in lower case and with underscores
 _NAMES = """
-    AdaMerging, AdaMerging + Surgery, All tokens, Closed form, Concrete, DARE, DARE Ties, DOGE TA,
-    DOP, EMR-Merging, Experts, Fisher Merging, IntervMerge, Iso-C, Iso-CTS, layer-wise AdaMerging,
-    MagMax, Model Stock, OPCM, Pretrained, PWE-MoE, RegMean, Singular Value Calibration, SMILE,
-    sparse WEMoE, Surgery, TALL-masks, Task Arithmetic, task-wise AdaMerging, Ties-Merging, TSV-M,
-    WEMoE, Weight Averaging, WUDI
+    AdaMerging, AdaMerging + Surgery, All tokens, Calibration, Closed form, Concrete, DARE,
+    DARE Ties, DOGE TA, DOP, EMR-Merging, Experts, FeatCal, Fisher Merging, IntervMerge, Iso-C,
+    Iso-CTS, layer-wise AdaMerging, MagMax, Model Stock, OPCM, Pretrained, PWE-MoE, RegMean,
+    Singular Value Calibration, SMILE, sparse WEMoE, Surgery, TALL-masks, Task Arithmetic,
+    task-wise AdaMerging, Ties-Merging, TSV-M, WEMoE, Weight Averaging, WUDI
 """
 _KNOWN = {re.sub(r"\W+", "_", name).lower(): name for name in re.split(r",\s+", _NAMES.strip())} | {
     "ada_svd": "AdaSVD",
@@ -31,14 +30,13 @@ _NAME = re.compile("|".join(sorted(_KNOWN, key=len, reverse=True)))
 
 def readable(name: str) -> str:
     """A run's name as a person would write it: ``task_arithmetic`` is ``Task Arithmetic``."""
-    shown = _NAME.sub(lambda found: _KNOWN[found[0]], name)
-    return re.sub(r"[_/\s]+", " ", shown).strip()
+    return re.sub(r"[_/\s]+", " ", _NAME.sub(lambda known: _KNOWN[known[0]], name)).strip()
 
 
 def method(name: str, rank: int | None = None, budget: int | None = None) -> str:
     """The same of a method: ``intervmerge_r4`` of rank 4 is ``IntervMerge r=4``.
 
-    A budget stands in numbers: ``closed_form_rank_4`` with 24,768 is ``Closed form 24.8k``.
+    A budget is written as a number: ``closed_form_rank_4`` with 24,768 is ``Closed form 24.8k``.
     """
     if rank is not None:
         name = re.sub(rf"_r{rank}(?=_|$)", f" r={rank}", name)
@@ -47,16 +45,15 @@ def method(name: str, rank: int | None = None, budget: int | None = None) -> str
     return readable(name)
 
 
+def family(name: str) -> str:
+    """A method without its size: ``surgery`` of ``surgery_r16``, ``Surgery`` of ``Surgery r=4``."""
+    return re.sub(r"[_ ,]+(r=?|b|rank_)?\d+(?=@|$)", "", name)
+
+
 def count(number: float) -> str:
     """Three figures of a number of parameters: 24,768 is ``24.8k``."""
-    if number < 1000:
-        return f"{number:.0f}"
-    for unit in ("k", "M", "G"):
-        number /= 1000
-        for digits, below in ((1, 99.95), (0, 999.5)):
-            if number < below:
-                return f"{number:.{digits}f}{unit}"
-    return f"{number:.0f}G"
+    power = next((p for p in range(3) if number < 999.5 * 1000**p), 3)
+    return f"{number / 1000**power:.3g}{('', 'k', 'M', 'G')[power]}"
 
 
 def percent(share: float, std: float = nan) -> str:
@@ -65,11 +62,5 @@ def percent(share: float, std: float = nan) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, with a decimal where they are few."""
+    """Seconds, with a decimal if they are few."""
     return f"{seconds:.1f}" if seconds < 10 else f"{seconds:,.0f}"
-
-
-def listed(words: Iterable[object]) -> str:
-    """``a``, ``a and b``, ``a, b and c``."""
-    *first, last = map(str, [*words] or [""])
-    return f"{', '.join(first)} and {last}" if first else last

@@ -1,10 +1,10 @@
-"""The report's files: tables, figures, and one page that needs nothing beside it."""
+"""The files of a report and of a study: tables, figures, and one page that loads nothing."""
 
 from __future__ import annotations
 
 import datetime
-import json
 import platform
+import re
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,26 +14,13 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 
-from ..config import Json
 from ..files import write_files
-from . import formatting, tables
-from .figures import Picture, pictures
-from .formatting import readable
+from . import formatting, study, tables
+from .figures import draw_evaluation, draw_study
 from .runs import Evaluation, gather, read_run
-from .study import INDEX, Study, read_study
-from .style import HUES, NARROW, Palette, to_files, to_inline_svg
+from .style import Picture, to_png, to_svg
 
-_PACKAGES = (
-    "fusion-bench-intervmerge",
-    "fusion-bench",
-    "torch",
-    "torchvision",
-    "transformers",
-    "open_clip_torch",
-    "lightning",
-    "hydra-core",
-    "numpy",
-)
+_PACKAGES = "fusion-bench-intervmerge fusion-bench torch torchvision transformers open_clip_torch"
 
 
 def write_report(
@@ -49,15 +36,15 @@ def write_report(
         runs: folders of runs, and of studies, which are grids of runs.
         to: the report's folder, which is returned; by default ``report`` in the first run's. Other
             files in it stay as they are.
-        bases: the merging methods to report; all where empty.
+        bases: the merging methods to report; all if empty.
         title: the page's.
-        console: where the table is printed too.
+        console: prints the table too.
 
     Raises:
-        ConfigError: runs or a folder that cannot be read, do not fit together, or not be written.
+        ConfigError: runs or a folder that cannot be read or written, or do not fit together.
     """
-    grids = [run for run in runs if (Path(run) / INDEX).is_file()]
-    studies = list(map(read_study, grids))
+    grids = [run for run in runs if (Path(run) / study.INDEX).is_file()]
+    studies = list(map(study.read_study, grids))
     single = [read_run(run) for run in runs if run not in grids]
     evaluation = gather(single + [run for s in studies for run in s.evaluation.runs], bases)
     folder = Path(runs[0]) / "report" if to is None else Path(to)
@@ -66,30 +53,50 @@ def write_report(
     # everything is made before anything is written
     content: dict[str, str | bytes] = {}
     sections = []
-    subjects: list[Study | Evaluation] = [*studies, evaluation]
-    for subject in subjects:
-        of = subject.evaluation if isinstance(subject, Study) else subject
-        palette = Palette(of.methods)
-        for picture in pictures(subject):
-            both = {"wide": picture.draw(palette), "narrow": picture.draw(palette, NARROW)}
-            if picture.file:
-                content |= to_files(both["wide"], picture.file)
-            words = f"{picture.title}. {picture.text}"
-            svg = {k: to_inline_svg(f, f"{picture.name}-{k}", words) for k, f in both.items()}
-            sections.append((picture, svg))
+    for picture in [p for grid in studies for p in draw_study(grid)] + draw_evaluation(evaluation):
+        svg = to_svg(picture.figure)
+        content |= {f"{picture.name}.png": to_png(picture.figure), f"{picture.name}.svg": svg}
+        sections.append((picture, inline(svg, picture.name)))
     content["report.html"] = _page(evaluation, sections, title, shlex.join(command))
     if evaluation.rows:
         content["table.md"] = tables.to_markdown(evaluation)
         content["table.csv"] = tables.to_csv(evaluation)
-        content["table.json"] = json.dumps(tables.to_json(evaluation), indent=2) + "\n"
     write_files(folder, content)
     if console is not None and evaluation.rows:
         console.print(tables.to_terminal(evaluation, console))
     return folder
 
 
+def write_study(folder: str | Path, console: Console | None = None) -> None:
+    """Write ``study.md``, ``study.csv``, ``study.png`` and ``study.svg`` beside the runs.
+
+    Raises:
+        ConfigError: as ``read_study``; or the folder cannot be written to.
+    """
+    grid = study.read_study(folder)
+    content: dict[str, str | bytes] = {
+        "study.md": study.to_markdown(grid),
+        "study.csv": study.to_csv(grid),
+    }
+    for number, picture in enumerate(draw_study(grid)):
+        name = "study" if number == 0 else f"study_{number + 1}"
+        content |= {f"{name}.png": to_png(picture.figure), f"{name}.svg": to_svg(picture.figure)}
+    write_files(Path(folder), content)
+    console = console or Console()
+    console.print(grid.title, style="bold")
+    across = tables.rich(study.table(grid)) if grid.about.get("columns") else None
+    console.print(across or tables.to_terminal(grid.evaluation, console))
+    console.print(f"Table and figure: {Path(folder) / 'study.md'}, study.png", soft_wrap=True)
+
+
+def inline(svg: bytes, name: str) -> str:
+    """The ``<svg>`` element, whose ids begin with ``name``, which is unique in the page."""
+    text = svg.decode()
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", text[text.index("<svg") :])
+
+
 def _page(
-    evaluation: Evaluation, sections: Sequence[tuple[Picture, Json]], title: str, command: str
+    evaluation: Evaluation, sections: Sequence[tuple[Picture, str]], title: str, command: str
 ) -> str:
     """The page, as HTML that loads nothing from elsewhere."""
     environment = Environment(
@@ -103,22 +110,19 @@ def _page(
     first = ["average", "gap closed", "extra parameters"]
     last = cells.columns.difference([*first, *evaluation.tasks], sort=False)
     cells = cells[[*first, *last, *evaluation.tasks]]
-    if len(evaluation.bases) > 1:
-        cells.insert(0, "merge", [tables.Cell(readable(row.base) or tables.NONE) for row in rows])
     versions = [("Python", platform.python_version())]
-    for package in _PACKAGES:
+    for package in _PACKAGES.split():
         with suppress(PackageNotFoundError):
             versions.append((package, version(package)))
     return environment.get_template("page.html").render(
         title=title,
         of=evaluation,
         caption=tables.caption(evaluation) if rows else "",
-        heads=[readable(head) if head in evaluation.tasks else head.capitalize() for head in cells],
+        heads=[formatting.readable(h) if h in evaluation.tasks else h.capitalize() for h in cells],
         lines=list(zip(rows, cells.to_numpy().tolist(), strict=True)),
         sections=sections,
         command=command,
         versions=versions,
         today=datetime.date.today().isoformat(),
-        hues=HUES,
         words=formatting,
     )

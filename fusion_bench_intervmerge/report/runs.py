@@ -1,4 +1,4 @@
-"""What runs wrote into their folders, and the models of several runs side by side."""
+"""Run folders, and the models of several runs side by side."""
 
 from __future__ import annotations
 
@@ -14,20 +14,18 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from .. import results
-from ..analysis import Found
 from ..config import ConfigError, Json
 from . import formatting
 
 REPORT, ANALYSIS = "program_report.json", "analysis.json"
 _EXPECTED = "a run folder of `fusion_bench method=intervmerge/compare` or `method=intervmerge`"
+LAYOUT = "merges: {MERGE: {ANALYSIS: {TASK: {ENCODER: value}}}}"  # of analysis.json
 # Two runs on one pool may evaluate a reference on different hardware; more than this is another
 # pool, or another merge under the same name.
 _SAME_REFERENCE = 0.005
 REPAIRS = ("repair", "rival")
-KEY = ["kind", "base", "method"]
+KEY = ["kind", "base", "method"]  # what a row of the table is, over its seeds
 COSTS = ["extra_parameters", "bytes", "passes", "labels", "needs_task"]
-_AS_THEY_ARE = ["kind", "seed", "extra_parameters", "transductive", "seconds", "losses"]
-LAYOUT = "merges: {MERGE: {ANALYSIS: {TASK: {ENCODER: value}}}}"  # of analysis.json
 
 
 @dataclass(frozen=True)
@@ -35,14 +33,14 @@ class Run:
     """One run folder.
 
     Attributes:
-        folder: where it lies.
+        folder: the folder.
         tasks: in the pool's order.
         models: every model by name.
-        reports: name -> task -> ``accuracy``, a share of test images, and whatever else its task
-            pool found; empty where none evaluated.
-        command, config: the command line, and the composed configuration as YAML, where Hydra's
-            files tell.
-        analysis: merge -> what was analysed of it.
+        reports: model -> task -> ``accuracy``, a share of test images, and whatever else its task
+            pool reports; empty if none evaluated.
+        command, config: the command line, and the composed configuration as YAML, if Hydra's files
+            are there.
+        analysis: merge -> analysis -> task -> encoder -> value.
         problems: what did not run -> why, in a line.
     """
 
@@ -52,7 +50,7 @@ class Run:
     reports: dict[str, Json] = field(default_factory=dict)
     command: str | None = None
     config: str | None = None
-    analysis: dict[str, Found] = field(default_factory=dict)
+    analysis: dict[str, Json] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -61,38 +59,30 @@ class Run:
         return self.folder.resolve().name
 
     def table(self) -> pd.DataFrame:
-        """A line a model: what it is, and its accuracies.
-
-        ``label`` is its name for people, ``images`` are in words; models of one ``family`` differ
-        by their ``size`` alone, those of one ``setting`` by their seed.
-        """
-        found = []
+        """One line per model: what it is, its costs and accuracies; ``label`` is for people."""
+        facts, lines = ["kind", "seed", "transductive", "seconds", "losses", *COSTS], []
         for name, model in self.models.items():
-            costs = {cost: v for cost in COSTS if (v := getattr(model, cost)) is not None}
-            images = "; ".join(images.in_words(seed=False) for images in model.images)
             shown = model.method or model.base or model.kind
-            line = {key: getattr(model, key) for key in _AS_THEY_ARE} | {
+            line = {fact: getattr(model, fact) for fact in facts} | {
                 "base": model.base or "",
                 "method": model.method or "",
                 "label": formatting.method(shown, model.rank, model.budget),
-                "family": _family(model),
                 "size": model.budget or model.rank or 0,
-                "costs": costs,
-                "images": images,
-                "setting": f"{costs}, {images}, {model.transductive}",
+                "images": "; ".join(images.in_words(seed=False) for images in model.images),
             }
-            own = self.reports.get(name)
-            found.append(line | {task: own[task]["accuracy"] for task in self.tasks if own})
-        return pd.DataFrame(found)
+            report = self.reports.get(name, {})
+            lines.append(line | {t: report[t]["accuracy"] for t in self.tasks if t in report})
+        return pd.DataFrame(lines)
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A model over its seeds: a group of lines of ``Run.table``.
+    """A model over its seeds: a group of lines of ``Evaluation.models``.
 
     Attributes:
-        values: a line a seed: accuracies by task, and ``average``, ``gap_closed``, ``of_experts``,
-            ``seconds``.
+        costs: those of ``COSTS`` that are known.
+        values: one line per seed: accuracies by task, ``average``, ``gap_closed``, ``of_experts``
+            and ``seconds``.
         mean, std: over these lines; the sample deviation (n - 1), NaN of one seed.
     """
 
@@ -100,11 +90,9 @@ class Row:
     base: str
     method: str
     label: str
-    family: str
-    size: int
-    costs: Json
     images: str
     transductive: bool | None
+    costs: Json
     seeds: list[int]
     values: pd.DataFrame
     mean: pd.Series
@@ -122,10 +110,10 @@ class Evaluation:
 
     Attributes:
         tasks: in the pool's order.
-        models: a line a model: ``Run.table`` with the number of its ``run``, the ``average`` over
-            tasks, ``gap_closed``, (average - merge) / (experts - merge), and, beside rivals,
-            ``of_experts``, the mean over tasks of accuracy / expert's; where they are known.
-            ``method`` carries ``@folder`` where runs gave one name to different things.
+        models: one line per model: ``Run.table`` with the number of its ``run``, the ``average``
+            over tasks, ``gap_closed``, (average - merge) / (experts - merge), and, beside rivals,
+            ``of_experts``, the mean over tasks of accuracy / expert's, if they are known.
+            ``method`` carries ``@folder`` if runs gave one name to different things.
         runs: the runs they came from.
     """
 
@@ -143,28 +131,30 @@ class Evaluation:
         """Pretrained, each merge with its repairs, the experts."""
         if self.models.empty:
             return []
-        numbers = [*self.tasks, "average", "gap_closed", "of_experts", "seconds"]
-        found = []
+        rows = []
         for (kind, base, method), lines in self.models.groupby(KEY, sort=False):
             lines = lines.sort_values("seed")
-            first, seeds = lines.iloc[0], lines["seed"].dropna().astype(int).tolist()
+            first = lines.iloc[0]
+            costs = {cost: first[cost] for cost in COSTS if not pd.isna(first[cost])}
+            split = None if pd.isna(first["transductive"]) else bool(first["transductive"])
+            seeds = lines["seed"].dropna().astype(int).tolist()
+            numbers = [*self.tasks, "average", "gap_closed", "of_experts", "seconds"]
             values = lines[numbers].astype(float).reset_index(drop=True)
-            about = first[["label", "family", "size", "costs", "images"]]
-            told = None if pd.isna(first["transductive"]) else bool(first["transductive"])
-            over_seeds = {"values": values, "mean": values.mean(), "std": values.std()}
-            row = Row(kind, base, method, **about, transductive=told, seeds=seeds, **over_seeds)
-            found.append(row)
+            about = kind, base, method, first["label"], first["images"], split, costs, seeds
+            rows.append(Row(*about, values, values.mean(), values.std()))
         kinds, bases = ["pretrained", "merge", *REPAIRS, "experts"], [*self.bases, ""]
         bounds = {"pretrained": -1, "experts": len(bases)}
-        place = {r: (bounds.get(r.kind, bases.index(r.base)), kinds.index(r.kind)) for r in found}
-        return sorted(found, key=place.__getitem__)
+        place = {r: (bounds.get(r.kind, bases.index(r.base)), kinds.index(r.kind)) for r in rows}
+        return sorted(rows, key=place.__getitem__)
 
     @property
-    def methods(self) -> list[tuple[str, str, str, int]]:
-        """Name, label, family and size of every repair, those without accuracies too."""
-        found = pd.concat([self.models, *(run.table() for run in self.runs)])
-        found = found[found["method"] != ""].drop_duplicates("method") if len(found) else found
-        return [(row.method, row.label, row.family, row.size) for row in found.itertuples()]
+    def methods(self) -> list[tuple[str, str, float]]:
+        """Name, label and size of every repair, those that were not evaluated too."""
+        table = pd.concat([self.models, *(run.table() for run in self.runs)])
+        if table.empty:
+            return []
+        table = table[table["method"] != ""].drop_duplicates("method")
+        return list(table[["method", "label", "size"]].itertuples(index=False, name=None))
 
     @property
     def repairs(self) -> list[Row]:
@@ -172,12 +162,12 @@ class Evaluation:
         return [row for row in self.rows if row.kind in REPAIRS]
 
     def references(self, base: str) -> list[Row]:
-        """The rows of a merge and the experts, as far as there are any."""
+        """The rows of a merge and the experts, if there are any."""
         return [r for r in self.rows if r.kind == "experts" or (r.kind, r.base) == ("merge", base)]
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read a run folder: a report, or an ``analysis.json`` of what no task pool evaluated.
+    """Read a run folder: a report, or an ``analysis.json`` if no task pool evaluated.
 
     Raises:
         ConfigError: no such folder, no report, broken JSON, or another layout.
@@ -188,41 +178,41 @@ def read_run(folder: str | Path) -> Run:
     analysed = read_json(folder / ANALYSIS, finite=True)
     report, details = read_json(folder / REPORT), read_json(folder / results.FILE)
     if report is None and analysed is None:
-        problem = f"has no {REPORT}; the run is not finished, or is no run"
+        problem = f"has no {REPORT}; the run is not finished, or this is no run"
         raise ConfigError(str(folder), problem, _EXPECTED)
     if details is None and report is not None:
         raise ConfigError(str(folder), f"has no {results.FILE} beside its {REPORT}", _EXPECTED)
     if details is None:
-        found = results.Results(tasks=list(map(str, (analysed or {}).get("tasks", []))), models={})
+        own = results.Results(tasks=list(map(str, (analysed or {}).get("tasks", []))), models={})
     else:
-        found = results.parse_results(details, str(folder / results.FILE))
-    reports, report = dict[str, Json](), report or {}
+        own = results.parse_results(details, str(folder / results.FILE))
     try:
-        for name in found.models if report else ():
-            # a run of one model reports it alone, others by name
-            reports[name] = report if set(found.tasks) <= set(report) else report[name]
-            for task in found.tasks:
-                share = reports[name][task]["accuracy"]
-                if not isinstance(share, (int, float)) or not 0 <= share <= 1:
-                    problem = f"the accuracy of {task} is {share!r}, which is no share"
-                    raise ValueError(f"{name}: {problem}")
+        # a run of one model reports it alone, others by name
+        alone = report is not None and set(own.tasks) <= set(report)
+        reports = {} if report is None else {n: report if alone else report[n] for n in own.models}
+        for name, task in ((name, task) for name in reports for task in own.tasks):
+            share = reports[name][task]["accuracy"]
+            if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+                raise ValueError(f"{name}: the accuracy of {task} is {share!r}, which is no share")
     except (KeyError, TypeError, ValueError) as error:
-        raise laid_out_otherwise(folder / REPORT, error) from None
+        raise wrong_layout(folder / REPORT, error) from None
     try:
         analysis = {} if analysed is None else dict(analysed["merges"])
-        for name, of in ((name, of) for merge in analysis.values() for name, of in merge.items()):
-            if len({tuple(encoders) for encoders in of.values()}) != 1:
+        for name, tasks in (
+            (n, tasks) for merge in analysis.values() for n, tasks in merge.items()
+        ):
+            if len({tuple(encoders) for encoders in tasks.values()}) != 1:
                 raise ValueError(f"{name}: the tasks' encoders differ")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise laid_out_otherwise(folder / ANALYSIS, error, LAYOUT) from None
-    about = reports, *_hydra(folder), analysis, found.problems
-    return Run(folder, found.tasks, found.models, *about)
+        raise wrong_layout(folder / ANALYSIS, error, LAYOUT) from None
+    about = reports, *_hydra(folder), analysis, own.problems
+    return Run(folder, own.tasks, own.models, *about)
 
 
 def gather(runs: Sequence[Run], bases: Sequence[str] = ()) -> Evaluation:
     """Put the runs' models together: seeds of one method meet, references are kept once.
 
-    ``bases`` are the merges to keep; all where empty.
+    ``bases`` are the merges to keep; all if empty.
 
     Raises:
         ConfigError: the runs are of different tasks or pools, or a base is in none of them.
@@ -233,7 +223,7 @@ def gather(runs: Sequence[Run], bases: Sequence[str] = ()) -> Evaluation:
             problem = f"its tasks are not those of {runs[0].folder}"
             raise ConfigError(str(run.folder), problem, "runs on the same tasks")
     tables = [run.table().assign(run=i) for i, run in enumerate(runs) if run.reports]
-    models = pd.concat(tables or [pd.DataFrame()], ignore_index=True)
+    models = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     evaluation = Evaluation(tasks, models, list(runs))
     for base in bases:
         if base not in evaluation.bases:
@@ -248,11 +238,11 @@ def gather(runs: Sequence[Run], bases: Sequence[str] = ()) -> Evaluation:
     models = models.sort_index()
     merges = models[models["kind"] == "merge"].set_index("base")["average"]
     merge = models["base"].map(merges).where(models["kind"].isin(REPAIRS))
-    way = models.loc[models["kind"] == "experts", "average"].max() - merge
+    experts = models[models["kind"] == "experts"]
+    way = experts["average"].max() - merge
     models["gap_closed"] = ((models["average"] - merge) / way).where(way > 0)
-    experts = models.loc[models["kind"] == "experts", tasks]
     beside_rivals = len(experts) and (models["kind"] == "rival").any()
-    shares = models[tasks] / experts.iloc[0] if beside_rivals else models[[]]
+    shares = models[tasks] / experts[tasks].iloc[0] if beside_rivals else models[[]]
     models["of_experts"] = shares.mean(axis=1)
     return replace(evaluation, models=models)
 
@@ -268,7 +258,9 @@ def _references(models: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def _apart(models: pd.DataFrame, tasks: Sequence[str], runs: Sequence[Run]) -> pd.DataFrame:
-    """Repairs; a run's that has the name of another's, and is something else, by its folder too."""
+    """Repairs; those that share a name with another run's, but not its settings, by folder."""
+    settings = map(str, models[[*COSTS, "images", "transductive"]].to_numpy().tolist())
+    models = models.assign(setting=list(settings))
     models = models.drop_duplicates([*KEY, "seed", "setting", *tasks])
     names = [run.name for run in runs]
     for _, lines in models.groupby(KEY):
@@ -276,27 +268,19 @@ def _apart(models: pd.DataFrame, tasks: Sequence[str], runs: Sequence[Run]) -> p
         for run in lines.loc[other, "run"].unique():
             name = names[run] + (f"-{run + 1}" if names.count(names[run]) > 1 else "")
             own = lines.index[lines["run"] == run]
-            models.loc[own, ["method", "family"]] += f"@{name}"
+            models.loc[own, "method"] += f"@{name}"
             models.loc[own, "label"] += f" ({name})"
     return models
 
 
-def _family(model: results.Result) -> str:
-    """What repairs share that differ by rank or budget alone."""
-    if not model.settings:
-        return model.method or ""
-    edits = model.settings.get("interventions") or {}
-    alike = {site: {**edit, "rank": None} for site, edit in edits.items() if edit}
-    ignored = {"base": None, "seed": None, "budget": model.budget is not None}
-    how = [(images.solved, images.steps) for images in model.images]
-    settings = model.settings | ignored | {"interventions": alike}
-    return json.dumps([settings, how], sort_keys=True)
-
-
 def read_json(path: Path, finite: bool = False) -> Json | None:
-    """The file's content, None where there is no such file; ``finite``: numbers have to be."""
+    """A mapping of a JSON file; None if there is no file. ``finite`` refuses NaN.
+
+    Raises:
+        ConfigError: it cannot be read, or is no mapping.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text("utf-8")
         value = json.loads(text, parse_constant=_refused if finite else None)
     except FileNotFoundError:
         return None
@@ -305,7 +289,7 @@ def read_json(path: Path, finite: bool = False) -> Json | None:
     except ValueError as error:
         raise ConfigError(str(path), f"is broken JSON ({error})", _EXPECTED) from None
     if not isinstance(value, dict):
-        raise ConfigError(str(path), "is not laid out as expected", _EXPECTED)
+        raise ConfigError(str(path), "is no mapping", _EXPECTED)
     return value
 
 
@@ -313,24 +297,24 @@ def _refused(constant: str) -> float:
     raise ValueError(f"{constant} is not finite")
 
 
-def laid_out_otherwise(path: Path, error: Exception, layout: str = _EXPECTED) -> ConfigError:
-    """The error of a file in which something was missing or wrong."""
+def wrong_layout(path: Path, error: Exception, layout: str = _EXPECTED) -> ConfigError:
+    """The error of a file in which something is missing or wrong."""
     reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
     return ConfigError(str(path), f"is not laid out as expected ({reason})", layout)
 
 
 def _hydra(folder: Path) -> tuple[str | None, str | None]:
-    """The command line and the configuration that Hydra kept, wherever it put them."""
+    """The command line and the configuration, wherever Hydra put them."""
     places = [folder / place for place in (".", ".hydra", "hydra_output", "hydra_output/.hydra")]
     place = next((p for p in places if (p / "overrides.yaml").is_file()), folder)
     command = config = None
     # These files only add to a report: without them it is poorer, not wrong.
     with suppress(Exception):
-        given = list(map(str, OmegaConf.load(place / "overrides.yaml")))
-        command = shlex.join(["fusion_bench", *given])
+        overrides = list(map(str, OmegaConf.load(place / "overrides.yaml")))
+        command = shlex.join(["fusion_bench", *overrides])
         name = OmegaConf.select(OmegaConf.load(place / "hydra.yaml"), "hydra.job.config_name")
         if name not in (None, "fabric_model_fusion"):
-            command = shlex.join(["fusion_bench", "--config-name", name, *given])
+            command = shlex.join(["fusion_bench", "--config-name", name, *overrides])
     with suppress(Exception):
         config = (place / "config.yaml").read_text("utf-8")
     return command, config

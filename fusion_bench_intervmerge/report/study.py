@@ -1,12 +1,11 @@
 """A study: a grid of runs that differ along named axes, as one table and its figures.
 
-The grid's sweeper (``hydra/sweeper=grid``) leaves ``study.json`` in the sweep's folder: what is
-studied, and of every run its folder and its labels.
+The grid's sweeper (``hydra/sweeper=grid``) writes ``study.json`` into the sweep's folder: what is
+studied, and the folder and the labels of every run.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,17 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
 
 from ..config import ConfigError, Json
-from ..files import write_files
 from . import tables
-from .formatting import NONE, percent, readable
+from .formatting import NONE, family, percent, readable
 from .runs import REPORT, Evaluation, Row, gather, read_json, read_run
-from .style import Palette, to_files
 
 INDEX = "study.json"
-_ALONE = ("seed", "also")  # axes that do not tell one setting from another
+_NOT_SETTINGS = ("seed", "also")  # axes that do not tell one setting from another
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class Study:
     Attributes:
         about: ``title``, ``source`` (of the paper), ``x``: the axis whose labels are numbers, or
             ``extra_parameters``; without it the settings stand side by side. ``xlabel``, ``log``
-            and ``by_task`` (a panel a task) shape the figure, ``columns`` names an axis that
+            and ``by_task`` (one panel per task) shape the figure, ``columns`` names an axis that
             stands across the table.
         evaluation: all models; ``method`` is a setting's name.
         labels: a setting's name -> axis -> label.
@@ -62,32 +58,27 @@ class Study:
 
     def series(self) -> dict[str, dict[float, Row]]:
         """Curves along ``x`` by name: x -> results, in ascending order."""
-        x, settings = self.about["x"], self.settings()
-        found: dict[str, dict[float, Row]] = {}
-        for labels, row in settings:
+        x, series = self.about["x"], dict[str, dict[float, Row]]()
+        for labels, row in self.settings():
             if x == "extra_parameters":  # a curve joins settings that differ by their size alone
-                alike = [r.method.split() for _, r in settings if r.family == row.family]
-                words = zip(*alike, strict=False)
-                same = itertools.takewhile(lambda found: len(set(found)) == 1, words)
-                name = " ".join(found[0] for found in same).rstrip(",") or row.method
-                at = float(row.extra_parameters or 0)
+                name, at = family(row.method), float(row.extra_parameters or 0)
             else:
                 rest = [label for axis, label in labels.items() if axis not in (x, "base")]
                 rest += [readable(row.base)] * (len(self.evaluation.bases) > 1)
                 name, at = ", ".join(rest), float(labels[x])
-            found.setdefault(name, {})[at] = row
-        return {name: dict(sorted(rows.items())) for name, rows in found.items()}
+            series.setdefault(name, {})[at] = row
+        return {name: dict(sorted(rows.items())) for name, rows in series.items()}
 
 
 def read_study(folder: str | Path) -> Study:
     """Read what is finished of a grid.
 
     Raises:
-        ConfigError: no run is finished, or what is there does not fit together.
+        ConfigError: no run is finished, or the runs do not fit together.
     """
     folder = Path(folder)
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = json.loads((folder / INDEX).read_text("utf-8"))
         jobs = [(str(job["folder"]), dict(job["labels"])) for job in index["jobs"]]
         about = {"title": folder.name, **(index["study"] or {})}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -96,13 +87,13 @@ def read_study(folder: str | Path) -> Study:
     runs, labels = [], {}
     for name, job in jobs:
         report = None
-        with suppress(ConfigError):  # of a run that was killed as it wrote it
+        with suppress(ConfigError):  # of a run that was killed while it wrote it
             report = read_json(folder / name / REPORT)
         if report is None:
             continue
         run = read_run(folder / name)
         if "also" not in job:
-            setting = {axis: v for axis, v in job.items() if axis.rpartition(".")[2] not in _ALONE}
+            setting = {a: v for a, v in job.items() if a.rpartition(".")[2] not in _NOT_SETTINGS}
             base = setting.pop("base", None)
             method = setting_name(setting) or "repair"
             labels[method] = setting
@@ -117,29 +108,8 @@ def read_study(folder: str | Path) -> Study:
         raise ConfigError(str(folder), "no run of the grid is finished", f"{len(jobs)} runs")
     along = pd.Series([label.get(about.get("x"), "0") for label in labels.values()], dtype=object)
     if not np.isfinite(pd.to_numeric(along, errors="coerce")).all():
-        del about["x"]  # the command line may put any values in the place of an axis' numbers
+        del about["x"]  # the command line may replace an axis' numbers by any values
     return Study(about, gather(runs), labels, len(runs), len(jobs))
-
-
-def write_study(folder: str | Path, console: Console | None = None) -> None:
-    """Write ``study.md``, ``study.csv``, ``study.png`` and ``study.svg`` beside the runs.
-
-    Raises:
-        ConfigError: as ``read_study``; or the folder cannot be written to.
-    """
-    from .figures import pictures  # which draw studies
-
-    study = read_study(folder)
-    content: dict[str, str | bytes] = {"study.md": to_markdown(study), "study.csv": to_csv(study)}
-    for number, picture in enumerate(pictures(study)):
-        name = "study" if number == 0 else f"study_{number + 1}"
-        content |= to_files(picture.draw(Palette(study.evaluation.methods)), name)
-    write_files(Path(folder), content)
-    console = console or Console()
-    console.print(study.title, style="bold")
-    shown = tables.rich(table(study)) if study.about.get("columns") else None
-    console.print(shown or tables.to_terminal(study.evaluation, console))
-    console.print(f"Table and figure: {Path(folder) / 'study.md'}, study.png", soft_wrap=True)
 
 
 def setting_name(labels: Mapping[str, str]) -> str:
@@ -155,11 +125,11 @@ def table(study: Study) -> pd.DataFrame:
     axis, of = study.about.get("columns"), study.evaluation
     if not axis:
         whole = tables.cells(of).map(str)[[*of.tasks, "average", "extra parameters"]]
-        names = [row.method if row.method else row.label for row in of.rows]
-        whole.insert(0, "setting", names)
+        whole.insert(0, "setting", [row.method or row.label for row in of.rows])
         if len(of.bases) > 1:
             whole.insert(0, "merge", [readable(row.base) for row in of.rows])
         return whole
+    across = list(dict.fromkeys(labels[axis] for labels, _ in study.settings()))
     cells: dict[str, dict[str, str]] = {}
     if axis == "base":
         merges = [row for row in of.rows if row.kind == "merge"]
@@ -168,9 +138,8 @@ def table(study: Study) -> pd.DataFrame:
         name = setting_name({a: v for a, v in labels.items() if a not in (axis, "base")})
         shown = percent(row.mean["average"], row.std["average"])
         cells.setdefault(name, {})[labels[axis]] = shown
-    across = dict.fromkeys(labels[axis] for labels, _ in study.settings())
-    found = pd.DataFrame.from_dict(cells, orient="index").reindex(columns=list(across))
-    return found.fillna(NONE).rename(columns=readable).rename_axis("setting").reset_index()
+    whole = pd.DataFrame.from_dict(cells, orient="index").reindex(columns=across)
+    return whole.fillna(NONE).rename(columns=readable).rename_axis("setting").reset_index()
 
 
 def to_markdown(study: Study) -> str:
@@ -185,10 +154,9 @@ def to_markdown(study: Study) -> str:
 
 
 def to_csv(study: Study) -> str:
-    """Every run's own numbers: one line a model and seed."""
-    of = study.evaluation
-    models = of.models.astype({"seed": "Int64", "extra_parameters": "Int64"})
+    """Every run's own numbers: one line per model and seed."""
+    models = study.evaluation.models.astype({"seed": "Int64", "extra_parameters": "Int64"})
     labels = models["method"].map(lambda method: study.labels.get(method, {})).apply(pd.Series)
-    numbers = models[["seed", "extra_parameters", *of.tasks, "average"]]
+    numbers = models[["seed", "extra_parameters", *study.evaluation.tasks, "average"]]
     shown = pd.concat([models[["kind", "base"]], labels, numbers], axis=1)
     return shown.to_csv(index=False, float_format="%.6f", lineterminator="\n")

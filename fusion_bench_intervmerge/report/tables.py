@@ -1,8 +1,8 @@
-"""The result table: methods down, tasks across; for people, spreadsheets and programs."""
+"""The result table: methods down, tasks across; for people and for spreadsheets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from math import isnan, nan
 from textwrap import shorten
 from typing import NamedTuple
@@ -13,13 +13,13 @@ from rich.table import Table
 
 from ..config import Json
 from .formatting import NONE, count, duration, percent, readable
-from .runs import REPAIRS, Evaluation, Row
+from .runs import COSTS, REPAIRS, Evaluation, Row
 
 
 class Column(NamedTuple):
-    """A column behind the accuracies: a number of ``Row.mean`` or ``Row.costs``, and its words.
+    """A column behind the accuracies: its title, a number of ``Row.mean`` or ``Row.costs``.
 
-    One that does not stand there ``always`` does beside rivals, where a row has a value.
+    A column that is not ``always`` there needs a rival, and a row with a value.
     """
 
     title: str
@@ -34,8 +34,8 @@ COLUMNS = (
     Column("seconds", "seconds", duration, True),
     Column("of the experts", "of_experts", percent),
     Column("bytes", "bytes", count),
-    Column("labels a task", "labels", lambda v: f"{v:.0f}"),
-    Column("passes an image", "passes", lambda v: f"{v:g}"),
+    Column("labels per task", "labels", lambda v: f"{v:.0f}"),
+    Column("passes per image", "passes", lambda v: f"{v:g}"),
     Column("needs the task", "needs_task", lambda v: "yes" if v else "no"),
 )
 
@@ -53,7 +53,7 @@ class Cell(NamedTuple):
 
 
 def cells(evaluation: Evaluation) -> pd.DataFrame:
-    """The table: a line a row, a column a task, the average, and ``COLUMNS`` as far as known."""
+    """The table: one line per row, one column per task, the average, and ``COLUMNS``."""
     rows, names = evaluation.rows, [*evaluation.tasks, "average"]
     best = {}
     for base in evaluation.bases:
@@ -66,63 +66,33 @@ def cells(evaluation: Evaluation) -> pd.DataFrame:
         winner = best.get((row.base, name)) is row
         return Cell(percent(row.mean[name]), spread, row.mean[name], winner)
 
-    found = pd.DataFrame([[cell(row, name) for name in names] for row in rows], columns=names)
+    table = pd.DataFrame([[cell(row, name) for name in names] for row in rows], columns=names)
     rivals = any(row.kind == "rival" for row in rows)
     for column in COLUMNS:
         values = [{**row.mean, **row.costs}.get(column.name, nan) for row in rows]
         if column.always or (rivals and not all(map(isnan, values))):
             texts = [NONE if isnan(v) else column.words(v) for v in values]
-            found[column.title] = [Cell(t, "", v) for t, v in zip(texts, values, strict=True)]
-    return found
+            table[column.title] = [Cell(t, "", v) for t, v in zip(texts, values, strict=True)]
+    return table
 
 
 def label(row: Row) -> str:
-    """A row's name where it stands below its merge."""
+    """A row's name below its merge."""
     return f"+ {row.label}" if row.kind in REPAIRS else row.label
 
 
-def to_json(evaluation: Evaluation) -> Json:
-    """The table as plain values: shares in [0, 1], nothing rounded, every seed's own number."""
-
-    def number(row: Row, name: str) -> Json | None:
-        values, std = row.values[name].dropna().tolist(), float(row.std[name])
-        about = {"std": None if isnan(std) else std, "by_seed": values}
-        return {"mean": float(row.mean[name]), **about} if values else None
-
-    return {
-        "tasks": evaluation.tasks,
-        "runs": [run.name for run in evaluation.runs],
-        "rows": [
-            {
-                "kind": row.kind,
-                "base": row.base or None,
-                "method": row.method or None,
-                "seeds": row.seeds,
-                "accuracy": {task: number(row, task) for task in evaluation.tasks},
-                **{name: number(row, name) for name in ("average", "gap_closed", "of_experts")},
-                "extra_parameters": None,
-                "seconds": number(row, "seconds"),
-                **row.costs,
-                "images_used": row.images or None,
-                "transductive": row.transductive,
-            }
-            for row in evaluation.rows
-        ],
-    }
-
-
 def to_csv(evaluation: Evaluation) -> str:
-    """The table for a spreadsheet: percent with two decimals, deviations in columns apart."""
-    names, lines = [*evaluation.tasks, "average"], []
+    """The table for a spreadsheet: shares in percent, deviations in columns of their own."""
+    shares = [*evaluation.tasks, "average", "gap_closed", "of_experts"]
+    lines = []
     for row in evaluation.rows:
         line = {"base": row.base, "method": row.method, "kind": row.kind, "seeds": len(row.seeds)}
-        for name in names:
+        for name in shares:
             line |= {name: 100 * row.mean[name], f"{name}_std": 100 * row.std[name]}
-        line["extra_parameters"] = row.extra_parameters
-        line |= {"gap_closed": 100 * row.mean["gap_closed"], "seconds": row.mean["seconds"]}
-        lines.append(line)
-    found = pd.DataFrame(lines).astype({"extra_parameters": "Int64"})
-    return found.to_csv(index=False, float_format="%.2f", lineterminator="\n")
+        about = {"seconds": row.mean["seconds"], "transductive": row.transductive}
+        lines.append(line | {cost: row.costs.get(cost) for cost in COSTS} | about)
+    table = pd.DataFrame(lines).astype({"extra_parameters": "Int64", "bytes": "Int64"})
+    return table.to_csv(index=False, float_format="%.2f", lineterminator="\n")
 
 
 def to_markdown(evaluation: Evaluation) -> str:
@@ -140,17 +110,19 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def to_terminal(evaluation: Evaluation, console: Console) -> Table:
-    """As much as fits into the terminal: the tasks' deviations give way first, then the tasks."""
-    whole, rows, tasks = cells(evaluation), evaluation.rows, evaluation.tasks
-    plain = whole.assign(**{task: whole[task].map(lambda cell: cell.text) for task in tasks})
+    """The table, without the tasks if the terminal is too narrow for them."""
+    table, rows, tasks = cells(evaluation), evaluation.rows, evaluation.tasks
+    # of the tasks, the deviations are in the written table
+    table[tasks] = table[tasks].map(lambda cell: cell.text)
+    table = table.map(str)
+    table.insert(0, "method", list(map(label, rows)))
     ends = [i for i, row in enumerate(rows[1:]) if row.base != rows[i].base]
-    names = pd.Series(list(map(label, rows)), name="method")
-    unbounded = console.options.update(max_width=10**4)
-    for table in (whole, plain, whole.drop(columns=tasks)):
-        shown = rich(pd.concat([names, table.map(str)], axis=1), ends)
-        if console.measure(shown, options=unbounded).maximum <= console.width:
-            break
-    if tasks and tasks[0] not in table:
+    shown = rich(table, ends)
+    if (
+        console.measure(shown, options=console.options.update(max_width=10**4)).maximum
+        > console.width
+    ):
+        shown = rich(table.drop(columns=tasks), ends)
         shown.caption = "The terminal is too narrow for the tasks; the written table has them."
     shown.title = "Accuracy in percent"
     return shown
@@ -167,6 +139,25 @@ def rich(table: pd.DataFrame, ends: Collection[int] = ()) -> Table:
     return shown
 
 
+def summary(reports: Mapping[str, Json]) -> Table:
+    """The end of a run: accuracies in percent, one line per model, one column per task.
+
+    Args:
+        reports: a model's name -> FusionBench's report of it: task -> ``accuracy``. Tasks that a
+            model lacks stay empty.
+    """
+    table = pd.DataFrame(
+        {
+            name: {task: value["accuracy"] for task, value in report.items() if "accuracy" in value}
+            for name, report in reports.items()
+        }
+    ).T
+    last = table.pop("average") if "average" in table else table.mean(axis=1)
+    shown = table.assign(average=last).map(lambda share: NONE if isnan(share) else percent(share))
+    shown.insert(0, "accuracy", [readable(name) for name in shown.index])
+    return rich(shown)
+
+
 def caption(evaluation: Evaluation, gap: bool = True) -> str:
     """What the numbers are, in one or two sentences."""
     seeds = {len(row.seeds) for row in evaluation.rows}
@@ -174,7 +165,7 @@ def caption(evaluation: Evaluation, gap: bool = True) -> str:
     text = "Accuracy in percent"
     text += f", mean ± standard deviation over {few}{max(seeds)} seeds" if max(seeds) > 1 else ""
     text += ". Extra parameters: beyond one merged model, over all tasks."
-    if gap and any(row.mean["gap_closed"] == row.mean["gap_closed"] for row in evaluation.rows):
+    if gap and any(not isnan(row.mean["gap_closed"]) for row in evaluation.rows):
         text += " Gap closed: the share of the way from the merge to the experts."
     for run in evaluation.runs:
         for name, reason in run.problems.items():

@@ -1,51 +1,38 @@
-"""The figures of a report: a file a subject, found by walking this package.
+"""The figures of a report, in the order of its page.
 
-A module draws what is given to it: it has ``PLACE``, its place in the page, and ``pictures``, from
-an ``Evaluation`` or a ``Study`` (its annotation says which) to what there is to draw. To add a
-figure, put a module beside these; nothing else changes.
+A figure's function draws what there is of an evaluation, or of a study. To add one, write it beside
+these and name it in one of the two lists.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import get_type_hints
 
-from matplotlib.figure import Figure
-
-from ...registry import names_in
 from ..runs import Evaluation
 from ..study import Study
-from ..style import WIDE, Canvas, Palette, style
+from ..style import Palette, Picture, style
+from . import accuracy, analyses, confusion, studies, training
+
+EVALUATION: list[Callable[[Evaluation, Palette], Iterator[Picture]]] = [
+    accuracy.by_bytes,
+    accuracy.by_parameters,
+    accuracy.by_task,
+    confusion.draw,
+    training.losses,
+    training.features,
+    analyses.draw,
+]
+STUDY: list[Callable[[Study], Iterator[Picture]]] = [studies.curves, studies.side_by_side]
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A figure with its words.
-
-    Attributes:
-        name: its anchor in a page.
-        title, text: its heading, and what it shows.
-        make: draws it.
-        file: under which name it lies beside the page; empty: nowhere.
-    """
-
-    name: str
-    title: str
-    text: str
-    make: Callable[[Canvas], Figure]
-    file: str = ""
-
-    def draw(self, palette: Palette, width: float = WIDE) -> Figure:
-        """The figure, for a width in inches."""
-        with style():
-            return self.make(Canvas(width, palette))
+def draw_evaluation(evaluation: Evaluation) -> list[Picture]:
+    """The figures of an evaluation."""
+    palette = Palette(evaluation.methods)
+    with style():
+        return [picture for draw in EVALUATION for picture in draw(evaluation, palette)]
 
 
-def pictures(subject: Evaluation | Study) -> Iterator[Picture]:
-    """The figures of it, in the order of a page."""
-    modules = [importlib.import_module(f"{__name__}.{name}") for name in names_in(__path__)]
-    for module in sorted(modules, key=lambda module: module.PLACE):
-        if isinstance(subject, get_type_hints(module.pictures)["of"]):
-            yield from module.pictures(subject)
+def draw_study(study: Study) -> list[Picture]:
+    """The figures of a study."""
+    with style():
+        return [picture for draw in STUDY for picture in draw(study)]
