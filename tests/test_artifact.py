@@ -12,18 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TASKS, hf_tower, perturbed, relative
-from hostile_artifacts import (
-    EITHER,
-    HUGGING_FACE,
-    OPENCLIP,
-    features,
-    flipped_bits,
-    malformed,
-    outcome,
-    put,
-    small_model,
-)
 from safetensors.torch import load_file, save_file
+from test_attacks import features, put, small_model
 from test_model import EVERYWHERE, SETTINGS
 from transformers import CLIPVisionModelWithProjection
 
@@ -247,23 +237,6 @@ def test_swapped_task_files_and_another_trainings_edits(folder, tmp_path):
         InterventionModel.from_pretrained(folder)
     ants.write_bytes(kept)
     InterventionModel.from_pretrained(folder)
-
-
-def test_no_flipped_bit_is_loaded(tmp_path):
-    small_model().save_pretrained(tmp_path / "m")
-    found = [outcome(tmp_path / "m", what) for what in flipped_bits(tmp_path / "m", 21)]
-    assert found == ["refused"] * 21
-
-
-@pytest.mark.parametrize(
-    ("openclip", "changes"),
-    [(False, (EITHER + HUGGING_FACE)[::3]), (True, OPENCLIP[::3])],
-    ids=["huggingface", "openclip"],
-)
-def test_a_malformed_config_is_refused_in_one_line(openclip, changes, tmp_path):
-    small_model(openclip=openclip).save_pretrained(tmp_path / "m")
-    found = [outcome(tmp_path / "m", what) for what in malformed(tmp_path / "m", changes)]
-    assert set(found) == {"refused"}
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o007])

@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 from conftest import TASKS, acts, hf_tower, perturbed, relative
-from hostile_artifacts import BAD_NAMES, GOOD_NAMES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.transformer import VisionTransformer
@@ -298,6 +297,14 @@ def test_threads_do_not_see_each_others_task(images):
     assert sum(wrong) == 0, f"{sum(wrong)} of {len(wrong)}"
 
 
+GOOD_NAMES = ["cifar100", "rendered-sst2", "task 1", "class", "None", "Straße", "日本語", "x" * 64]
+BAD_NAMES = [
+    *("", " x", "x ", ".", "..", "a.b", "a/b", "a\\b", "../up", "/tmp/x", "~", "-rf", "a:b", "a*b"),
+    *("a\nb", "a\0b", "\x1b[31m", "\u202egnp", "\ud800", "😀", "x" * 129),
+    *("average", "model_info", "auto", "_merged_", 3, None, True),
+]
+
+
 @pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
 def test_bad_task_names(name):
     with pytest.raises(ConfigError, match="tasks") as error:
@@ -309,8 +316,6 @@ def test_good_task_names():
     names = [*GOOD_NAMES, *names_in_fusion_bench()]
     model = InterventionModel(hf_tower(), names, {"output": {}})
     assert model.tasks == names and len(names) > 50
-    with pytest.raises(ConfigError, match="'Mnist' and 'mnist' would share a file"):
-        model.add_task("Mnist")
 
 
 def names_in_fusion_bench():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
-from pathlib import Path
 
 import pytest
 from conftest import hf_tower
@@ -162,21 +160,6 @@ def test_what_can_be_meant_is_taken():
     assert settings.coefficients is not None and settings.coefficients.granularity == "task"
     # what FusionBench's own configs may carry
     IntervMergeAlgorithm({"attention": {}}, _recursive_=False, _usage_="to try", _version_="0.2.33")
-
-
-def test_a_sample_of_the_campaign(tmp_path):
-    """Composed by Hydra and run up to the training, as the command does."""
-    file = Path(__file__).parents[1] / "benchmarks" / "hostile_settings.py"
-    spec = importlib.util.spec_from_file_location("hostile_settings", file)
-    campaign = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(campaign)
-    sample = campaign.cases()[::61]
-    with campaign.Door(tmp_path) as door:
-        outcomes = {" ".join(overrides): door.outcome(overrides) for overrides in sample}
-        well = door.outcome(["method=intervmerge", "method.steps=7"])
-    assert len(sample) >= 20
-    assert {o: told for o, told in outcomes.items() if not told[0].startswith("refused")} == {}
-    assert well[0] == "accepted", well
 
 
 def test_distill_and_solve_take_an_object_or_keywords():
