@@ -20,11 +20,7 @@ from pydantic_core import PydanticUndefined
 from fusion_bench_intervmerge.config import Settings
 from fusion_bench_intervmerge.fusion.union import StreamSettings
 from fusion_bench_intervmerge.interventions.config import InterventionConfig
-from fusion_bench_intervmerge.interventions.functions import (
-    FUNCTION_NAMES,
-    build_function,
-    function_class,
-)
+from fusion_bench_intervmerge.interventions.functions import FUNCTIONS, build_function
 from fusion_bench_intervmerge.merging import CoefficientSettings
 from fusion_bench_intervmerge.model.router import RouterSettings
 
@@ -65,8 +61,8 @@ def edits() -> str:
 def functions() -> str:
     """The forms, and how many numbers one edit is, counted at ViT-B/32's width."""
     rows = []
-    for name in sorted(FUNCTION_NAMES, key=lambda n: (n != "noreft", n == "constant", n)):
-        formula = re.split(": | with |, ", first_line(function_class(name)))[0]
+    for name in sorted(FUNCTIONS, key=lambda n: (n != "noreft", n == "constant", n)):
+        formula = re.split(": | with |, ", first_line(FUNCTIONS[name]))[0]
         counts, folds = [], set()
         for rank in (1, 4):
             function = build_function(name, 768, rank)

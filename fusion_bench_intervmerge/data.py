@@ -1,4 +1,4 @@
-"""Which images are learned from, and reading them; for solving and for distillation alike."""
+"""Which images are learned from, in which order, and reading them: for solving and distillation."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, cast
 
-import lightning as L
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -16,25 +15,34 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from typing_extensions import Self
 
-from .config import ConfigError, Seed, Settings, nested, whole
+from .config import ConfigError, Fraction, Seed, Settings, whole
+
+if TYPE_CHECKING:
+    import lightning as L
+
+# the type to compute in, by the beginning of Fabric's precision
+DTYPES = {
+    "64": torch.float64,
+    "32": torch.float32,
+    "bf16": torch.bfloat16,
+    "16": torch.float16,
+}
 
 
-# == images
-# Which images are learned from, and reading them; for solving and for distillation alike.
 class DataSettings(Settings):
     """The unlabelled images to learn from.
 
     Args:
         split: ``test``, ``validation`` or ``train``: where they come from.
         fraction: share of that split that may be seen; the same images for every method at a seed.
-        images: at most so many images a task; null: as many as ``fraction`` says.
-        batch_size: images a task and step, over all processes.
+        images: at most so many images per task; null: as many as ``fraction`` says.
+        batch_size: images per task and step, over all processes.
         num_workers: processes that decode images.
         cache_gb: GiB of memory for the states of images that are seen again.
     """
 
     split: Literal["test", "validation", "train"] = "test"
-    fraction: Annotated[float, Field(gt=0, le=1, description="a fraction in (0, 1]")] = 1.0
+    fraction: Fraction = 1.0
     images: Annotated[int | None, whole(1, 10**9, before="null, or ")] = None
     batch_size: Annotated[int, whole(1, 10**6)] = 16
     num_workers: Annotated[int, whole(0, 1024)] = 0
@@ -49,12 +57,12 @@ class RepairSettings(Settings):
         seed: decides initial edits, images and their order.
     """
 
-    data: Annotated[DataSettings, nested(DataSettings)] = DataSettings()
+    data: DataSettings = DataSettings()
     seed: Seed = 0
 
     @classmethod
     def of(cls, settings: Self | None, keywords: Mapping[str, object]) -> Self:
-        """Settings as an object, or by keywords: those of ``data`` may stand among them.
+        """Settings as an object, or by keywords: those of ``data`` may be among them.
 
         Raises:
             ConfigError: a setting that does not exist, or not with that value.
@@ -64,10 +72,10 @@ class RepairSettings(Settings):
             raise TypeError(f"settings as an object, and also by keyword: {', '.join(keywords)}")
         if settings is not None:
             return settings
-        of_data = {k: v for k, v in keywords.items() if k in DataSettings.model_fields}
-        rest = {k: v for k, v in keywords.items() if k not in of_data}
-        data = DataSettings.read(rest.get("data", {})).to_dict() | of_data
-        return cls.read(rest | {"data": data})
+        own = {k: v for k, v in keywords.items() if k not in DataSettings.model_fields}
+        inner = {k: v for k, v in keywords.items() if k in DataSettings.model_fields}
+        data = DataSettings.read(own.get("data", {}), "data").to_dict() | inner
+        return cls.read(own | {"data": data})
 
 
 class ImageDataset(Protocol):
@@ -79,6 +87,13 @@ class ImageDataset(Protocol):
 
 
 Datasets = Mapping[str, ImageDataset]  # by task
+ImageKey = tuple[str, int]  # task, index
+
+
+def generator_of(seed: int, purpose: str, task: str) -> torch.Generator:
+    """Random numbers for one purpose and task, whatever else is drawn."""
+    digest = hashlib.sha256(f"{seed} {purpose} {task}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def choose_images(task: str, available: int, data: DataSettings, seed: int = 0) -> list[int]:
@@ -102,70 +117,6 @@ def choose_images(task: str, available: int, data: DataSettings, seed: int = 0) 
     return order[: math.ceil(data.fraction * available)][: data.images].tolist()
 
 
-def generator_of(seed: int, purpose: str, task: str) -> torch.Generator:
-    """Random numbers for one purpose and task, whatever else is drawn."""
-    digest = hashlib.sha256(f"{seed} {purpose} {task}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-class Pixels(Dataset[Tensor]):
-    """Images of several tasks, addressed by (task, index); labels are left behind."""
-
-    def __init__(self, datasets: Datasets):
-        self.datasets = datasets
-
-    def __getitem__(self, key: tuple[str, int]) -> Tensor:
-        item = self.datasets[key[0]][key[1]]
-        return cast(Tensor, item[0] if isinstance(item, (tuple, list)) else item)
-
-
-def read_images(
-    datasets: Datasets,
-    batches: Sequence[Sequence[tuple[str, int]]],
-    num_workers: int,
-) -> Iterator[Tensor]:
-    """Batches of images, decoded in worker processes ahead of their use."""
-    # A sampler that is a list of batches; DataLoader has no name for that but batch_sampler.
-    return iter(
-        DataLoader(
-            Pixels(datasets),
-            batch_sampler=batches,  # type: ignore[arg-type]
-            num_workers=num_workers,
-            pin_memory=torch.cuda.is_available(),
-        )
-    )
-
-
-# == progress
-# A progress bar for a terminal; nothing at all in a log file.
-def bar(fabric: L.Fabric, name: str, total: int, done: int = 0) -> tqdm:
-    """A bar on stderr, in the first process alone."""
-    hidden = None if fabric.is_global_zero else True  # None: where there is no terminal
-    return tqdm(desc=name, total=total, initial=done, disable=hidden, dynamic_ncols=True)
-
-
-# == precision
-# The type to compute in, by Fabric's precision.
-DTYPES = {
-    "64": torch.float64,
-    "32": torch.float32,
-    "bf16": torch.bfloat16,
-    "16": torch.float16,
-}
-
-
-def computing_dtype(fabric: L.Fabric) -> torch.dtype:
-    """The type to compute in, by Fabric's precision."""
-    precision = str(getattr(fabric._precision, "precision", "32-true"))
-    if precision.partition("-")[0] not in DTYPES:
-        raise ConfigError(
-            "fabric.precision", f"{precision!r}", "64-true, 32-true, bf16-true, 16-mixed"
-        )
-    return DTYPES[precision.partition("-")[0]]
-
-
-# == distillation.schedule
-# Which images are seen, and when.
 class Schedule:
     """One task's images, step by step.
 
@@ -176,7 +127,7 @@ class Schedule:
         task: the task's name.
         num_images: how many images the task's split has.
         steps: number of steps; with 0, ``unique`` has every image that may be seen.
-        data: which images may be seen, and how many a step.
+        data: which images may be seen, and how many per step.
         seed: any integer.
 
     Attributes:
@@ -195,30 +146,50 @@ class Schedule:
             subset[torch.randperm(len(subset), generator=order)]
             for _ in range(math.ceil(needed / len(subset)))
         ]
-        seen = torch.cat(epochs)[:needed]
-        self.unique: list[int] = list(dict.fromkeys(seen.tolist()))
+        seen = torch.cat(epochs)[:needed].tolist()
+        self.unique: list[int] = list(dict.fromkeys(seen))
         position = {image: row for row, image in enumerate(self.unique)}
-        rows = torch.tensor([position[i] for i in seen.tolist()])
+        rows = torch.tensor([position[image] for image in seen])
         self.rows: Tensor = rows[: steps * data.batch_size].view(steps, data.batch_size)
 
 
-# == distillation.store
-# Reading images once, and keeping what the loop will need of them.
-#
-# One pass over a task's images, with its expert in memory, gives the expert's features and the
-# states at which the loop starts. States are kept up to a limit of memory; images beyond it are read
-# again when they are needed.
-#
-Prepare = Callable[[Tensor], Tensor]
+class _Pixels(Dataset[Tensor]):
+    """Images of several tasks, addressed by (task, index); labels are left behind."""
+
+    def __init__(self, datasets: Datasets):
+        self.datasets = datasets
+
+    def __getitem__(self, key: ImageKey) -> Tensor:
+        item = self.datasets[key[0]][key[1]]
+        return cast(Tensor, item[0] if isinstance(item, (tuple, list)) else item)
+
+
+def read_images(
+    datasets: Datasets, batches: Sequence[Sequence[ImageKey]], num_workers: int
+) -> Iterator[Tensor]:
+    """Batches of images, decoded in worker processes ahead of their use."""
+    # A sampler that is a list of batches; DataLoader has no name for that but batch_sampler.
+    return iter(
+        DataLoader(
+            _Pixels(datasets),
+            batch_sampler=batches,  # type: ignore[arg-type]
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+    )
 
 
 class ImageStore:
-    """What the loop starts from, for every image of every task.
+    """The states at which a training starts, for every image of every task.
+
+    They are made when a task's images are first read, and saved up to a limit of memory; images
+    beyond it are read again whenever they are needed.
 
     Args:
         datasets: task -> dataset of (pixel values, ...) or pixel values.
         schedules: task -> schedule.
-        limit: bytes of states that may be kept in memory, over all tasks.
+        prepare: images (batch, 3, height, width) -> states (batch, ...).
+        limit: bytes of states that may be saved in memory, over all tasks.
         num_workers: worker processes that decode images.
     """
 
@@ -226,42 +197,41 @@ class ImageStore:
         self,
         datasets: Datasets,
         schedules: Mapping[str, Schedule],
+        prepare: Callable[[Tensor], Tensor],
         limit: float,
         num_workers: int,
     ):
-        self.datasets, self.schedules, self.num_workers = datasets, schedules, num_workers
-        self._limit = limit / max(1, len(schedules))
-        self._kept: dict[str, Tensor] = {}
+        self.datasets, self.schedules, self.prepare = datasets, schedules, prepare
+        self.num_workers, self._limit = num_workers, limit / max(1, len(schedules))
+        self._saved: dict[str, Tensor] = {}
 
-    def first_pass(self, task: str, batch_size: int, prepare: Prepare) -> Iterator[Tensor]:
-        """Read a task's images once; keep what ``prepare`` makes of them while there is room.
+    def read(self, task: str, batch_size: int) -> Iterator[Tensor]:
+        """Read a task's images once, in the order of their first use, and save their states.
 
         Yields:
-            The images of the schedule's ``unique``, (batch, 3, height, width) at a time.
+            Images (batch, 3, height, width).
         """
         unique = self.schedules[task].unique
         starts = range(0, len(unique), batch_size)
         batches = [[(task, index) for index in unique[i : i + batch_size]] for i in starts]
         room = len(unique)
-        for start, images in zip(
-            starts, read_images(self.datasets, batches, self.num_workers), strict=True
-        ):
+        reader = read_images(self.datasets, batches, self.num_workers)
+        for start, images in zip(starts, reader, strict=True):
             if start < room:
-                states = prepare(images)
+                states = self.prepare(images)
                 if start == 0:
                     room = min(int(self._limit // states[0].nbytes), room)
                     shape = (room, *states.shape[1:])
-                    self._kept[task] = torch.empty(shape, dtype=states.dtype)
-                place = self._kept[task][start : start + batch_size]
+                    self._saved[task] = torch.empty(shape, dtype=states.dtype)
+                place = self._saved[task][start : start + batch_size]
                 place.copy_(states[: len(place)])
             yield images
 
-    def stream(self, plan: Sequence[Mapping[str, Tensor]], prepare: Prepare) -> Iterator[Tensor]:
-        """States for one forward pass after another, once ``first_pass`` read every task.
+    def states(self, plan: Sequence[Mapping[str, Tensor]]) -> Iterator[Tensor]:
+        """States for one forward pass after another, once every task's images were read.
 
         Args:
             plan: for each pass task -> rows (positions in that task's ``unique``).
-            prepare: makes states of images that were not kept.
 
         Yields:
             (images of the pass, ...) in the order of the plan's tasks and rows.
@@ -269,22 +239,42 @@ class ImageStore:
         missing = [
             [
                 (task, self.schedules[task].unique[row])
-                for task, rows in entry.items()
-                for row in rows[rows >= len(self._kept[task])].tolist()
+                for task, rows in tasks.items()
+                for row in rows[rows >= len(self._saved[task])].tolist()
             ]
-            for entry in plan
+            for tasks in plan
         ]
         reader = read_images(self.datasets, [keys for keys in missing if keys], self.num_workers)
-        for entry, keys in zip(plan, missing, strict=True):
-            kept = [(self._kept[task], rows) for task, rows in entry.items()]
+        for tasks, keys in zip(plan, missing, strict=True):
+            saved = [(self._saved[task], rows) for task, rows in tasks.items()]
             if not keys:
-                yield torch.cat([states[rows] for states, rows in kept])
+                yield torch.cat([states[rows] for states, rows in saved])
                 continue
-            old = torch.cat([rows < len(states) for states, rows in kept])
-            known = torch.cat([states[rows[rows < len(states)]] for states, rows in kept])
-            found = known.new_empty(len(old), *known.shape[1:])
-            found[old], found[~old] = known, prepare(next(reader)).cpu()
-            yield found
+            is_saved = torch.cat([rows < len(states) for states, rows in saved])
+            known = torch.cat([states[rows[rows < len(states)]] for states, rows in saved])
+            both = known.new_empty(len(is_saved), *known.shape[1:])
+            both[is_saved], both[~is_saved] = known, self.prepare(next(reader)).cpu()
+            yield both
+
+
+def progress_bar(fabric: L.Fabric, name: str, total: int, done: int = 0) -> tqdm:
+    """A bar on stderr, in the first process alone, and nothing at all in a log file."""
+    hidden = None if fabric.is_global_zero else True  # None: unless there is a terminal
+    return tqdm(desc=name, total=total, initial=done, disable=hidden, dynamic_ncols=True)
+
+
+def computing_dtype(fabric: L.Fabric) -> torch.dtype:
+    """The type to compute in, by Fabric's precision.
+
+    Raises:
+        ConfigError: a precision that is not supported.
+    """
+    precision = str(getattr(fabric._precision, "precision", "32-true"))
+    if precision.partition("-")[0] not in DTYPES:
+        raise ConfigError(
+            "fabric.precision", f"{precision!r}", "64-true, 32-true, bf16-true, 16-mixed"
+        )
+    return DTYPES[precision.partition("-")[0]]
 
 
 def digest_of(tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> str:

@@ -1,4 +1,9 @@
-"""Task vectors: what fine-tuning changed."""
+"""Task vectors, the coefficients that weigh them, and the mixture that they give.
+
+The merged weights are theta0 + sum over tasks of lambda * tau; lambda is one coefficient per task
+(Task Arithmetic), or one per task and parameter tensor (AdaMerging, arXiv 2310.02575; section 3.1
+of the IntervMerge paper).
+"""
 
 from __future__ import annotations
 
@@ -8,19 +13,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .config import ConfigError, Flag, Settings, shown
+from .config import ConfigError, Flag, Fraction, Settings, shown
 from .encoders.base import VisionTower
 
 
-# == merging.task_vector
-# Task vectors: what fine-tuning changed.
 @dataclass(frozen=True)
 class TaskVector:
-    """tau = theta - theta0, a tensor a parameter (Task Arithmetic, arXiv 2212.04089, section 2).
+    """tau = theta - theta0, one tensor per parameter (arXiv 2212.04089, section 2).
 
     Attributes:
         tensors: by the parameter's name, in ``named_parameters()`` order.
@@ -30,27 +33,15 @@ class TaskVector:
 
     @classmethod
     def between(cls, expert: Mapping[str, Tensor], pretrained: Mapping[str, Tensor]) -> TaskVector:
-        """What leads from ``pretrained`` to ``expert``.
+        """The task vector that leads from ``pretrained`` to ``expert``.
 
         Raises:
             ConfigError: the two differ in a tensor's name or shape.
         """
-        shapes = [{name: t.shape for name, t in of.items()} for of in (expert, pretrained)]
-        if shapes[0] != shapes[1]:
+        shapes = {name: tensor.shape for name, tensor in pretrained.items()}
+        if {name: tensor.shape for name, tensor in expert.items()} != shapes:
             raise ConfigError("modelpool", "an expert and the pretrained encoder differ in shape")
         return cls({name: expert[name].detach() - t for name, t in pretrained.items()})
-
-    def __add__(self, other: TaskVector) -> TaskVector:
-        return TaskVector({name: t + other.tensors[name] for name, t in self.tensors.items()})
-
-    def __mul__(self, factor: float) -> TaskVector:
-        return TaskVector({name: t * factor for name, t in self.tensors.items()})
-
-    __rmul__ = __mul__
-
-    def added_to(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """theta0 + tau."""
-        return {name: weights[name] + t for name, t in self.tensors.items()}
 
     def trim(self, keep: float) -> TaskVector:
         """Keep the share ``keep`` of the entries that are largest in magnitude; the others are 0.
@@ -64,10 +55,55 @@ class TaskVector:
         )
 
 
-# == merging.coefficients
-# Where merging coefficients come from, and what a method config says of them.
+Granularity = Literal["task", "layer"]
+_INIT = "a number in [0, 1], mean, base, or a file"
+
+
+def _check_init(value: object) -> object:
+    """A number in [0, 1], (nested) lists of numbers, or a name or path."""
+    value = str(value) if isinstance(value, Path) else value
+    if isinstance(value, str):
+        fits = bool(value.strip()) and "\0" not in value
+    elif isinstance(value, list):
+        try:
+            fits = bool(torch.tensor(value, dtype=torch.float64).isfinite().all())
+        except (TypeError, ValueError):
+            fits = False
+    else:
+        fits = isinstance(value, (int, float)) and value is not True and 0 <= value <= 1
+    if not fits:
+        raise ConfigError("", shown(value), _INIT)
+    return value
+
+
+class CoefficientSettings(Settings):
+    """``coefficients`` of a method config.
+
+    Args:
+        granularity: ``task``, one coefficient per task, or ``layer``, one per task and parameter
+            tensor.
+        init: where the coefficients start: a number in [0, 1]; ``mean``, one over the number of
+            tasks; a file that AdaMerging saved, or a saved model's ``coefficients.safetensors``;
+            ``base``, which runs ``base``, then an AdaMerging method, first.
+        train: train them along with the edits, clamped to [0, 1] where they act.
+        task_vectors: ``plain``, or ``ties``: trimmed, and of the elected sign (Ties-Merging).
+        keep: with ``ties``, the share of a task vector's entries that trimming keeps.
+        dtype: ``float32``, or ``bfloat16``, which halves the memory of the task vectors.
+    """
+
+    granularity: Granularity = "task"
+    init: Annotated[Any, BeforeValidator(_check_init)] = 0.3
+    train: Flag = True
+    task_vectors: Literal["plain", "ties"] = "plain"
+    keep: Fraction = 0.2
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
 def initial_coefficients(
-    init: float | str | Path | list[Any] | Tensor, tasks: int, tensors: int, granularity: str
+    init: float | str | Path | list[Any] | Tensor,
+    tasks: int,
+    tensors: int,
+    granularity: Granularity,
 ) -> Tensor:
     """Coefficients from a number, a tensor, or a file that FusionBench's AdaMerging saved.
 
@@ -83,102 +119,54 @@ def initial_coefficients(
     """
     where = "coefficients.init"
     shape = (tasks,) if granularity == "task" else (tasks, tensors)
-    if isinstance(init, str) and init == "mean":
+    if init == "mean":
         init = 1 / tasks
     if isinstance(init, (int, float)):
         return torch.full(shape, float(init))
-    if isinstance(init, list):
-        init = torch.tensor(init)
-    if not isinstance(init, Tensor):
+    if isinstance(init, (str, Path)):
         init = _read_coefficients(Path(init), where)
-    if not init.isfinite().all():
+    values = torch.as_tensor(init)
+    if not values.isfinite().all():
         raise ConfigError(where, "some coefficients are not finite", "numbers")
-    if init.shape == (tasks, 1):
-        init = init[:, 0]
-    if init.shape == (tasks,) and granularity == "layer":
-        init = init[:, None].expand(shape)
-    if init.shape != shape:
+    if values.shape == (tasks, 1):
+        values = values[:, 0]
+    if values.shape == (tasks,) and granularity == "layer":
+        values = values[:, None].expand(shape)
+    if values.shape != shape:
         raise ConfigError(
             where,
-            f"coefficients of shape {tuple(init.shape)} do not fit granularity {granularity!r}",
+            f"coefficients of shape {tuple(values.shape)} do not fit granularity {granularity!r}",
             f"shape {shape}: tasks{', parameter tensors' if granularity == 'layer' else ''}",
         )
-    return init.float().clone()
-
-
-def _read_init(value: object) -> object:
-    value = str(value) if isinstance(value, Path) else value
-    if isinstance(value, str) and value.strip() and "\0" not in value:
-        return value
-    if _is_numeric(value):
-        values = torch.tensor(value).flatten()
-        if values.isfinite().all() and (len(values) > 1 or 0 <= values[0] <= 1):
-            return value
-    raise ConfigError("", shown(value), "a number in [0, 1], mean, base, or a file")
-
-
-def _is_numeric(value: object) -> bool:
-    """A number, or lists of numbers of one length."""
-    if isinstance(value, list):
-        lengths = {len(entry) if isinstance(entry, list) else None for entry in value}
-        return len(lengths) == 1 and all(map(_is_numeric, value))
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-class CoefficientSettings(Settings):
-    """``coefficients`` of a method config.
-
-    Args:
-        granularity: ``task``, one coefficient a task, or ``layer``, one a task and parameter
-            tensor.
-        init: where the coefficients start: a number in [0, 1]; ``mean``, one over the number of
-            tasks; a file that AdaMerging saved, or a saved model's ``coefficients.safetensors``;
-            ``base``, which runs ``base``, then an AdaMerging method, first.
-        train: train them along with the edits, clamped to [0, 1] where they act.
-        task_vectors: ``plain``, or ``ties``: trimmed, and of the elected sign (Ties-Merging).
-        keep: with ``ties``, the share of a task vector's entries that trimming keeps.
-        dtype: ``float32``, or ``bfloat16``, which halves the memory of the task vectors.
-    """
-
-    granularity: Literal["task", "layer"] = "task"
-    init: Annotated[Any, BeforeValidator(_read_init)] = 0.3
-    train: Flag = True
-    task_vectors: Literal["plain", "ties"] = "plain"
-    keep: Annotated[float, Field(gt=0, le=1, description="a fraction in (0, 1]")] = 0.2
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    return values.float().clone()
 
 
 def _read_coefficients(path: Path, where: str) -> Tensor:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)["coefficients"]
-        content = torch.load(path, "cpu", weights_only=True)
-        if not isinstance(content, Tensor):
-            raise ValueError(f"it holds a {type(content).__name__}, not a tensor")
-        return content
+        values = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(values, Tensor):
+            raise TypeError(f"it holds a {type(values).__name__}")
+        return values
     except FileNotFoundError:
         problem, allowed = f"there is no file {path}", "a number or an existing file"
     except Exception as error:
-        problem, allowed = f"{path} holds no coefficients ({error})", ".pt or .safetensors"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        problem, allowed = f"{path} holds no coefficients ({reason})", ".pt or .safetensors"
     raise ConfigError(where, problem, allowed)
 
 
-# == merging.mixture
-# The mixture of task vectors: theta0 + sum over tasks of lambda * tau.
-#
-# lambda is one coefficient a task (Task Arithmetic), or one a task and parameter tensor (AdaMerging,
-# arXiv 2310.02575; section 3.1 of the IntervMerge paper).
-#
 class Mixture(nn.Module):
     """Merged weights as a function of coefficients that can be trained.
 
-    The weights are mixed once a step, in place, on whatever device they live on. The coefficients'
-    gradient is the inner product of a weight's gradient with each task vector, so that no copy of
-    the weights needs a gradient of its own.
+    The weights are mixed once per step, in place, on whatever device they live on. The gradient of
+    the coefficients is the inner product of a weight's gradient with each task vector, so that no
+    copy of the weights needs a gradient of its own.
 
     Args:
-        pretrained: theta0, a tensor a parameter by name, in ``named_parameters()`` order.
-        task_vectors: tau_t, one a task.
+        pretrained: theta0, parameters by name, in ``named_parameters()`` order.
+        task_vectors: tau_t, one per task.
         coefficients: (tasks) or (tasks, tensors).
         dtype: in which the task vectors are kept; bfloat16 halves their memory. They are mixed in
             fp32 at least.
@@ -283,13 +271,13 @@ def mix(
 
     Args:
         pretrained: what the experts started from; the merged weights are written into it.
-        experts: one is looked at at a time.
+        experts: one at a time is in memory.
         coefficients: where they start, (tasks) or (tasks, tensors).
         settings: which task vectors, how they are kept, and whether the coefficients are to be
             trained; ``CoefficientSettings()`` by default.
 
     Returns:
-        The mixture; it holds no weights where the coefficients are not to be trained.
+        The mixture; it holds no weights if the coefficients are not to be trained.
 
     Raises:
         ConfigError: an expert of another shape, or coefficients that do not fit.

@@ -1,40 +1,33 @@
 """What a run found, as data: one layout for repairs, comparisons and saved models evaluated later.
 
 ``intervmerge.json`` in a run's folder holds a ``Results``. FusionBench evaluates the models after
-the run has written it, so accuracies stand beside it, in ``program_report.json``. Nothing in it is
-a sentence: words are made where something is shown.
+the run has written it, so that accuracies are in ``program_report.json`` beside it. Nothing in it
+is a sentence: words are made where something is shown.
 """
+# ruff: noqa: RUF012 - pydantic copies defaults that are mutable
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
-from .config import ConfigError, Json, checked
+from .config import ConfigError, Json, Settings
 from .files import write_json
 
 VERSION: Literal[1] = 1
 FILE = "intervmerge.json"
 
 
-class Record(BaseModel):
-    """Plain data: no unknown key, nothing converted."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class Images(Record):
+class ImagesUsed(Settings):
     """Unlabelled images that edits were found on.
 
     Attributes:
-        split, fraction, at_most: which split, what share of it, and at most how many a task.
+        split, fraction, at_most: which split, what share of it, and at most how many per task.
         solved: whether edits were solved on them in closed form.
-        steps, batch_size: of the training, a task; no steps: not trained.
+        steps, batch_size: of the training, per task; no steps: not trained.
         seed: decides which images of the split, and their order.
         transductive: whether results are measured on the very same split.
-        tasks: of which tasks they are; empty: of all.
+        tasks: whose images they are; empty: of all tasks.
     """
 
     split: str
@@ -48,39 +41,39 @@ class Images(Record):
     tasks: list[str] = []
 
     def in_words(self, seed: bool = True) -> str:
-        """``10% of the validation split, unlabelled, 200 steps of 16 images a task, seed 0``."""
+        """``10% of the validation split, unlabelled, 200 steps of 16 images per task, seed 0``."""
         which = f"{self.fraction:.0%} of the {self.split} split"
         if self.at_most is not None:
-            which += f", at most {self.at_most} images a task"
-        how = ["solved in closed form"] * self.solved
+            which += f", at most {self.at_most} images per task"
+        how = ["solved in closed form"] if self.solved else []
         if self.steps:
-            how.append(f"{self.steps} steps of {self.batch_size} images a task")
+            how.append(f"{self.steps} steps of {self.batch_size} images per task")
         text = f"{which}, unlabelled, {', then '.join(how) or 'not trained'}"
         text = f"{', '.join(self.tasks)}: {text}" if self.tasks else text
         return f"{text}, seed {self.seed}" if seed and self.seed is not None else text
 
 
-class Result(Record):
+class Result(Settings, allow_inf_nan=True):  # a loss may overflow
     """One model of a run.
 
     Attributes:
-        kind: what it is. A ``rival`` is anything else than a repair that answers for a task.
-        base: name of the merge; None for what comes from none.
+        kind: what it is. A ``rival`` is anything but a repair that answers for a task.
+        base: name of the merge; None for a model that comes from none.
         method: name of the repair or rival, as the run's configuration has it.
         seed: the repair's.
-        rank: of its edits, where all have the same; None: they differ, or there are none.
+        rank: of its edits, if all have the same; None: they differ, or there are none.
         budget: extra parameters over all tasks that were given out as ranks.
         settings: of the method, as the run read them.
         extra_parameters: what inference needs beyond one merged model, over all tasks; ``_folded``
             after folding, ``_by_task`` as trained.
         bytes: the same in bytes, as saved.
-        passes: of an encoder, an image.
-        needs_task: whether someone has to tell the task of an image.
-        labels: labelled images a task that it was made with.
-        images: what the edits were found on; several where tasks joined later, none: not known.
+        passes: of an encoder, per image.
+        needs_task: whether the task of an image has to be given.
+        labels: labelled images per task that it was made with.
+        images: what the edits were found on; several if tasks joined later, none: not known.
         images_seen: task -> how many these were.
         seconds: wall-clock time of merging or repairing; ``seconds_by_part`` what of it took long.
-        resumed_at: the step at which a training that had been stopped went on.
+        resumed_at: the step at which a stopped training went on.
         final_loss: the last step's, mean over tasks.
         features: task -> ``bias_before``, ``bias_after`` (mean L1 to the expert's features) and
             perhaps ``agreement_before``, ``agreement_after`` (shares of equal predictions).
@@ -101,7 +94,7 @@ class Result(Record):
     passes: float | None = None
     needs_task: bool | None = None
     labels: int | None = None
-    images: list[Images] = []
+    images: list[ImagesUsed] = []
     images_seen: dict[str, int] = {}
     seconds: float | None = None
     seconds_by_part: dict[str, float] = {}
@@ -116,14 +109,14 @@ class Result(Record):
         return any(images.transductive for images in self.images) if self.images else None
 
 
-class Results(Record):
+class Results(Settings):
     """What a run found.
 
     Attributes:
         version: of this layout.
         tasks: in the pool's order.
         models: every model by the name under which FusionBench reports its accuracies.
-        problems: what did not run -> why, in a line.
+        problems: what did not run -> why, in one line.
     """
 
     version: Literal[1] = VERSION
@@ -139,7 +132,7 @@ class Results(Record):
 
 
 def parse_results(content: object, where: str) -> Results:
-    """The results that a file holds.
+    """Check the results that a file holds.
 
     Args:
         content: the file's JSON value.
@@ -152,7 +145,7 @@ def parse_results(content: object, where: str) -> Results:
     if version != VERSION:
         found = "no version of the results" if version is None else f"version {version!r:.20}"
         raise ConfigError(where, f"holds {found}", f"version {VERSION}; run it again to have it")
-    return checked(Results, content, where)
+    return Results.read(content, where)
 
 
 def in_words(images: object) -> str:
@@ -160,5 +153,5 @@ def in_words(images: object) -> str:
     if not isinstance(images, list):
         return str(images)
     return "; ".join(
-        one if isinstance(one, str) else checked(Images, one, "images").in_words() for one in images
+        one if isinstance(one, str) else ImagesUsed.read(one, "images").in_words() for one in images
     )

@@ -5,20 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TASKS, hf_tower, perturbed, relative
 from safetensors.torch import load_file, save_file
-from test_attacks import features, put, small_model
+from test_attacks import put, small_model
 from test_model import EVERYWHERE, SETTINGS
 from transformers import CLIPVisionModelWithProjection
 
 from fusion_bench_intervmerge.config import ArtifactError, ConfigError
-from fusion_bench_intervmerge.files import whole_folder, write_json
+from fusion_bench_intervmerge.files import write_json
 from fusion_bench_intervmerge.model import artifact
 from fusion_bench_intervmerge.model.model import InterventionModel
 
@@ -314,44 +312,6 @@ def test_what_may_be_replaced(folder, tmp_path):
         assert InterventionModel.from_pretrained(place).tasks == small_model().tasks
     assert (tmp_path / "link").is_symlink()
     assert not list(tmp_path.glob(".*"))
-
-
-def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path):
-    left = tmp_path / ".writing-0123"
-    (left / "merged").mkdir(parents=True)
-    (tmp_path / ".writing-mine").write_text("a file")
-    with whole_folder(tmp_path / "other") as live:
-        (live / "half").write_text("")
-        small_model().save_pretrained(tmp_path / "m")
-        assert not left.exists() and (live / "half").exists()
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == [".writing-mine", "m", "other"]
-
-
-def test_where_folders_cannot_change_places_in_one_step(folder, monkeypatch):
-    monkeypatch.setattr("fusion_bench_intervmerge.files._exchange", lambda *_: False)
-    small_model().save_pretrained(folder)
-    assert InterventionModel.from_pretrained(folder).tasks == small_model().tasks
-    assert [path.name for path in folder.parent.iterdir()] == ["m"]
-
-
-def test_two_savers_and_a_reader(tmp_path):
-    models = {seed: small_model(seed) for seed in (1, 2)}
-    expected = {seed: features(model) for seed, model in models.items()}
-    models[1].save_pretrained(tmp_path / "m")
-    with ThreadPoolExecutor(2) as pool:
-        saving = [
-            pool.submit(lambda m=model: [m.save_pretrained(tmp_path / "m") for _ in range(20)])
-            for model in models.values()
-        ]
-        while not all(each.done() for each in saving):
-            with suppress(ArtifactError):  # it may find half of either, and then says so
-                read = InterventionModel.from_pretrained(tmp_path / "m")
-                assert torch.equal(features(read), expected[read.seed])
-    for each in saving:
-        each.result()
-    models[1].save_pretrained(tmp_path / "m")
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 @pytest.mark.parametrize("storage", ["float16", "int8"])

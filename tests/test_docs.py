@@ -23,7 +23,7 @@ from test_command import compose, in_process
 
 from fusion_bench_intervmerge.data import DataSettings
 from fusion_bench_intervmerge.interventions.config import InterventionConfig
-from fusion_bench_intervmerge.interventions.functions import FUNCTION_NAMES
+from fusion_bench_intervmerge.interventions.functions import FUNCTIONS
 from fusion_bench_intervmerge.merging import CoefficientSettings
 from fusion_bench_intervmerge.model.model import InterventionModel
 
@@ -60,7 +60,7 @@ def test_every_setting_is_on_the_page():
         *InterventionConfig.model_fields,
         *CoefficientSettings.model_fields,
         *(f"data.{key}" for key in DataSettings.model_fields),
-        *FUNCTION_NAMES,
+        *FUNCTIONS,
     ):
         assert f"\n| `{key}` | " in SETTINGS, key
 

@@ -112,14 +112,6 @@ def entries(vector):
     return torch.cat([tensor.flatten() for tensor in vector.tensors.values()])
 
 
-def test_task_vectors_add_and_scale(parts):
-    theta0, (ants, bees, _) = parts
-    weights = (0.5 * ants + bees * 2.0).added_to(theta0)
-    for name, tensor in weights.items():
-        expected = theta0[name] + 0.5 * ants.tensors[name] + 2 * bees.tensors[name]
-        torch.testing.assert_close(tensor, expected)
-
-
 @given(keep=st.floats(0.01, 1.0), seed=st.integers(0, 100))
 @settings(max_examples=30, deadline=None)
 def test_trimming_keeps_the_largest(keep, seed):

@@ -145,13 +145,13 @@ def test_named_tokens_are_the_papers_patch_positions():
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
-        ({"blocks": "every_0"}, "blocks: 'every_0' names no blocks"),
-        ({"blocks": "some"}, "blocks: 'some' names no blocks"),
+        ({"blocks": "every_0"}, "blocks: 'every_0' does not name blocks"),
+        ({"blocks": "some"}, "blocks: 'some' does not name blocks"),
         ({"blocks": [12]}, "there is no block 12; allowed: all, every_n"),
         ({"blocks": [-1]}, "there is no block -1"),
         ({"blocks": [3, 3]}, "a block is named twice"),
-        ({"blocks": []}, "names no block"),
-        ({"tokens": "cls"}, "tokens: 'cls' names no tokens; allowed: class"),
+        ({"blocks": []}, "blocks: []; allowed: all, every_n"),
+        ({"tokens": "cls"}, "tokens: 'cls' does not name tokens; allowed: class"),
         ({"tokens": [50]}, "there is no token position 50"),
         ({"part": [700, 800]}, "part: [700, 800] lies outside the width 768"),
         ({"part": [64, 64]}, "lies outside the width"),
@@ -159,10 +159,11 @@ def test_named_tokens_are_the_papers_patch_positions():
         ({"part": {"size": 0}}, "part.size: 0 does not fit; allowed: 1 to 768"),
         ({"part": {"size": 1.5}}, "part.size: 1.5 does not fit"),
         ({"part": {"size": "odd"}}, "part.size: 'odd' does not fit"),
+        ({"rank": 9, "part": [0, 8]}, "rank: 9 does not fit vectors of width 8; allowed: 1 to 8"),
         ({"part": {"size": 8, "start": 1.0}}, "part.start: 1.0 does not fit"),
         ({"part": {"size": 8, "start": 768}}, "part.start: 768"),
         ({"part": {"width": 8}}, "part.width: no such setting"),
-        ({"part": "half"}, "'half' is no part"),
+        ({"part": "half"}, "part: 'half'; allowed: null, [j, p]"),
     ],
 )
 def test_says_in_one_line_what_does_not_exist(settings_, message):

@@ -25,7 +25,7 @@ from fusion_bench_intervmerge.report.figures import draw_evaluation
 from fusion_bench_intervmerge.report.page import write_report
 from fusion_bench_intervmerge.report.runs import gather, read_run
 from fusion_bench_intervmerge.report.tables import summary, to_terminal
-from fusion_bench_intervmerge.results import Images, Result, Results, in_words, parse_results
+from fusion_bench_intervmerge.results import ImagesUsed, Result, Results, in_words, parse_results
 
 ANALYSED = [
     "closeness", "bias_by_block", "stitching", "contributions", "embeddings_pca",
@@ -115,7 +115,7 @@ def test_a_single_run_is_one_row_with_its_curves(tmp_path: Path) -> None:
     (row,) = gather([run]).rows
     assert (row.base, row.method, row.seeds) == ("task_arithmetic", "intervmerge_r4", [0])
     assert row.extra_parameters == 24768 and row.transductive is False
-    assert row.images.endswith("16 images a task")
+    assert row.images.endswith("16 images per task")
     assert run.command == (
         "fusion_bench method=intervmerge method.interventions.attention.rank=4 "
         "'method.data={split: validation, fraction: 0.1}' modelpool=clip-vit-tiny_TA8"
@@ -190,10 +190,10 @@ def test_names_and_numbers_are_written_for_people() -> None:
 
 
 def test_words_are_made_of_data() -> None:
-    images = Images(split="validation", fraction=0.1, at_most=40, solved=True, seed=3)
+    images = ImagesUsed(split="validation", fraction=0.1, at_most=40, solved=True, seed=3)
     said = images.in_words(seed=False)
     assert images.in_words() == f"{said}, seed 3" and "10% of the validation split" in said
-    new = Images(split="test", steps=2, batch_size=16, tasks=["bees"], transductive=True)
+    new = ImagesUsed(split="test", steps=2, batch_size=16, tasks=["bees"], transductive=True)
     # of a saved model's metadata, where models of earlier versions have a sentence
     assert in_words("few") == "few"
     assert in_words(["few", new.model_dump()]) == f"few; {new.in_words()}"
@@ -203,7 +203,7 @@ def test_words_are_made_of_data() -> None:
 
 
 def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
-    images = [Images(split="test", seed=0, transductive=True)]
+    images = [ImagesUsed(split="test", seed=0, transductive=True)]
     repair = Result(kind="repair", base="a", method="b", seed=0, images=images, losses={"x": [0.5]})
     results = Results(tasks=["x"], models={"a": Result(kind="merge", base="a"), "a/b": repair})
     results.write(tmp_path)

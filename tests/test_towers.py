@@ -21,7 +21,6 @@ from transformers import (
 from fusion_bench_intervmerge.config import ConfigError
 from fusion_bench_intervmerge.distillation.loop import distill
 from fusion_bench_intervmerge.encoders import as_tower, tower_from_spec
-from fusion_bench_intervmerge.encoders.activation import FusedQuickGELU
 from fusion_bench_intervmerge.encoders.dinov2 import DINOv2Tower
 from fusion_bench_intervmerge.interventions.sites import SITES, Site
 from fusion_bench_intervmerge.model.model import InterventionModel
@@ -127,22 +126,6 @@ def test_features_by_the_class_token_are_the_features(make_tower, images):
     with torch.no_grad():
         alone = tower.features_from(tower.embed(images), class_token_alone=True)
         torch.testing.assert_close(alone, tower.features(images), rtol=1e-5, atol=1e-6)
-
-
-def test_the_fused_activation_is_clips():
-    x = torch.linspace(-8, 8, 101, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(FusedQuickGELU()(x), x * torch.sigmoid(1.702 * x))
-    assert torch.autograd.gradcheck(FusedQuickGELU(), x)
-
-
-def test_what_is_cheap_to_train_lasts_for_a_while(make_tower):
-    tower = make_tower()
-    kinds = [type(module) for module in tower.modules()]
-    with pytest.raises(RuntimeError, match="stop"), tower.cheap_to_train():
-        fused = [module for module in tower.modules() if isinstance(module, FusedQuickGELU)]
-        assert len(fused) == (tower.num_blocks if tower.family != "dinov2" else 0)
-        raise RuntimeError("stop")
-    assert [type(module) for module in tower.modules()] == kinds
 
 
 def test_a_tower_is_rebuilt_from_its_spec_and_weights(make_tower, images):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from ..files import whole_file
+from ..files import atomic_file
 from ..interventions.edits import stacked
 from .heads import Heads
 
@@ -103,7 +103,7 @@ def export(
         "classes": {t: list(names) for t, names in (classes or {}).items() if t in tasks},
         "preprocessor": model.metadata.get("preprocessor"),
     }
-    with whole_file(Path(file)) as temporary:
+    with atomic_file(Path(file)) as temporary:
         write = _write_onnx if to == "onnx" else _write_torch
         write(graph, temporary, facts, dtype, tell)
         temporary.chmod(0o644)

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import ConfigError, Json, Strict, checked
+from ..config import ConfigError, Json, Settings
 from .clip import load_clip, load_tokenizer
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def _has_one_gap(template: str) -> str:
     return template
 
 
-class Classes(Strict):
+class Classes(Settings):
     """A task's classes: their names, and captions with ``{}`` for a name."""
 
     names: Annotated[list[str], Field(min_length=1)]
@@ -73,7 +73,7 @@ def known_heads(
     for task in tasks or model.tasks:
         if task not in classes:
             raise ConfigError(f"classes.{task}", "none are known", f"--classes FILE with {FORM}")
-        by_task[task] = checked(Classes, classes[task], f"classes.{task}")
+        by_task[task] = Classes.read(classes[task], f"classes.{task}")
     heads = zero_shot_heads(load_clip(model, clip), load_tokenizer(model, clip), by_task)
     return heads, {task: described.names for task, described in by_task.items()}
 

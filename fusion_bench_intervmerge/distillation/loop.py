@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError
-from ..data import Datasets, ImageStore, Schedule, bar, computing_dtype
+from ..data import Datasets, ImageStore, Schedule, computing_dtype, progress_bar
 from ..encoders.base import AfterBlock, ExpertLoaders, VisionTower, check_expert
 from ..expert_cache import ExpertCache
 from ..merging import Mixture
@@ -180,9 +180,10 @@ class _Trainer:
             task: Schedule(task, len(images[task]), settings.steps, data, settings.seed)
             for task in tasks
         }
-        self.store = ImageStore(images, self.schedules, data.cache_gb * 2**30, data.num_workers)
         self.loss, self.dtype = LOSSES[settings.loss], computing_dtype(fabric)
         self.prefix = model.prefix(moving=mixture is not None, blocks=self.loss.reads_blocks)
+        limit, workers = data.cache_gb * 2**30, data.num_workers
+        self.store = ImageStore(images, self.schedules, self.prefix.of, limit, workers)
         processes = fabric.world_size
         if data.batch_size % processes:
             raise ConfigError(
@@ -265,7 +266,7 @@ class _Trainer:
         """The experts' representations of every image seen, one expert in memory at a time."""
         targets = {}
         total = sum(len(schedule.unique) for schedule in self.schedules.values())
-        with bar(self.fabric, "experts' features", total) as shown:
+        with progress_bar(self.fabric, "experts' features", total) as shown:
             for task in self.tasks:
                 expert = experts[task]()
                 check_expert(task, expert, self.model.tower)
@@ -286,7 +287,7 @@ class _Trainer:
         def read(expert: VisionTower | None) -> tuple[Representations, str]:
             parts: list[Representations] = []
             digest = hashlib.sha256()
-            for images in self.store.first_pass(task, at_once, self.prefix.of):
+            for images in self.store.read(task, at_once):
                 if cache is not None:
                     digest.update(images.contiguous().numpy().data)
                 if expert is not None:
@@ -323,13 +324,13 @@ class _Trainer:
             for step in range(start, steps)
             for group in self.groups
         ]
-        passes = zip(plan, self.store.stream(plan, self.prefix.of), strict=True)
+        passes = zip(plan, self.store.states(plan), strict=True)
         history = torch.cat([progress.losses, torch.empty(steps - start, len(self.tasks))])
         keep = states if self.fabric.is_global_zero else None
         with (
             stop_requested() as stopped,
             self.compiled(),
-            bar(self.fabric, "distillation", steps, start) as shown,
+            progress_bar(self.fabric, "distillation", steps, start) as shown,
         ):
             for step in range(start, steps):
                 losses = self._step(passes, targets, optimizer, trained)

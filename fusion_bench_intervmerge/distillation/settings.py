@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import isfinite
 from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
+from typing_extensions import Self
 
-from ..config import HOST_KEYS, ConfigError, Flag, Json, check_arguments, shown, whole
+from ..config import HOST_KEYS, ConfigError, Flag, Json, shown, whole
 from ..data import RepairSettings
 
 # == distillation.optimizer
@@ -27,25 +29,27 @@ def make_optimizer(
     """The optimizer that settings name, or make where they are a function of the parameters.
 
     Raises:
-        ConfigError: ``_target_`` is not the path of a torch optimizer, or an argument does not fit.
+        ConfigError: ``_target_`` is not the path of a torch optimizer, or that optimizer refuses an
+            argument.
     """
     if not isinstance(settings, dict):
         return settings(parameters)
-    given = {key: value for key, value in settings.items() if key not in HOST_KEYS}
+    arguments = {key: value for key, value in settings.items() if key not in HOST_KEYS}
+    for key, value in arguments.items():  # not every optimizer refuses them
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not isfinite(number) for number in numbers):
+            raise ConfigError(f"optimizer.{key}", shown(value), "finite numbers")
+    rate = arguments.get("lr", 1)
+    if isinstance(rate, (int, float)) and (rate == 0 or rate > MAX_RATE):
+        raise ConfigError("optimizer.lr", shown(rate), f"a number in (0, {MAX_RATE}]")
     try:
-        cls = resolve_name(given.pop("_target_", ""))
+        cls = resolve_name(arguments.pop("_target_", ""))
         if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
             raise TypeError(f"{shown(settings.get('_target_'))} is not a torch optimizer")
-        check_arguments(cls, given, "optimizer")
-        rate = given.get("lr", 1)
-        if rate == 0 or rate > MAX_RATE:
-            raise ConfigError("optimizer.lr", shown(rate), f"a number in (0, {MAX_RATE}]")
         if cls in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
             # one kernel for hundreds of small tensors
-            given = {"fused": True} | given
-        return cls(parameters, **given)
-    except ConfigError:
-        raise
+            arguments = {"fused": True} | arguments
+        return cls(parameters, **arguments)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError("optimizer", reason, "{_target_: torch.optim.Adam, lr: 0.003}") from None
@@ -90,3 +94,9 @@ class DistillSettings(RepairSettings):
     )
     save_every: Annotated[int, whole(1, 10**7)] = 100
     compile: Flag = False
+
+    @model_validator(mode="after")
+    def _check_optimizer(self) -> Self:
+        if isinstance(self.optimizer, dict):  # what torch refuses is refused before the merge
+            make_optimizer(self.optimizer, [nn.Parameter(torch.zeros(1))])
+        return self

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..config import ConfigError, Json
 from ..data import digest_of
-from ..files import whole_file
+from ..files import atomic_file
 
 log = logging.getLogger(__name__)
 KEPT = 2
@@ -275,7 +275,7 @@ def _kind(value: object) -> object:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
     """Write a safetensors file with a digest in its header, whole or not at all."""
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         digest = digest_of(tensors, header)
         save_file(dict(tensors), temporary, {**header, "digest": digest})
 

@@ -1,26 +1,23 @@
-"""Vision towers behind one interface. One file a family: its name is the file's name.
+"""Vision towers behind one interface, one file per family.
 
-To add a family, put a module beside these with one subclass of ``VisionTower``; nothing else
-changes. A subclass defined elsewhere is known by its ``family`` once it is imported. These modules
-import their libraries where they build something: a Hugging Face user need not wait for open_clip.
+A subclass of ``VisionTower``, here or in another package, is known by its ``family`` once it is
+imported. These modules import their libraries only when they build something: a Hugging Face user
+need not wait for open_clip.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Mapping
 
 from torch import nn
 
 from ..config import ConfigError
+from . import dinov2, huggingface, openclip  # noqa: F401 - they define the families
 from .base import MissingProjectionError, VisionTower, check_expert
 
 
 def families() -> dict[str, type[VisionTower]]:
     """Every family of towers by name."""
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
     return {cls.family: cls for cls in VisionTower.__subclasses__()}
 
 
@@ -28,7 +25,7 @@ def tower_from_spec(spec: Mapping[str, object]) -> VisionTower:
     """Build the tower that ``VisionTower.spec`` described, weights yet to be loaded.
 
     Raises:
-        ValueError: the family is unknown, or the sizes are none of a tower's.
+        ValueError: the family is unknown, or cannot build a tower of these sizes.
     """
     family, known = spec.get("family"), families()
     if not isinstance(family, str) or family not in known:
@@ -39,7 +36,7 @@ def tower_from_spec(spec: Mapping[str, object]) -> VisionTower:
         raise
     except Exception as error:  # heads that do not divide the width, and whatever else there may be
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"tower: nothing that {family} can build ({reason})") from error
+        raise ValueError(f"tower: {family} cannot build it ({reason})") from error
 
 
 def as_tower(model: nn.Module, projection: nn.Linear | None = None) -> VisionTower:

@@ -1,15 +1,15 @@
 """One small interface over a vision tower, whoever wrote the tower.
 
 A tower is read in three stages (embed, blocks, readout) so that a caller can start in the middle,
-from states it kept, or go on in another tower. The stages call the tower's own modules. Whoever
-sees or edits the tensor of a site hooks on to the site's *tap*, which it goes through.
+from saved states, or go on in another tower. The stages call the tower's own modules. To see or
+edit the tensor of a site, hook on to the site's *tap*, which the tensor goes through.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
@@ -18,25 +18,23 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import Self
 
-from ..config import ConfigError, Count, Json, Size, Strict
+from ..config import ConfigError, Count, Json, Settings, Size
 from ..data import digest_of
+from ..interventions.config import InterventionConfig
+from ..interventions.placement import Placement
 from ..interventions.sites import SITES
-from .activation import FusedQuickGELU
 
 Output: TypeAlias = "Tensor | tuple[Tensor, ...]"  # of a module
-AfterBlock = Callable[[int, Tensor], None]  # told a block's index and output states
+AfterBlock = Callable[[int, Tensor], None]  # takes a block's index and its output states
 ExpertLoaders = Mapping[str, "Callable[[], VisionTower]"]  # task -> what loads its expert
-
-# What CLIP's activation function is called in the families' libraries.
-QUICK_GELU = ("QuickGELU", "QuickGELUActivation")
 
 
 class MissingProjectionError(TypeError):
     """A vision model that comes without CLIP's visual projection."""
 
 
-class Sizes(Strict, from_attributes=True):
-    """Of a config of transformers, which itself takes anything."""
+class Sizes(Settings, extra="ignore"):
+    """Sizes in a config of transformers, which itself takes anything."""
 
     hidden_size: Size
     num_hidden_layers: Count
@@ -53,14 +51,14 @@ class VisionTower(nn.Module, ABC):
     token first; image features (batch, projection_dim), not normalised.
 
     Attributes:
-        family: the name under which an artifact remembers whose tower it was: its file's.
+        family: the name by which an artifact remembers whose tower it was.
         title, hub_task: what a model card calls it, and what a hub says it is for.
         gives_features: whether ``forward`` gives image features, and not what comes before the
             projection.
-        sites: site -> path of its module, where that is none of those that the site itself names.
-        shortcuts: sites whose taps ``attend`` and ``finish`` pass through; none where the tower
-            does not have the two. Where another site is edited, whole blocks are run.
-        prefix_tokens: how many tokens stand before the patches.
+        sites: site -> path of its module, if it is not one of those that the site itself names.
+        shortcuts: sites whose taps ``attend`` and ``finish`` pass through; none if the tower does
+            not have the two. If another site is edited, whole blocks are run.
+        prefix_tokens: how many tokens come before the patches.
         reads_patches: whether the readout reads the patch tokens as well as the class token.
         output: the site ``output``: image features go through it.
         model: the family's own module, as its library makes it.
@@ -81,10 +79,6 @@ class VisionTower(nn.Module, ABC):
     projection_dim: int
     model: Any
 
-    def __init_subclass__(cls) -> None:
-        if "family" not in vars(cls):
-            cls.family = cls.__module__.rpartition(".")[2]
-
     def __init__(self) -> None:
         super().__init__()
         self.output = nn.Identity()
@@ -93,7 +87,7 @@ class VisionTower(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def wrap(cls, model: nn.Module, projection: nn.Linear | None = None) -> Self | None:
-        """A model of this family as a tower; None where it is none.
+        """A model of this family as a tower; None if it is not of this family.
 
         Raises:
             MissingProjectionError: the family's models need ``projection`` beside them.
@@ -138,7 +132,7 @@ class VisionTower(nn.Module, ABC):
             states: (batch, num_tokens, width).
             start: the first block to run; ``num_blocks`` for none.
             after_block: called with each block's index and output states.
-            class_token_alone: whether the last block may leave the other tokens out, where nothing
+            class_token_alone: whether the last block may leave the other tokens out if nothing
                 behind it reads them. The same but for rounding.
         """
         for block in range(start, self.num_blocks):
@@ -151,7 +145,7 @@ class VisionTower(nn.Module, ABC):
                 after_block(block, states)
         return self.readout(states)
 
-    # -- shortcuts, for towers that have them and name them in ``shortcuts`` -----------------------
+    # -- shortcuts, for towers that name them in ``shortcuts`` -------------------------------------
 
     def attend(self, index: int, states: Tensor) -> Tensor:
         """The class token's self-attention output in a block, before its tap.
@@ -171,7 +165,7 @@ class VisionTower(nn.Module, ABC):
         raise TypeError(f"{type(self).__name__} has no shortcuts; run_block goes through a block")
 
     def can_spare(self, edited: Iterable[str]) -> bool:
-        """Whether ``attend`` and ``finish`` may stand for a block that is edited at these sites."""
+        """Whether ``attend`` and ``finish`` can replace a block that is edited at these sites."""
         return bool(self.shortcuts) and self.shortcuts.issuperset(edited)
 
     # -- sites -------------------------------------------------------------------------------------
@@ -190,6 +184,27 @@ class VisionTower(nn.Module, ABC):
             except AttributeError:
                 continue
         raise ConfigError(f"interventions.{site}", f"{self.family} encoders have no such site")
+
+    def placements(self, interventions: Mapping[str, InterventionConfig]) -> dict[str, Placement]:
+        """Site -> where its edits act in this encoder.
+
+        Raises:
+            ConfigError: settings that do not fit, or a site that towers of this family do not have.
+        """
+        fitted = {}
+        for name, config in interventions.items():
+            site = SITES[name]
+            fitted[name] = Placement.fit(
+                config,
+                width=self.width if site.has_tokens else self.projection_dim,
+                num_blocks=self.num_blocks,
+                num_tokens=self.num_tokens,
+                prefix_tokens=self.prefix_tokens,
+                site=site,
+                where=f"interventions.{name}",
+            )
+            self.module(name, fitted[name].blocks[0])
+        return fitted
 
     def tap(self, site: str, block: int = 0) -> nn.Module:
         """What a site's tensor goes through: a forward hook on it sees the tensor, and may return
@@ -274,25 +289,15 @@ class VisionTower(nn.Module, ABC):
             for parameter, data in originals:
                 parameter.data = data
 
-    @contextmanager
-    def cheap_to_train(self) -> Iterator[None]:
-        """Cheaper to train through, for a while: CLIP's activation functions and short attention.
+    def cheap_to_train(self) -> AbstractContextManager[None]:
+        """Short attention is cheaper to train through inside.
 
         On a CPU, PyTorch's flash attention takes no advantage of several threads for very few
         tokens, where plain products are more than twice as fast; from some 50 tokens on it is the
         faster one.
         """
         few = self.device.type == "cpu" and self.num_tokens <= 32
-        modules = self.named_modules(remove_duplicate=False)
-        found = {name: m for name, m in modules if type(m).__name__ in QUICK_GELU}
-        try:
-            for name in found:
-                self.set_submodule(name, FusedQuickGELU())
-            with sdpa_kernel(SDPBackend.MATH) if few else nullcontext():
-                yield
-        finally:
-            for name, module in found.items():
-                self.set_submodule(name, module)
+        return sdpa_kernel(SDPBackend.MATH) if few else nullcontext()
 
     @property
     def device(self) -> torch.device:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..config import Json, Size, Strict, checked
+from ..config import Json, Settings, Size
 from .base import Sizes, VisionTower
 
 
@@ -18,7 +18,7 @@ class _Sizes(Sizes):
     num_register_tokens: int = Field(0, ge=0, le=1000)
 
 
-class _Spec(Strict):
+class _Spec(Settings):
     family: Literal["dinov2"]
     config: Json
     image_size: Size
@@ -40,6 +40,7 @@ class DINOv2Tower(VisionTower):
         pooling: ``class`` or ``class and patches``.
     """
 
+    family = "dinov2"
     title = "DINOv2"
     hub_task = "image-feature-extraction"
     sites = {"attention": "layer_scale1", "mlp": "layer_scale2"}  # noqa: RUF012
@@ -92,15 +93,17 @@ class DINOv2Tower(VisionTower):
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, object]) -> DINOv2Tower:
-        import transformers
+        read = _Spec.read(spec, "tower")
+        settings = dict(read.config)
+        name = _MODELS[str(settings.pop("model_type", None))]
+        with torch.device("cpu"):  # the import fails on the meta device
+            import transformers
 
-        read = checked(_Spec, dict(spec), "tower")
-        given = dict(read.config)
-        name = _MODELS[str(given.pop("model_type", None))]
-        config = getattr(transformers, f"{name}Config")(**given)
-        checked(_Sizes, config, "tower.config")
-        model = getattr(transformers, f"{name}Model")(config).eval()
-        return cls(model, read.image_size, read.pooling)
+            make_config = getattr(transformers, f"{name}Config")
+            make_model = getattr(transformers, f"{name}Model")
+        config = make_config(**settings)
+        _Sizes.read(config.to_dict(), "tower.config")
+        return cls(make_model(config).eval(), read.image_size, read.pooling)
 
     def library_config(self) -> Json:
         architecture = f"{_MODELS[self.config.model_type]}Model"

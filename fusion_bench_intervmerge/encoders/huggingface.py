@@ -6,11 +6,12 @@ import copy
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import Json, Size, Strict, checked
+from ..config import Json, Settings, Size
 from .base import MissingProjectionError, Sizes, VisionTower, first
 
 # What transformers' CLIP models call themselves.
@@ -23,7 +24,7 @@ class _Sizes(Sizes):
     layer_norm_eps: PositiveFloat
 
 
-class _Spec(Strict):
+class _Spec(Settings):
     family: Literal["huggingface"]
     vision_config: Json
     projection_dim: Size
@@ -38,6 +39,7 @@ class HuggingFaceTower(VisionTower):
         projection: CLIP's ``visual_projection``, which the experts share.
     """
 
+    family = "huggingface"
     shortcuts = frozenset({"attention", "mlp", "block"})
 
     def __init__(self, model: nn.Module, projection: nn.Linear):
@@ -123,11 +125,12 @@ class HuggingFaceTower(VisionTower):
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, object]) -> HuggingFaceTower:
-        from transformers import CLIPVisionConfig, CLIPVisionModel
+        with torch.device("cpu"):  # the import fails on the meta device
+            from transformers import CLIPVisionConfig, CLIPVisionModel
 
-        read = checked(_Spec, dict(spec), "tower")
+        read = _Spec.read(spec, "tower")
         config = CLIPVisionConfig(**read.vision_config)
-        checked(_Sizes, config, "tower.vision_config")
+        _Sizes.read(config.to_dict(), "tower.vision_config")
         projection = nn.Linear(config.hidden_size, read.projection_dim, bias=False)
         return cls(CLIPVisionModel(config).eval(), projection)
 

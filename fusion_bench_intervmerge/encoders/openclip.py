@@ -9,15 +9,15 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from ..config import Count, Json, Size, Strict, checked
-from .base import QUICK_GELU, VisionTower
+from ..config import Count, Json, Settings, Size
+from .base import VisionTower
 
 # OpenAI's, for towers that came without a preprocessing of their own
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class _Spec(Strict):
+class _Spec(Settings):
     family: Literal["openclip"] = "openclip"
     image_size: Size
     patch_size: Size
@@ -39,6 +39,7 @@ class OpenCLIPTower(VisionTower):
         mean, std: what images are normalised with, to rebuild the preprocessing from an artifact.
     """
 
+    family = "openclip"
     gives_features = True
     shortcuts = frozenset({"attention", "mlp", "block"})
 
@@ -117,16 +118,17 @@ class OpenCLIPTower(VisionTower):
             "heads": block.attn.num_heads,
             "mlp_ratio": block.mlp.c_fc.out_features / self.width,
             "output_dim": self.projection_dim,
-            "quick_gelu": type(block.mlp.gelu).__name__ in QUICK_GELU,
+            "quick_gelu": type(block.mlp.gelu).__name__ == "QuickGELU",
             "mean": list(self.mean),
             "std": list(self.std),
         }
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, object]) -> OpenCLIPTower:
-        from open_clip.transformer import QuickGELU, VisionTransformer
+        with torch.device("cpu"):  # as for transformers, whose import fails on the meta device
+            from open_clip.transformer import QuickGELU, VisionTransformer
 
-        read = checked(_Spec, dict(spec), "tower")
+        read = _Spec.read(spec, "tower")
         visual = VisionTransformer(
             **read.model_dump(exclude={"family", "quick_gelu", "mean", "std"}),
             act_layer=QuickGELU if read.quick_gelu else nn.GELU,

@@ -21,23 +21,20 @@ from fusion_bench.constants import RuntimeConstants
 from fusion_bench.mixins import LightningFabricMixin, SimpleProfilerMixin
 from rich.console import Console
 from safetensors import SafetensorError
-from torch import nn
 from torch.utils.data import Subset
 
 from ..config import ConfigError, Json
 from ..distillation.loop import Distillation, distill
-from ..distillation.settings import make_optimizer
 from ..distillation.states import StateFolder, interruptible
 from ..encoders.base import VisionTower
 from ..expert_cache import ExpertCache
 from ..files import cache_root
-from ..interventions.config import read_interventions
 from ..merging import Mixture
 from ..model.artifact import check_place
 from ..model.model import InterventionModel
 from ..model.protocols import Experts, Repair
 from ..model.router import RouterSettings
-from ..results import Images, Result, Results
+from ..results import ImagesUsed, Result, Results
 from ..solving.fit_router import fit_router
 from ..solving.solve import budget_in_numbers, solve
 from .host import check_task_pool, has_task_pool, host_in_the_log, one_line, plain, split_settings
@@ -96,8 +93,6 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         if RuntimeConstants.debug:  # fast_dev_run=true
             steps = min(self.settings.steps, 2)
             self.settings = self.settings.model_copy(update={"steps": steps})
-        # refused now, not after the merge
-        make_optimizer(self.settings.optimizer, [nn.Parameter(torch.zeros(1))])
 
     @host_in_the_log()
     @one_line
@@ -140,13 +135,13 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         data = self.settings.data
         sizes = [len(pool.images(task, data.split)) for task in pool.tasks]
         every_image = data.fraction == 1 and (data.images is None or data.images >= max(sizes))
-        sites = read_interventions(self.settings.interventions).values()
+        sites = self.settings.interventions.values()
         drawn = any(config.init == "reference" for config in sites)
         return drawn or self.settings.steps > 0 or not every_image
 
     def look_ahead(self, pool: Experts, tower: VisionTower) -> None:
         """Refuse edits that do not fit the encoder, and images that are not found."""
-        InterventionModel(tower, pool.tasks[:1], self.settings.interventions)
+        tower.placements(self.settings.interventions)
         for task in pool.tasks:
             pool.images(task, self.settings.data.split)
 
@@ -276,9 +271,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         if base is not None and not isinstance(base, Mapping):
             base = repr(type(base))  # nothing more can be told of a method object
         described = {
-            "interventions": settings.interventions
-            if settings.extend is None  # if not, the saved model's own hold
-            else {site: config.to_dict() for site, config in model.interventions.items()},
+            "interventions": {s: config.to_dict() for s, config in model.interventions.items()},
             "base": plain(base),
             "budget": budget_in_numbers(settings.budget, model, len(tasks)),
             "coefficients": settings.coefficients and settings.coefficients.to_dict(),
@@ -308,10 +301,10 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
 
     # -- what is said of it ----------------------------------------------------------------------
 
-    def _images_used(self, model: InterventionModel) -> Images:
+    def _images_used(self, model: InterventionModel) -> ImagesUsed:
         """The images that the edits are found on."""
         data, steps = self.settings.data, self.settings.steps
-        return Images(
+        return ImagesUsed(
             split=data.split,
             fraction=data.fraction,
             at_most=data.images,
@@ -323,7 +316,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             transductive=data.split == "test",
         )
 
-    def _result(self, repaired: Repaired, images: list[Images], **more: object) -> Result:
+    def _result(self, repaired: Repaired, images: list[ImagesUsed], **more: object) -> Result:
         done = repaired.done
         return repair_result(
             repaired.model,

@@ -25,7 +25,6 @@ from ..config import (
     Json,
     Seed,
     Settings,
-    checked,
     named,
     unknown_key,
     whole,
@@ -35,7 +34,7 @@ from ..encoders.base import VisionTower
 from ..merging import CoefficientSettings
 from ..model.model import InterventionModel
 from ..model.protocols import Repair
-from ..results import Images, Result, Results
+from ..results import ImagesUsed, Result, Results
 from .algorithm import IntervMergeAlgorithm
 from .analyse import Analyser
 from .host import attach, check_task_pool, host_in_the_log, one_line, split_settings
@@ -68,7 +67,7 @@ class ComparisonSettings(Settings):
         steps: override every method's, so that all have the same; a method with ``steps: 0`` is
             solved, not trained, and keeps it.
         data: override every method's, so that all have the same.
-        images: the images that bases and rivals see: name -> fields of ``results.Images``.
+        images: the images that bases and rivals see: name -> fields of ``results.ImagesUsed``.
         labels: labelled images per task that bases and rivals need, by name.
         keep_going: whether a merge or rival that fails is a line in the results, and not the end.
         references: whether the pretrained encoder and the experts themselves are evaluated too.
@@ -123,7 +122,7 @@ class ComparisonSettings(Settings):
                         group
                     )
         for name, images in self.images.items():
-            checked(Images, images, f"images.{name}")
+            ImagesUsed.read(images, f"images.{name}")
         for name in self.methods:
             for settings in (self._own(name), self.method(name)):
                 self.repair_class(name).Settings.read(settings, f"methods.{name}")
@@ -131,7 +130,7 @@ class ComparisonSettings(Settings):
 
     def needs(self, name: str) -> Json:
         """Fields of the result of a base or rival: the images it sees."""
-        images = [Images(**self.images[name])] if name in self.images else []
+        images = [ImagesUsed(**self.images[name])] if name in self.images else []
         return {"images": images, "labels": self.labels.get(name, 0)}
 
     def repair_class(self, name: str) -> type[Repair]:

@@ -13,15 +13,15 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..config import Json, checked
+from ..config import Json
 from ..model.model import InterventionModel
-from ..results import Images, Result
+from ..results import ImagesUsed, Result
 
 # -- results ---------------------------------------------------------------------------------------
 
 
 def repair_result(
-    model: InterventionModel, settings: Json, images: list[Images], **more: object
+    model: InterventionModel, settings: Json, images: list[ImagesUsed], **more: object
 ) -> Result:
     """The result of a repaired model.
 
@@ -60,12 +60,12 @@ def saved_result(model: InterventionModel, base: str, method: str) -> Result:
     return repair_result(model, settings, images, seed=model.seed, base=base, method=method)
 
 
-def saved_images(model: InterventionModel) -> list[Images]:
+def saved_images(model: InterventionModel) -> list[ImagesUsed]:
     """The images that a saved model's edits were found on, as far as it tells."""
     known = model.metadata.get("images")
     # a sentence stands for images that are not known, of a model that was made in Python
     told = [one for one in known if not isinstance(one, str)] if isinstance(known, list) else []
-    return [checked(Images, one, "images") for one in told]
+    return [ImagesUsed.read(one, "images") for one in told]
 
 
 def method_name(result: Result) -> str:

@@ -17,7 +17,7 @@ from fusion_bench.models.modulator import ModulatedModel
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..config import ConfigError, Settings, nested
+from ..config import ConfigError, Settings
 from ..encoders.base import VisionTower
 from ..merging import TaskVector
 from ..model.protocols import Repair, TaskConditionalModel
@@ -199,7 +199,7 @@ class RivalSettings(Settings):
     """
 
     method: dict[str, object]
-    storage: Annotated[Storage, nested(Storage)] | None = None
+    storage: Storage | None = None
     passes: Annotated[float, Field(gt=0, description="a number above 0")] = 1
     take: str | None = None
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
-from ..config import ConfigError, Folder, Settings, nested
+from ..config import ConfigError, Folder, Settings
 from ..distillation.settings import DistillSettings
-from ..interventions.config import read_interventions
+from ..interventions.config import Interventions
 from ..merging import CoefficientSettings
 from ..model.artifact import Storage
 from ..model.router import RouterSettings, read_settings
@@ -31,9 +31,9 @@ class MergeSettings(Settings):
             (``CoefficientSettings``).
     """
 
-    interventions: Any
+    interventions: Interventions
     base: object = None
-    coefficients: Annotated[CoefficientSettings, nested(CoefficientSettings)] | None = None
+    coefficients: CoefficientSettings | None = None
 
 
 class MethodSettings(DistillSettings, SolveSettings, MergeSettings):
@@ -66,8 +66,8 @@ class MethodSettings(DistillSettings, SolveSettings, MergeSettings):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        sites = read_interventions(self.interventions)
-        if self.budget is not None and all(c.init != "regression" for c in sites.values()):
+        inits = {config.init for config in self.interventions.values()}
+        if self.budget is not None and "regression" not in inits:
             raise ConfigError(
                 "budget",
                 "only edits in closed form have one",

@@ -2,13 +2,13 @@
 
 from .config import InterventionConfig, read_interventions
 from .edits import Edits
-from .functions import ACTIVATIONS, FUNCTION_NAMES, Function, build_function
+from .functions import ACTIVATIONS, FUNCTIONS, Function, build_function
 from .placement import Placement
 from .sites import SITES, Site
 
 __all__ = [
     "ACTIVATIONS",
-    "FUNCTION_NAMES",
+    "FUNCTIONS",
     "SITES",
     "Edits",
     "Function",

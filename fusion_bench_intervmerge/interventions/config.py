@@ -1,4 +1,4 @@
-"""What, where and how large: the settings of one edit, as the config file writes them."""
+"""The settings of edits, as the config file writes them: what, where and how large."""
 
 from __future__ import annotations
 
@@ -6,29 +6,21 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
+from typing_extensions import Self
 
-from ..config import ConfigError, Flag, Settings, shown, unknown_key, whole
+from ..config import ConfigError, Flag, Settings, named, shown, unknown_key, whole
 from .functions import ACTIVATIONS, function_class
 from .sites import SITES
 
+Span = Annotated[list[int], Field(min_length=2, max_length=2)]
+
 
 class PartSettings(Settings):
-    """Entries of a site's width, by their number; ``InterventionConfig.part`` says how."""
+    """Entries of a site's width, by their number; see ``InterventionConfig.part``."""
 
     size: Annotated[int | float | str, Field(description="a number of entries, a share, or even")]
     start: Annotated[int | float, Field(description="the first entry, or a share")] = 0
     shift: Flag = False
-
-
-_PART = "null, [j, p], a list of those, or {size, start, shift}"
-
-
-def _read_part(value: object) -> object:
-    if isinstance(value, Mapping):
-        PartSettings.read(value)
-    elif value is not None and not (isinstance(value, list) and value):
-        raise ConfigError("", f"{shown(value)} is no part", _PART)
-    return value
 
 
 class InterventionConfig(Settings):
@@ -44,8 +36,8 @@ class InterventionConfig(Settings):
             0 (Table 2). The site ``output`` has no tokens.
         part: entries of the representation that it touches (eq 3.5, Table 4): ``None`` for all,
             ``[j, p]`` for j <= i < p, a list of such spans, or ``{size, start, shift}``: ``size``
-            entries from ``start``, moved on by ``size`` a block when ``shift`` is true, wrapping
-            where the width ends. Both may be shares of the width (0.25), and ``size: even``
+            entries from ``start``, moved on by ``size`` per block if ``shift`` is true, wrapping
+            at the end of the width. Both may be shares of the width (0.25), and ``size: even``
             divides the width by the number of edited blocks.
         share_tokens: one edit for all chosen tokens, or one for each (the paper's patch tokens).
         activation: ``relu``, ``gelu``, ``silu`` or ``tanh`` between down and up, for noreft,
@@ -60,59 +52,59 @@ class InterventionConfig(Settings):
     function: Annotated[str, Field(description="the name of a function")] = "noreft"
     rank: Annotated[int, whole(1)] = 1
     blocks: Annotated[
-        str | list[int],
+        str | Annotated[list[int], Field(min_length=1)],
         Field(description="all, every_n, first_n, middle_n, last_n or a list of indices"),
     ] = "all"
     tokens: Annotated[
-        str | list[int],
+        str | Annotated[list[int], Field(min_length=1)],
         Field(description="class, first, middle, last, patch, all or a list of positions"),
     ] = "class"
     part: Annotated[
-        list[int] | list[list[int]] | dict[str, object] | None,
-        BeforeValidator(_read_part),
-        Field(description=_PART),
+        Span | Annotated[list[Span], Field(min_length=1)] | PartSettings | None,
+        BeforeValidator(lambda part: PartSettings.read(part) if isinstance(part, dict) else part),
+        Field(description="null, [j, p], a list of those, or {size, start, shift}"),
     ] = None
     share_tokens: Flag = True
     activation: Annotated[str | None, Field(description=f"null, {', '.join(ACTIVATIONS)}")] = None
     init: Literal["reference", "identity", "regression"] = "reference"
 
     @model_validator(mode="after")
-    def _the_function_takes_them(self) -> InterventionConfig:
-        form = function_class(self.function)
-        if self.activation is not None and self.activation not in ACTIVATIONS:
-            allowed = f"null, {', '.join(ACTIVATIONS)}"
-            raise ConfigError("activation", shown(self.activation), allowed)
-        form.check(self.activation, self.init)
+    def _check_function(self) -> Self:
+        function_class(self.function).check(self.activation, self.init)
         return self
 
 
 def read_interventions(
-    mapping: Mapping[str, object], where: str = "interventions"
+    value: object, where: str = "interventions"
 ) -> dict[str, InterventionConfig]:
     """Site -> settings, as ``method.interventions`` writes them. A site set to null is left out.
 
     Raises:
         ConfigError: an unknown site or setting, or no site at all.
     """
-    if not isinstance(mapping, Mapping):
-        raise ConfigError(where, shown(mapping), f"a mapping with keys of {', '.join(SITES)}")
+    if not isinstance(value, Mapping):
+        raise ConfigError(where, shown(value), f"a mapping with keys of {', '.join(SITES)}")
     configs = {}
-    for site, settings in mapping.items():
-        if site not in SITES:
-            raise unknown_key(site, SITES, "site").under(where)
-        if settings is None:
-            continue
-        if not isinstance(settings, InterventionConfig):
-            settings = InterventionConfig.read(settings, f"{where}.{site}")
-        _check_choices(settings, site, f"{where}.{site}")
-        configs[site] = settings
+    with named(where):
+        for name, settings in value.items():
+            if name not in SITES:
+                raise unknown_key(name, SITES, "site")
+            if settings is not None:
+                configs[name] = InterventionConfig.read(settings, name)
+                with named(name):
+                    _check_site(configs[name], name)
     if not configs:
         raise ConfigError(where, "no site is edited", f"one or more of {', '.join(SITES)}")
     return configs
 
 
-def _check_choices(config: InterventionConfig, name: str, where: str) -> None:
-    """A choice of blocks or tokens where a site has none is a mistake."""
+Interventions = Annotated[
+    dict[str, InterventionConfig], BeforeValidator(lambda value: read_interventions(value, ""))
+]
+
+
+def _check_site(config: InterventionConfig, name: str) -> None:
+    """Refuse a choice of blocks or tokens at a site that has none."""
     site = SITES[name]
     for key, noun, there_are in (
         ("blocks", "blocks", site.in_blocks),
@@ -123,4 +115,4 @@ def _check_choices(config: InterventionConfig, name: str, where: str) -> None:
         if value != default and not there_are:
             what = "the image features have" if site.at == "end" else f"the site {name} has"
             problem = f"{shown(value)}, but {what} no {noun}"
-            raise ConfigError(f"{where}.{key}", problem, f"{shown(default)}, the default")
+            raise ConfigError(key, problem, f"{shown(default)}, the default")

@@ -1,22 +1,24 @@
-"""What every intervention function is: a few named tensors and a formula over them."""
+"""The forms of an edit: a few named tensors and a formula over them.
+
+A form is a subclass of ``Function``, here or in another package. Defining it registers it: settings
+know it by its ``name``, the class's name in lower case unless it has one of its own.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from ..config import ConfigError, named
+from ..config import ConfigError, named, shown
 
-# == interventions.functions.base
-# What every intervention function is: a few named tensors and a formula over them.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -25,10 +27,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+FUNCTIONS: dict[str, type[Function]] = {}  # every form by name
+
+
 class ClosedForms(Protocol):
     """What a form may ask for when it is solved instead of trained; ``solving.Regression``.
 
-    Tensors have a leading entry a token position with ``copies``, else a leading 1; k is the width.
+    Tensors have a leading entry per token position with ``copies``, else a leading 1; k is the
+    width.
     Gains (_, k) are what each further rank takes off the mean squared distance.
     """
 
@@ -100,29 +106,31 @@ class Function(nn.Module, ABC):
 
     A subclass gives its formula in its docstring, creates its tensors in ``reset_parameters``
     and applies them (or sums of them, see ``terms``) in ``edit``. The tensors are arguments of
-    ``edit`` so that the same formula serves one task (tensors as stored), one edit a token
-    position, and a batch of images of different tasks (tensors gathered per image).
+    ``edit`` so that the same formula serves one task (tensors as stored), one edit per
+    token position, and a batch of images of different tasks (tensors gathered per image).
 
     Args:
         width: k, the number of entries of a vector that the function sees.
         rank: r, the number of directions it works along.
-        copies: how many independent edits live in one module (one a token position);
+        copies: how many independent edits live in one module (one per token position);
             their tensors have this many leading entries. ``None`` for a single one.
-        activation: name from ``ACTIVATIONS`` applied between down and up, where the form has one.
+        activation: name from ``ACTIVATIONS`` applied between down and up, if the form has one.
         init: ``reference`` draws the published initial values, ``identity`` starts at z' = z.
         generator: source of the initial values; the global one when ``None``.
     """
 
-    name: str
+    name: ClassVar[str]
     # The formula: vectors z (..., n, width) and its ``terms`` by name -> (..., n, width).
     edit: Callable[..., Tensor]
     takes_activation = False
     identity_start = True
 
     def __init_subclass__(cls) -> None:
-        # The class that torch derives from a form with an orthonormal R keeps the form's name.
-        if "name" not in vars(cls) and not is_parametrized(cls):
+        if cls.__name__.startswith("Parametrized"):  # torch derives it from a form with an R
+            return
+        if "name" not in vars(cls):
             cls.name = cls.__name__.lower()
+        FUNCTIONS[cls.name] = cls
 
     def __init__(
         self,
@@ -141,13 +149,17 @@ class Function(nn.Module, ABC):
 
     @classmethod
     def check(cls, activation: str | None, init: str) -> None:
-        """Make sure that the form has an activation and a start like these.
+        """Check that the form has such an activation and such a start.
 
         Raises:
-            ConfigError: it has not.
+            ConfigError: it does not, or nothing has that name.
         """
+        if activation not in (None, *ACTIVATIONS):
+            raise ConfigError("activation", shown(activation), f"null, {', '.join(ACTIVATIONS)}")
         if activation is not None and not cls.takes_activation:
             raise ConfigError("activation", f"{cls.name} takes none", "null")
+        if init not in ("reference", "identity", "regression"):
+            raise ConfigError("init", shown(init), "reference, identity, regression")
         if init == "identity" and not cls.identity_start:
             raise ConfigError("init", f"{cls.name} cannot be the identity", "reference")
 
@@ -256,11 +268,6 @@ class Function(nn.Module, ABC):
         parametrize.register_parametrization(self, "R", Orthonormal())
 
 
-def is_parametrized(cls: type) -> bool:
-    """Whether torch derived the class from a form with an orthonormal R."""
-    return cls.__name__.startswith("Parametrized")
-
-
 def linear(z: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """W z + b: z (..., n, k), W (..., r, k), b (..., r) -> (..., n, r)."""
     if weight.dim() == 2:
@@ -274,7 +281,6 @@ def linear_transposed(x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight
 
 
-# == interventions.functions.nodireft
 class NodiReFT(Function):
     """z + W2'(W1 z + b): in the published code, not in the paper's table.
 
@@ -290,15 +296,19 @@ class NodiReFT(Function):
     second = "W2"
     subtracts = False
 
+    @classmethod
+    def check(cls, activation: str | None, init: str) -> None:
+        super().check(activation, init)
+        if init == "identity" and activation and cls.second == "R" and cls.subtracts:
+            problem = f"{cls.name} with an activation has no identity"
+            raise ConfigError("init", problem, "reference")
+
     def reset_parameters(self, generator: torch.Generator | None, identity: bool) -> None:
         orthonormal = self.second == "R"
         if orthonormal:
             self._register_orthonormal(generator)
         W1, b = self._linear(generator)
         if orthonormal and identity:
-            if self.subtracts and self.activation:
-                problem = f"{self.name} with an activation has no identity"
-                raise ConfigError("init", problem, "reference")
             W1 = self.R.detach().clone() if self.subtracts else torch.zeros_like(W1)
             b = torch.zeros_like(b)
         self.W1, self.b = nn.Parameter(W1), nn.Parameter(b)
@@ -334,7 +344,6 @@ class NodiReFT(Function):
         return self._as(NodiReFT, W1=terms["down"], W2=terms["up"], b=terms["b"])
 
 
-# == interventions.functions.noreft
 class NoReFT(NodiReFT):
     """z + W2'(W1 z + b - W2 z), IntervMerge's default (eq 3.4 of the paper).
 
@@ -345,7 +354,6 @@ class NoReFT(NodiReFT):
     subtracts = True
 
 
-# == interventions.functions.loreft
 class LoReFT(NodiReFT):
     """z + R'(W1 z + b - R z) with orthonormal rows of R (Table 7 of the paper).
 
@@ -356,7 +364,6 @@ class LoReFT(NodiReFT):
     subtracts = True
 
 
-# == interventions.functions.direft
 class DiReFT(NodiReFT):
     """z + R'(W1 z + b) with orthonormal rows of R (Table 7 of the paper).
 
@@ -366,7 +373,6 @@ class DiReFT(NodiReFT):
     second = "R"
 
 
-# == interventions.functions.consreft
 class ConsReFT(Function):
     """z + R'(b - R z): puts a constant b into the rows' span of R (Table 7 of the paper).
 
@@ -392,7 +398,6 @@ class ConsReFT(Function):
         return forms.replacement_gains()
 
 
-# == interventions.functions.constant
 class Constant(Function):
     """z + v: what LobiReFT's R'b folds to at inference. v: (k); the rank plays no part."""
 
@@ -413,7 +418,6 @@ class Constant(Function):
         return forms.constant().square().sum(dim=-1, keepdim=True)
 
 
-# == interventions.functions.lobireft
 class LobiReFT(Function):
     """z + R'b: adds one vector (Table 7 of the paper; the form of its mini-interventions).
 
@@ -446,7 +450,6 @@ class LobiReFT(Function):
         return self._as(Constant, v=linear_transposed(self.b.unsqueeze(-2), self.R).squeeze(-2))
 
 
-# == interventions.functions.surgery
 class Surgery(Function):
     """z - up relu(down z), Representation Surgery (arXiv 2402.02705, eq 5; 2410.14389 for V2).
 
@@ -462,37 +465,15 @@ class Surgery(Function):
         return z - linear(linear(z, down).relu(), up)
 
 
-# == interventions.functions.__init__
-# The forms an edit can take. One file a form: its name is the file's name.
-#
-# To add a form, put a module beside these with one subclass of ``Function``; nothing else changes.
-# A subclass defined elsewhere is known by its ``name`` once it is imported.
-#
-FUNCTION_NAMES = tuple(
-    sorted(
-        ("noreft", "loreft", "direft", "consreft", "lobireft", "nodireft", "surgery", "constant")
-    )
-)
-
-
 def function_class(name: str, where: str = "function") -> type[Function]:
     """The class of a form by name.
 
     Raises:
         ConfigError: no form has that name.
     """
-    known = {form.name: form for form in _subclasses(Function)}
-    if name not in known:
-        raise ConfigError(where, f"there is no function {name!r}", ", ".join(known))
-    return known[name]
-
-
-def _subclasses(cls: type) -> Iterator[type[Function]]:
-    child: type[Function]
-    for child in cls.__subclasses__():
-        if not is_parametrized(child):
-            yield child
-            yield from _subclasses(child)
+    if name not in FUNCTIONS:
+        raise ConfigError(where, f"there is no function {name!r}", ", ".join(sorted(FUNCTIONS)))
+    return FUNCTIONS[name]
 
 
 def build_function(
@@ -509,10 +490,10 @@ def build_function(
     """One intervention function as a module: z (..., width) -> z (..., width).
 
     Args:
-        name: one of ``FUNCTION_NAMES``.
+        name: of a form, one of ``FUNCTIONS``.
         width: number of entries of a vector that it edits.
         rank: number of directions it works along, 1 to width.
-        copies: number of independent edits (one a token position); ``None`` for one.
+        copies: number of independent edits (one per token position); ``None`` for one.
         activation: ``None`` or one of ``ACTIVATIONS``, for the forms that take one.
         init: ``reference`` (the published start) or ``identity`` (starts at z' = z).
         generator: source of the initial values.
@@ -522,21 +503,12 @@ def build_function(
         ConfigError: an unknown name, activation or init, a rank out of range, or a start or an
             activation that the form does not have.
     """
-    cls = function_class(name, f"{where}.function")
     with named(where):
+        cls = function_class(name)
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= width:
-            raise ConfigError(
-                "rank", f"{rank!r} does not fit vectors of width {width}", f"1 to {width}"
-            )
-        if init not in ("reference", "identity"):
-            raise ConfigError("init", f"unknown: {init!r}", "reference, identity")
+            problem = f"{rank!r} does not fit vectors of width {width}"
+            raise ConfigError("rank", problem, f"1 to {width}")
         cls.check(activation, init)
-        if activation not in (None, *ACTIVATIONS):
-            allowed = f"null, {', '.join(ACTIVATIONS)}"
-            raise ConfigError("activation", f"unknown: {activation!r}", allowed)
         return cls(
             width, rank, copies=copies, activation=activation, init=init, generator=generator
         )
-
-
-__all__ = ["ACTIVATIONS", "FUNCTION_NAMES", "Function", "build_function", "function_class"]

@@ -7,9 +7,8 @@ site's tensor, a function, and a new tensor with the edited vectors in their pla
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ def resolve_blocks(blocks: str | Sequence[int], num_blocks: int, where: str) -> 
         return list(range(num_blocks))
     match = re.fullmatch(r"(every|first|middle|last)_(\d+)", blocks)
     if not match or not 1 <= int(match[2]) <= num_blocks:
-        raise ConfigError(where, f"{blocks!r} names no blocks", allowed)
+        raise ConfigError(where, f"{blocks!r} does not name blocks", allowed)
     pattern, count = match[1], int(match[2])
     if pattern == "every":
         return list(range(0, num_blocks, count))
@@ -47,7 +46,7 @@ def resolve_blocks(blocks: str | Sequence[int], num_blocks: int, where: str) -> 
 def resolve_tokens(
     tokens: str | Sequence[int], num_tokens: int, where: str, prefix_tokens: int = 1
 ) -> Index:
-    """Token positions as a slice where they are contiguous, else as an index tensor.
+    """Token positions as a slice if they are contiguous, else as an index tensor.
 
     Args:
         tokens: as in ``InterventionConfig``.
@@ -71,12 +70,16 @@ def resolve_tokens(
     if not isinstance(tokens, str):
         return _index(_positions(tokens, num_tokens, where, "token position", allowed))
     if tokens not in named:
-        raise ConfigError(where, f"{tokens!r} names no tokens", allowed)
+        raise ConfigError(where, f"{tokens!r} does not name tokens", allowed)
     return named[tokens]
 
 
 def resolve_part(
-    part: object, width: int, block: int, where: str, edited: Sequence[int] = ()
+    part: list[int] | list[list[int]] | PartSettings | None,
+    width: int,
+    block: int,
+    where: str,
+    edited: Sequence[int] = (),
 ) -> Index:
     """Entries of the width that an edit in ``block`` touches.
 
@@ -89,33 +92,31 @@ def resolve_part(
             among them, and ``shift`` then goes by the place among them.
 
     Raises:
-        ConfigError: a span outside the width, overlapping spans, or a malformed part.
+        ConfigError: a span outside the width, or overlapping spans.
     """
     if part is None:
         return slice(0, width)
-    if isinstance(part, Mapping):
-        given = PartSettings.read(part, where)
-        even = given.size == "even"
-        share = 1 / max(len(edited), 1) if even else given.size
+    if isinstance(part, PartSettings):
+        even = part.size == "even"
+        share = 1 / max(len(edited), 1) if even else part.size
         size = _entries(share, width, f"{where}.size", 1, ", or even")
-        start = _entries(given.start, width, f"{where}.start", 0)
-        if given.shift:
+        start = _entries(part.start, width, f"{where}.start", 0)
+        if part.shift:
             start += size * (edited.index(block) if even and edited else block)
         return _index([(start + offset) % width for offset in range(size)])
     allowed = f"null, [j, p] with 0 <= j < p <= {width}, a list of those, or {{size, start, shift}}"
-    spans = cast("list[list[int]]", part)
-    spans = spans if isinstance(spans[0], list) else [part]
     entries: list[int] = []
-    for span in spans:
-        if len(span) != 2 or not 0 <= span[0] < span[1] <= width:
+    for span in [part] if isinstance(part[0], int) else part:
+        first, end = span
+        if not 0 <= first < end <= width:
             raise ConfigError(where, f"{span!r} lies outside the width {width}", allowed)
-        entries.extend(range(*span))
+        entries.extend(range(first, end))
     if len(set(entries)) != len(entries):
         raise ConfigError(where, "the spans overlap", allowed)
     return _index(entries)
 
 
-def _entries(value: object, width: int, where: str, least: int, more: str = "") -> int:
+def _entries(value: int | float | str, width: int, where: str, least: int, more: str = "") -> int:
     """A number of entries, or a share of the width, as a number from ``least``."""
     count, most = value, width - 1 + least
     if isinstance(value, float) and 0 <= value <= 1 and (value or not least):
@@ -131,11 +132,11 @@ class Placement:
     """One site's edit fitted to one encoder.
 
     Attributes:
-        blocks: indices of the edited blocks, ascending; ``[0]`` for a site that is in none.
-        tokens: token positions, the same in every block; None where the site has none.
+        blocks: indices of the edited blocks, ascending; ``[0]`` for a site outside the blocks.
+        tokens: token positions, the same in every block; None if the site has none.
         parts: entries of the width, by block.
         width: number of entries the function sees.
-        copies: number of independent edits in a block, None when the tokens share one.
+        copies: number of independent edits in a block; None if the tokens share one.
     """
 
     blocks: list[int]
@@ -159,20 +160,26 @@ class Placement:
         """Work out the placement in an encoder of these sizes.
 
         Raises:
-            ConfigError: blocks, tokens or a part that do not exist there.
+            ConfigError: blocks, tokens or a part that do not exist there, or a rank beyond the
+                width of the part.
         """
-        blocks, tokens = [0], None
+        blocks: list[int] = [0]
+        tokens: Index | None = None
         if site.in_blocks:
             blocks = resolve_blocks(config.blocks, num_blocks, f"{where}.blocks")
         if site.has_tokens:
             at = f"{where}.tokens"
             tokens = resolve_tokens(config.tokens, num_tokens, at, prefix_tokens)
         parts = {b: resolve_part(config.part, width, b, f"{where}.part", blocks) for b in blocks}
+        chosen_width = _length(parts[blocks[0]])
+        if config.rank > chosen_width:
+            problem = f"{config.rank} does not fit vectors of width {chosen_width}"
+            raise ConfigError(f"{where}.rank", problem, f"1 to {chosen_width}")
         return cls(
             blocks=blocks,
             tokens=tokens,
             parts=parts,
-            width=_length(parts[blocks[0]]),
+            width=chosen_width,
             copies=None if config.share_tokens or tokens is None else _length(tokens),
         )
 
@@ -185,7 +192,7 @@ class Placement:
         """z with the chosen entries replaced by their edited values; z itself is left alone.
 
         Args:
-            z: (batch, tokens, width), or (batch, width) where the site has no tokens.
+            z: (batch, tokens, width), or (batch, width) at a site without tokens.
             block: which block's part to take.
             edit: maps (batch, chosen tokens, chosen width) to the same shape.
         """
@@ -208,13 +215,11 @@ def replace(z: Tensor, dim: int, index: Index, values: Tensor) -> Tensor:
         return z.index_copy(dim, index.to(z.device), values)
     stop = min(index.stop, z.shape[dim])
     parts = z.narrow(dim, 0, index.start), values, z.narrow(dim, stop, z.shape[dim] - stop)
-    kept = [part for part in parts if part.shape[dim]]
-    return torch.cat(kept, dim) if len(kept) > 1 else values
+    present = [part for part in parts if part.shape[dim]]
+    return torch.cat(present, dim) if len(present) > 1 else values
 
 
 def _positions(values: Sequence[int], size: int, where: str, noun: str, allowed: str) -> list[int]:
-    if not values:
-        raise ConfigError(where, f"{values!r} names no {noun}", allowed)
     for value in values:
         if not 0 <= value < size:
             raise ConfigError(where, f"there is no {noun} {value!r}", allowed)

@@ -28,10 +28,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from ..config import ArtifactError, ConfigError, Json, Strict, check_task_name, checked
+from ..config import ArtifactError, ConfigError, Json, Settings, check_task_name
 from ..encoders import tower_from_spec
 from ..encoders.base import VisionTower
-from ..files import whole_folder
+from ..files import atomic_folder
 from .router import Router, read_router
 
 FORMAT = 2
@@ -49,7 +49,7 @@ Storage = Literal["float32", "float16", "int8"]
 SCALE = ".scale"
 
 
-class Config(Strict):
+class Config(Settings):
     """The content of config.json; the encoder has yet to accept it."""
 
     format: int
@@ -113,7 +113,7 @@ class Artifact:
             **({} if self.router is None else {"router": self.router.config()}),
             **({} if self.storage == "float32" else {"storage": self.storage}),
         }
-        with whole_folder(folder) as temporary:
+        with atomic_folder(folder) as temporary:
             (temporary / "merged").mkdir()
             (temporary / "interventions").mkdir()
             _save(self.tower.weights(), temporary / MERGED, {"format": "pt"})
@@ -242,7 +242,7 @@ def _read_config(folder: Path) -> Config:
     if config.pop("digest", None) != _digest_of_config(config):
         raise ArtifactError(f"{path}: changed since it was saved (its digest says so)")
     with misfits_in(path):
-        read = checked(Config, config)
+        read = Config.read(config)
         for index, task in enumerate(read.tasks):
             check_task_name(task, read.tasks[:index])
     return read

@@ -21,7 +21,6 @@ from ..encoders.base import VisionTower, check_fit
 from ..interventions.config import InterventionConfig, read_interventions
 from ..interventions.edits import Edits, Stacked
 from ..interventions.placement import Placement
-from ..interventions.sites import SITES
 from .artifact import Artifact, Storage, misfits_in, pack, size, unpack
 from .card import model_card
 from .hub import hub_errors, local_folder
@@ -101,18 +100,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
         self.tower = tower.requires_grad_(False).eval()
         self.interventions = read_interventions(interventions)
         self.seed = seed
-        self.placements = {
-            site: Placement.fit(
-                config,
-                width=tower.width if SITES[site].has_tokens else tower.projection_dim,
-                num_blocks=tower.num_blocks,
-                num_tokens=tower.num_tokens,
-                prefix_tokens=tower.prefix_tokens,
-                site=SITES[site],
-                where=f"interventions.{site}",
-            )
-            for site, config in self.interventions.items()
-        }
+        self.placements = tower.placements(self.interventions)
         self.edits = nn.ModuleDict()
         self.metadata: Json = {}
         self.router: Router | None = None

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..config import ConfigError, whole
-from ..data import Datasets, RepairSettings, bar, choose_images, computing_dtype
+from ..data import Datasets, RepairSettings, choose_images, computing_dtype, progress_bar
 from ..distillation.states import Progress, StateFolder, interruptible
 from ..encoders.base import ExpertLoaders, check_expert
 from ..interventions.edits import Edits
@@ -181,7 +181,7 @@ def solve(
         model.to(fabric.device)
         with (
             interruptible("solving", states),
-            bar(fabric, "solving", blocks) as shown,
+            progress_bar(fabric, "solving", blocks) as shown,
         ):
             same = {place: model.interventions[place[0]].rank for place in places}
             ranks = {task: same for task in experts}

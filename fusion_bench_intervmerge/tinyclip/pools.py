@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from ..config import ConfigError, unknown_key
-from ..files import CACHE_VARIABLE, cache_root, whole_file
+from ..files import CACHE_VARIABLE, atomic_file, cache_root
 from . import mini, tasks
 from .material import DIGESTS, verified
 from .tasks import SIZE, Array, Task
@@ -169,7 +169,7 @@ def load_images(folder: Path, task: str, split: str) -> tuple[Array, Array]:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         chosen = POOLS[about["pool"]].tasks[task]
         images, labels = chosen.images(about["seed"], split, about["images"][split])
-        with whole_file(file) as temporary:
+        with atomic_file(file) as temporary:
             np.savez(temporary, images=images, labels=labels)
     with np.load(file) as data:
         return data["images"], data["labels"]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ...config import ConfigError, Json
 from ...encoders import as_tower
 from ...encoders.openclip import MEAN, STD, OpenCLIPTower
-from ...files import whole_file
+from ...files import atomic_file
 
 NO_DOWNLOAD = "modelpool=openclip-vit-mini_TA8, which needs no download"
 # OpenAI's vision transformers, which the paper fine-tuned, all have heads of this width.
@@ -150,7 +150,7 @@ def save_encoder(encoder: nn.Module, path: str | Path) -> None:
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path.with_name(path.name + ".safetensors")
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         save_file(tensors, temporary, {"format": "pt", "spec": json.dumps(tower.spec())})
 
 
