@@ -29,6 +29,7 @@ from fusion_bench_intervmerge.model.model import InterventionModel
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = (ROOT / "docs" / "settings.md").read_text()
+PACKAGE = ROOT / "fusion_bench_intervmerge"
 METHODS = sorted((ROOT / "config" / "method").rglob("*.yaml"))
 SOON = {"method=calibration", "method=featcal", "method=intervmerge/calibrated"}
 PAGES = [
@@ -137,6 +138,10 @@ def test_links_lead_somewhere_and_code_is_code(page):
         target = page.parent / path if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+    for path in re.findall(
+        r"`(?:python |pytest |bash )?([a-z_]+/[a-z0-9_/.-]+\.(?:py|sh|md|yaml))\b", text
+    ):
+        assert any((home / path).exists() for home in (ROOT, PACKAGE)), path
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S):
         if language == "python":
             compile(block, str(page), "exec")
