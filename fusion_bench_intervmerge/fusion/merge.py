@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..config import ConfigError
 from ..encoders.base import VisionTower
-from ..files import cache_root, atomic_file
+from ..files import atomic_file, cache_root
 from ..merging import CoefficientSettings, Mixture, initial_coefficients, mix
 from .host import attach
 from .pools import ExpertPool, checked_loads
