@@ -94,9 +94,9 @@ Datasets = Mapping[str, ImageDataset]  # by task
 ImageKey = tuple[str, int]  # task, index
 
 
-def generator_of(seed: int, purpose: str, task: str) -> torch.Generator:
+def generator_of(seed: int, *purpose: str) -> torch.Generator:
     """Random numbers for one purpose and task, whatever else is drawn."""
-    digest = hashlib.sha256(f"{seed} {purpose} {task}".encode()).digest()
+    digest = hashlib.sha256(" ".join([str(seed), *purpose]).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 

@@ -226,7 +226,7 @@ def solved_places(model: InterventionModel) -> list[Place]:
             solvable = ", ".join(name for name, each in SITES.items() if each.closed_form)
             problem = "edits at this site are not solved in closed form"
             raise ConfigError(f"interventions.{site}.init", problem, f"regression at {solvable}")
-        if config.activation is not None or not function_class(config.function).is_solvable():
+        if config.activation is not None or not function_class(config.function).solvable:
             what = config.function + (f" with {config.activation}" if config.activation else "")
             raise ConfigError(
                 f"interventions.{site}.init",
