@@ -11,7 +11,7 @@ RUN = outputs/demo
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --root-user-action ignore uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --editable '.[test,docs]'
 	touch $@
 
@@ -24,8 +24,8 @@ demo: $(VENV)/installed
 check: lint types test
 
 lint: $(VENV)/installed
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --quiet --check .
 
 types: $(VENV)/installed
 	$(BIN)/mypy
@@ -35,4 +35,4 @@ test: $(VENV)/installed
 
 docs: $(VENV)/installed
 	$(BIN)/python docs/settings.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

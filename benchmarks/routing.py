@@ -16,7 +16,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,6 @@ import torch
 from fusion_bench.utils import instantiate
 from fusion_bench.utils.hydra_utils import initialize_hydra_config
 from fusion_bench.utils.instantiate_utils import set_print_function_call_permeanent
-from fusion_bench_intervmerge.routing.routers import ROUTERS, router_class
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,10 +34,70 @@ from fusion_bench_intervmerge.fusion.pools import ExpertPool
 from fusion_bench_intervmerge.fusion.union import Corrupted, StreamSettings
 from fusion_bench_intervmerge.merging import mix
 from fusion_bench_intervmerge.model.model import InterventionModel
-from fusion_bench_intervmerge.model.router import Reading, Router, RouterSettings
+from fusion_bench_intervmerge.model.router import (
+    Gaussian,
+    Kept,
+    Reading,
+    Router,
+    RouterSettings,
+    log_density,
+    stacked,
+)
 from fusion_bench_intervmerge.solving.solve import solve
 
 SCALE = 100.0  # CLIP's logit scale: what the largest softmax is taken of
+
+
+class Linear(Gaussian):
+    """log N(x; m, S) with one S of all tasks: their scatters' sum, 2% of it a sphere."""
+
+    def scores(self, kept: Mapping[str, Kept], rows: Tensor) -> Tensor:
+        count, mean, scatter = stacked(kept, self.components)
+        shared = scatter.sum(0) / (count - 1).sum().clamp_min(1)
+        sphere = shared.diagonal().mean().clamp_min(1e-12) * torch.eye(self.components)
+        factor = torch.linalg.cholesky(0.98 * shared + 0.02 * sphere)
+        return log_density(factor[None], rows - mean)
+
+
+class Means(Gaussian):
+    """cos(x, m), both seen from the middle of all images of the first fit."""
+
+    def keep(self, rows: Tensor) -> Kept:
+        return {"mean": rows.mean(0)}
+
+    def scores(self, kept: Mapping[str, Kept], rows: Tensor) -> Tensor:
+        means = torch.stack([task["mean"].double() for task in kept.values()])
+        return normalize(rows, dim=1) @ normalize(means, dim=1).T
+
+
+class Nearest(Gaussian):
+    """-min |x - x_i| over the images x_i of a task, all of which are kept."""
+
+    def keep(self, rows: Tensor) -> Kept:
+        return {"rows": rows}
+
+    def scores(self, kept: Mapping[str, Kept], rows: Tensor) -> Tensor:
+        distances = [torch.cdist(rows, task["rows"].double()).amin(1) for task in kept.values()]
+        return -torch.stack(distances, dim=1)
+
+
+class Subspace(Gaussian):
+    """-|x - m - V'V(x - m)|, V the 16 leading right singular vectors of a task's centred images."""
+
+    def keep(self, rows: Tensor) -> Kept:
+        _, _, axes = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+        return {"mean": rows.mean(0), "directions": axes[:16]}
+
+    def scores(self, kept: Mapping[str, Kept], rows: Tensor) -> Tensor:
+        residuals = []
+        for task in kept.values():
+            moved, axes = rows - task["mean"], task["directions"].double()
+            residuals.append((moved - moved @ axes.T @ axes).norm(dim=1))
+        return -torch.stack(residuals, dim=1)
+
+
+# The package has the Gaussian alone; the others are what it was chosen from.
+ROUTERS = {kind.__name__.lower(): kind for kind in (Gaussian, Linear, Means, Nearest, Subspace)}
 
 
 def make_model(merged, tasks) -> InterventionModel:
@@ -132,10 +191,10 @@ class Seen:
 
 def fit(name: str, rows: dict[str, Tensor], first: int | None = None) -> Router:
     """A router of rows; with ``first`` the later tasks are added when the first are there."""
-    settings = RouterSettings(name=name)
+    settings = RouterSettings()
     tasks = list(rows)
     reading = Reading.fit(torch.cat([rows[task] for task in tasks[:first]]), settings.dims)
-    router = router_class(name)(reading, settings)
+    router = ROUTERS[name](reading, settings)
     for task in tasks:
         router.add(task, rows[task])
     return router

@@ -23,6 +23,7 @@ from .pool import (
     folders,
     load_clip,
     load_processor,
+    one_thread,
     pool_folder,
     target,
 )
@@ -53,6 +54,7 @@ class EmbeddedOpenCLIPVisionModelPool(OpenCLIPVisionModelPool):
         place = {"pool": settings.pool, "folder": settings.folder}
         tasks = Pool.named(settings.pool).tasks
         pool_folder(settings.pool, settings.folder, settings.seed)
+        one_thread()
         own = {name: target(load_encoder, name=name, **place) for name in folders(tasks)}
         heads = OmegaConf.create({name: target(load_head, task=name, **place) for name in tasks})
         data = datasets(tasks, **place)

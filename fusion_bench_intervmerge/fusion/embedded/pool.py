@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from fusion_bench.modelpool.clip_vision.modelpool import CLIPVisionModelPool
 from fusion_bench.tasks.clip_classification import CLIPTemplateFactory
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from pydantic import Field
@@ -71,6 +73,7 @@ class EmbeddedCLIPVisionModelPool(CLIPVisionModelPool):
             if task not in known:
                 raise unknown_key(task, known, "task").under("modelpool.tasks")
         self._place = pool_folder(self.pool, self.folder, self.seed)
+        one_thread()
         own = {name: str(self._place / at) for name, at in folders(self.tasks).items()}
         arguments: dict[str, Any] = {
             "models": {**own, **(models or {})},
@@ -117,6 +120,17 @@ EmbeddedProcessor.__name__ = CLIPProcessor.__name__
 @cache
 def _processor(folder: Path) -> EmbeddedProcessor:
     return EmbeddedProcessor.from_pretrained(folder / "pretrained")
+
+
+def one_thread() -> None:
+    """Let torch work with one thread in this command, unless the user chose a number of threads.
+
+    Encoders this small gain next to nothing from a second thread, and OpenMP's threads spin while
+    they wait for one another: beside other work on the machine a run takes many times as long. A
+    command imports torch before this package, when it is too late for OMP_WAIT_POLICY=PASSIVE.
+    """
+    if HydraConfig.initialized() and not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
+        torch.set_num_threads(1)
 
 
 def pool_folder(pool: str = TINY.name, folder: str | None = None, seed: int = 0) -> Path:
