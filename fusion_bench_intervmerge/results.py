@@ -16,6 +16,7 @@ from .files import write_json
 
 VERSION: Literal[1] = 1
 FILE = "intervmerge.json"
+REFERENCES = "reference_report.json"  # FusionBench's reports of merge and pretrained encoder
 
 
 class ImagesUsed(Settings):

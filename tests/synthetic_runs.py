@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import random
@@ -133,26 +132,15 @@ def single(
     return write(folder, report, {model: facts}, TASKS, overrides)
 
 
-def study(folder: Path, about: dict[str, Any], axes: dict[str, list[str]]) -> Path:
-    """A grid of runs with their references, of which one more run is not finished."""
-    comparison(folder / "references", methods={})
-    jobs = [{"folder": "references", "labels": {"also": "references"}}]
-    for values in itertools.product(*axes.values()):
-        labels = dict(zip(axes, values, strict=True))
-        name = ",".join(f"{axis}={value}" for axis, value in labels.items())
-        size = int(values[0][-1]) if values[0][-2:-1] in "= " else 4
-        seed = int(labels.get("seed", labels.get("method.seed", "0")))
-        single(folder / name, rank=size, seed=seed, mean=0.6 + 0.1 * random.Random(name).random())
-        jobs.append({"folder": name, "labels": labels})
-    jobs.append({"folder": "unfinished", "labels": labels})
-    (folder / "study.json").write_text(json.dumps({"study": about, "jobs": jobs}))
-    return folder
-
-
 def settings(method: str) -> dict[str, Any]:
-    """A method's rank, or its budget, of the name that it has here."""
-    size = method.rpartition("_")[2]
-    return {("rank", "budget")[size[:1] == "b"]: int(size[1:])} if size[1:].isdigit() else {}
+    """A method's rank, or its budget, and its settings, of the name that it has here."""
+    name, _, size = method.rpartition("_")
+    kind, number = ("rank", "budget")[size[:1] == "b"], size[1:]
+    if not number.isdigit():
+        return {"settings": {"name": method}}
+    # a site that a preset leaves out stays in the config, as null
+    edits = {"attention": {"function": name, "rank": int(number)}, "output": None}
+    return {kind: int(number), "settings": {"interventions": edits, "loss": "output"}}
 
 
 def curves(tasks: Sequence[str], steps: int, seed: int, floor: float) -> dict[str, list[float]]:

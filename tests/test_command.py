@@ -203,7 +203,9 @@ def test_the_main_job_reports_what_it_did(run):
     for task in tasks:
         assert story["features"][task]["bias_after"] < story["features"][task]["bias_before"]
         assert len(story["losses"][task]) == 60
-    assert "24,768 extra parameters, found on 100% of the test split" in done.stdout
+    assert "Images: 100% of the test split" in done.stdout  # before the repair
+    assert "24,768 extra parameters over all tasks" in done.stdout  # after the evaluation
+    assert "Pretrained" in done.stdout and "Task Arithmetic" in done.stdout
     # what FusionBench says meanwhile is in its file
     (log,) = log_dir.glob("*.log")
     assert "Loading model" in log.read_text() and "Loading model" not in done.stdout
@@ -637,7 +639,7 @@ def test_within_hydra_an_error_is_one_that_hydra_shows_as_a_line(tmp_path):
 
 
 def test_ctrl_c_is_one_line(tmp_path, monkeypatch):
-    from fusion_bench_intervmerge.data import Interrupted
+    from fusion_bench_intervmerge.distillation.states import Interrupted
 
     told = "stopped after step 12 of 200; the same command goes on from there"
 

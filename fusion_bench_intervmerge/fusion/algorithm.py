@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from fusion_bench import BaseAlgorithm, BaseModelPool
 from fusion_bench.constants import RuntimeConstants
-from fusion_bench.mixins import LightningFabricMixin, SimpleProfilerMixin
+from fusion_bench.mixins import LightningFabricMixin
 from rich.console import Console
 from safetensors import SafetensorError
 from torch.utils.data import Subset
 
 from ..config import ConfigError, Json
-from ..data import RunFolder, interruptible
 from ..distillation.loop import Distillation, distill
+from ..distillation.states import StateFolder, interruptible
 from ..encoders.base import VisionTower
+from ..expert_cache import ExpertCache
 from ..files import cache_root
 from ..merging import Mixture
 from ..model.artifact import check_place
@@ -36,10 +37,18 @@ from ..model.router import RouterSettings
 from ..results import ImagesUsed, Result, Results
 from ..solving.fit_router import fit_router
 from ..solving.solve import budget_in_numbers, solve
-from .host import check_task_pool, has_task_pool, host_in_the_log, one_line, plain, split_settings
+from .host import (
+    after_evaluation,
+    check_task_pool,
+    has_task_pool,
+    host_in_the_log,
+    one_line,
+    plain,
+    split_settings,
+)
 from .hosted import HostedInterventionModel
 from .merge import merge_experts
-from .pools import ExpertPool
+from .pools import ExpertPool, prepare_task_pool
 from .records import (
     base_name,
     diagnose,
@@ -49,6 +58,7 @@ from .records import (
     repair_result,
     saved_images,
 )
+from .screen import announce, summarize_at_exit
 from .settings import MethodSettings
 
 log = logging.getLogger(__name__)
@@ -71,7 +81,7 @@ class Repaired:
     settings: Json
 
 
-class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm, Repair):
+class IntervMergeAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
     """Merge experts and repair the merged encoder with task-specific edits.
 
     Args:
@@ -115,16 +125,19 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         else:
             check_task_pool(self._program, pool.family, pool.tasks)
             self.look_ahead(pool, pool.first_tower())
-            with self.profile("merging"), interruptible("merging the experts"):
+            self._announce(pool)
+            prepare_task_pool(self._program)
+            with interruptible("merging the experts"):
                 merged, mixture = self.merge(pool)
-            with self.profile("distillation"):
-                repaired = self._repair(pool, merged, mixture)
+            repaired = self._repair(pool, merged, mixture)
         with interruptible("measuring the repair", repaired.done.states):
             result = self._report(pool, repaired)
         self._add_metadata(pool, repaired, result)
         if self.settings.save_to is not None and self.fabric.is_global_zero:
             self._save(repaired)
-        repaired.done.clear()
+        merge = result.base if self.settings.references else None
+        after_evaluation(self._program, repaired.done.clear, merge)
+        summarize_at_exit(self.log_dir)
         return repaired.model
 
     # -- as one of a comparison's repairs --------------------------------------------------------
@@ -166,7 +179,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
     def record(self, model: Any) -> Result:
         # the base among the settings is not the one that a comparison repaired
         last = replace(self._last, model=model, settings=self._last.settings | {"base": None})
-        return self._result(last, [self._images_used(model)])
+        return self._result(last, [self._images_used(solves(model))])
 
     def clear(self) -> None:
         self._last.done.clear()
@@ -244,7 +257,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         states, solved = None, None
         if keep and not pool.pool.has_instance_models:  # nothing tells one live model from another
             run = self._identity(pool, model, tasks, described)
-            states = RunFolder(cache_root() / "states" / run, run)
+            states = StateFolder(cache_root() / "states" / run, run)
         if solves(model):
             solved = solve(model, experts, images, settings, fabric=self.fabric, states=states)
         if solved is not None and not settings.steps:
@@ -256,16 +269,9 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
                 states=solved.states,
             )
             return Repaired(model, done, described)
-        done = distill(
-            model,
-            experts,
-            images,
-            settings,
-            mixture=mixture,
-            fabric=self.fabric,
-            states=states,
-            cache=pool.features,
-        )
+        cache = ExpertCache(cache_root() / "features") if keep else None
+        more = {"mixture": mixture, "fabric": self.fabric, "states": states, "cache": cache}
+        done = distill(model, experts, images, settings, **more)
         if solved is not None:
             done.seconds = solved.seconds | done.seconds
         return Repaired(model, done, described)
@@ -305,16 +311,37 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
 
+    def _announce(self, pool: ExpertPool) -> None:
+        """Print what is going to be done; progress bars then show the time that is left."""
+        settings, base = self.settings, base_name(self.settings.base)
+        if settings.coefficients is not None:
+            base = "coefficients of its own"
+        elif pool.pool.has_merged:
+            base = "the pool's merged model"
+        solved = {s: c.init == "regression" for s, c in settings.interventions.items()}
+        edits = ", ".join(
+            f"{site} ({'solved' if it else 'trained'})" for site, it in solved.items()
+        )
+        budget = "" if settings.budget is None else f", budget {settings.budget} numbers"
+        images = self._images_used(any(solved.values()))
+        tested = " (transductive: the split that is tested)" * images.transductive
+        if self.fabric.is_global_zero:
+            announce(
+                f"Merge: {len(pool.tasks)} experts ({', '.join(pool.tasks)}) by {base}",
+                f"Repair: edits at {edits}{budget}",
+                f"Images: {images.in_words()}{tested}",
+            )
+
     # -- what is said of it ----------------------------------------------------------------------
 
-    def _images_used(self, model: InterventionModel) -> ImagesUsed:
+    def _images_used(self, solved: bool) -> ImagesUsed:
         """The images that the edits are found on."""
         data, steps = self.settings.data, self.settings.steps
         return ImagesUsed(
             split=data.split,
             fraction=data.fraction,
             at_most=data.images,
-            solved=solves(model),
+            solved=solved,
             steps=steps,
             batch_size=data.batch_size if steps else None,
             seed=self.settings.seed,
@@ -349,7 +376,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             expert = done.expert_features[task][:count]
             rows[task] = diagnose(model, task, images, seen[:count], expert, head)
         model.to(home)  # a caller's images are where the pool's models were
-        used = [self._images_used(model)]
+        used = [self._images_used(solves(model))]
         if self.settings.extend is not None:
             base = model.metadata.get("base", "merged")
             used = [*saved_images(model), used[0].model_copy(update={"tasks": list(done.images)})]
@@ -367,12 +394,12 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
         )
         result = result.model_copy(update={"method": method_name(result)})
         if self.fabric.is_global_zero:
-            console = Console()
-            console.print("Image features against the experts', merged and repaired", style="bold")
-            console.print(diagnosis_table(rows))
-            extra, words = result.extra_parameters, used[-1].in_words()
-            console.print(f"{extra:,} extra parameters, found on {words}.")
             if alone:
+                console = Console()
+                console.print(
+                    "Image features against the experts', merged and repaired", style="bold"
+                )
+                console.print(diagnosis_table(rows))
                 chosen = hydra_choices().get("modelpool", "/")
                 stock = "CLIPVisionModelTaskPool/clip-vit-classification_TA8"
                 suggested = stock if "/" in chosen else chosen
@@ -403,7 +430,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgori
             with interruptible("saving the model", states):
                 repaired.model.save_pretrained(folder)
         except (ConfigError, SafetensorError) as error:
-            kept = states is not None and states.progress
+            kept = states is not None and states.newest() is not None
             more = "; the training is kept, the same command goes on to the save" if kept else ""
             raise ConfigError("save_to", f"the model was not saved ({error}){more}") from None
         log.info("the model is saved in %s", folder)

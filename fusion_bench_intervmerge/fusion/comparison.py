@@ -40,8 +40,9 @@ from .analyse import Analyser
 from .host import attach, check_task_pool, host_in_the_log, one_line, split_settings
 from .hosted import hosted
 from .merge import merge_experts, run_adamerging
-from .pools import ExpertPool
+from .pools import ExpertPool, prepare_task_pool
 from .rivals import ExpertPerTask, FusionBenchMethod
+from .screen import summarize_at_exit
 from .settings import check_method
 
 log = logging.getLogger(__name__)
@@ -198,6 +199,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         """Returns every model by name."""
         settings, pool = self.settings, ExpertPool(modelpool)
         check_task_pool(self._program, pool.family, pool.tasks)
+        prepare_task_pool(self._program)
         tower = pool.first_tower()
         for method in settings.methods:
             with named(f"methods.{method}"):
@@ -235,6 +237,7 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
             )
         for repair in self._repairs:
             repair.clear()
+        summarize_at_exit(self.log_dir)
         return self._models
 
     def _first_seed(self, base: str) -> dict[str, InterventionModel]:

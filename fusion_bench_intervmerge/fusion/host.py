@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
+import transformers
 from fusion_bench import BaseAlgorithm
 from fusion_bench.constants import RuntimeConstants
 from fusion_bench.taskpool import CLIPVisionModelTaskPool, DummyTaskPool
@@ -101,6 +102,21 @@ def check_task_pool(program: object, family: str, tasks: Iterable[str]) -> None:
         )
 
 
+def after_evaluation(program: object, clear: Callable[[], None], merge: str | None = None) -> None:
+    """Let a task pool of this package evaluate the merge too, and clear states after that.
+
+    Args:
+        program: the running FusionBench program, or None.
+        clear: what to do once the model is evaluated; now, if the task pool is another's.
+        merge: the merge's name; None: do not evaluate it.
+    """
+    pool: Any = getattr(program, "taskpool", None)
+    if hasattr(pool, "after_evaluation"):
+        pool.merge, pool.after_evaluation = merge, clear
+    else:
+        clear()
+
+
 # -- the screen ------------------------------------------------------------------------------------
 
 
@@ -137,7 +153,17 @@ def one_line(call: Callable[P, T]) -> Callable[P, T]:
 
 
 class HostFilter(logging.Filter):
-    """Lets FusionBench's warnings pass, and every record of other packages."""
+    """Lets FusionBench's warnings pass, and every record of other packages.
+
+    ``hydra/job_logging=intervmerge`` makes one before FusionBench instantiates anything, and so
+    the boxes that it would print for that go too: it reads ``print_function_call`` but prints them
+    all the same. transformers' remarks on weights that a vision tower does not need go as well.
+    """
+
+    def __init__(self, name: str = ""):
+        super().__init__(name)
+        set_print_function_call_permeanent(False)
+        transformers.logging.set_verbosity_error()
 
     def filter(self, record: logging.LogRecord) -> bool:
         host = record.name.partition(".")[0] == "fusion_bench"
@@ -165,6 +191,25 @@ def host_in_the_log() -> Iterator[None]:
             screen.removeFilter(quiet)
         if RuntimeConstants.print_function_call is False:  # type: ignore[comparison-overlap]
             set_print_function_call_permeanent(False)
+
+
+class _ToTheLog:
+    """A stream whose lines become records of the log; a file of FusionBench's has them."""
+
+    def write(self, text: str) -> int:
+        for line in filter(str.strip, text.splitlines()):
+            logging.getLogger("fusion_bench.stdout").info(line)
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+@contextmanager
+def prints_in_the_log() -> Iterator[None]:
+    """In a Hydra run, what another's method prints (tables of its profiler) goes to the log."""
+    with redirect_stdout(_ToTheLog()) if HydraConfig.initialized() else nullcontext():
+        yield
 
 
 def _screens() -> list[logging.Handler]:

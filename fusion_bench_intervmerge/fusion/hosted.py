@@ -12,6 +12,7 @@ reports a mark, ``"unseen": true``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 
 from ..config import Json
 from ..encoders.base import VisionTower
+from ..files import write_json
 from ..model.model import InterventionModel
 from ..model.protocols import TaskConditionalModel
+from ..results import REFERENCES
 
 
 class _NamedAfterwards(nn.Module):
@@ -136,14 +139,18 @@ def hosted(model: nn.Module, like: VisionTower) -> nn.Module:
 class OneTask(nn.Module):
     """A task-conditional model while one task is evaluated: images -> that task's features.
 
+    Args:
+        model: the model.
+        merged: give the merged encoder's features, whatever the task.
+
     Attributes:
         task: to be set before the first forward pass.
         train_preprocess, val_preprocess: the model's; FusionBench's OpenCLIP classifier has them.
     """
 
-    def __init__(self, model: TaskConditionalModel):
+    def __init__(self, model: TaskConditionalModel, merged: bool = False):
         super().__init__()
-        self.model = model
+        self.model, self.merged = model, merged
         _copy_preprocessing(model, self)
         self.task: str | None = None
 
@@ -151,7 +158,8 @@ class OneTask(nn.Module):
         """(batch, 3, image_size, image_size) -> (batch, projection_dim), not normalised."""
         if self.task is None:
             raise ValueError("no task is named")
-        return self.model.encode(images, self.task if self.task in self.model.tasks else None)
+        known = self.task in self.model.tasks and not self.merged
+        return self.model.encode(images, self.task if known else None)
 
 
 def by_task(model: nn.Module) -> Any:
@@ -180,18 +188,53 @@ def _copy_preprocessing(source: object, target: object) -> None:
         setattr(target, name, getattr(source, name, None))
 
 
-class CLIPVisionModelTaskPool(HostCLIPVisionModelTaskPool):
+class Referenced:
+    """A task pool that can evaluate what a repair is compared with, beside the repaired model.
+
+    Attributes:
+        merge: the merge's name, once a method wants its references evaluated.
+        after_evaluation: called once when the repaired model is evaluated.
+    """
+
+    merge: str | None = None
+    after_evaluation: Callable[[], None] | None = None
+
+    def finish_evaluation(self: Any, model: nn.Module, pretrained: nn.Module | None = None) -> None:
+        """Evaluate the merged encoder, and the pretrained one if it is at hand.
+
+        The file ``reference_report.json`` beside FusionBench's report holds their reports by name.
+        """
+        if not isinstance(model, InterventionModel):
+            return
+        merge, self.merge = self.merge, None  # once, and not for the references themselves
+        clear, self.after_evaluation = self.after_evaluation, None
+        if merge is not None:
+            reports = {} if pretrained is None else {"pretrained": self.evaluate(pretrained)}
+            reports[merge] = self.evaluate(OneTask(model, merged=True))
+            if self.fabric.is_global_zero and self.log_dir is not None:
+                write_json(Path(self.log_dir) / REFERENCES, reports)
+        if clear is not None:
+            clear()
+
+
+class CLIPVisionModelTaskPool(Referenced, HostCLIPVisionModelTaskPool):
     """Evaluates Hugging Face's CLIP vision encoders, and any ``TaskConditionalModel``.
 
     It takes the configs of FusionBench's pool of that name and gives the same numbers; an image of
     a task-conditional model costs one forward pass instead of two.
     """
 
+    def setup(self) -> None:
+        """Load the CLIP, the datasets and the processor."""
+        super().setup()
+        self._pretrained = self.clip_model.vision_model  # evaluating puts another in its place
+
     def evaluate(self, model: Any, name: str | None = None, **kwargs: Any) -> Json:
         """FusionBench's report: accuracy and loss, per task and on average."""
         report = super().evaluate(by_task(model), name, **kwargs)
         for task in unseen_tasks(model, self._test_datasets):
             report[task]["unseen"] = True
+        self.finish_evaluation(model, self._pretrained)
         return report
 
     def on_task_evaluation_begin(self, classifier: HFCLIPClassifier, task_name: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from fusion_bench import BaseModelPool
 from fusion_bench.dataset import CLIPDataset
 from fusion_bench.models.hf_clip import HFCLIPClassifier
+from fusion_bench.taskpool import CLIPVisionModelTaskPool
 from fusion_bench.tasks.clip_classification import get_classnames_and_templates
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -22,7 +23,6 @@ from torch.utils.data import Dataset
 from transformers import CLIPModel, CLIPProcessor
 
 from ..config import ConfigError, Json, check_task_name
-from ..distillation.loop import FeatureCache
 from ..encoders import as_tower
 from ..encoders.base import MissingProjectionError, VisionTower, check_expert
 
@@ -67,7 +67,6 @@ class ExpertPool:
             check_task_name(task, self.tasks[:index], "modelpool.models")
         self._projection: nn.Linear | None = None
         self._images: dict[tuple[str, str], CLIPDataset] = {}
-        self.features = FeatureCache()  # for the next method on this pool
 
     @property
     def family(self) -> str:
@@ -272,6 +271,20 @@ def checked_loads(pool: BaseModelPool) -> BaseModelPool:
             load = partial(_load, getattr(pool, name), group, getattr(pool, f"_{group}", None))
             setattr(pool, name, load)
     return pool
+
+
+def prepare_task_pool(program: object) -> None:
+    """Load what the evaluation needs, so that what is missing is said before the repair.
+
+    Raises:
+        ConfigError: data, the CLIP or the processor of the task pool cannot be loaded.
+    """
+    pool = getattr(program, "taskpool", None)
+    if isinstance(pool, CLIPVisionModelTaskPool):
+        if not pool._is_setup:
+            load_or_explain(pool.setup, "taskpool")
+        for task, dataset in pool.test_datasets.items():
+            load_or_explain(lambda data=dataset: data[0], f"taskpool.test_datasets.{task}")  # type: ignore[misc]
 
 
 def load_or_explain(load: Callable[[], T], where: str, allowed: str = "") -> T:

@@ -32,7 +32,8 @@ def repair_result(
         more: other fields of ``Result``.
     """
     extra, budget = model.extra_parameters(), settings.get("budget")
-    ranks = {r for sites in model.ranks().values() for at in sites.values() for r in at.values()}
+    edits = [model.edits_of(task) for task in model.tasks]
+    ranks = {r for own in edits for at in own.ranks().values() for r in at.values()}
     known: Json = {
         "budget": budget,
         "rank": ranks.pop() if budget is None and len(ranks) == 1 else None,

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
-from ..config import ConfigError, Folder, Settings
+from ..config import ConfigError, Flag, Folder, Settings
 from ..distillation.settings import DistillSettings
 from ..interventions.config import Interventions
 from ..merging import CoefficientSettings
@@ -44,6 +44,8 @@ class MethodSettings(DistillSettings, SolveSettings, MergeSettings):
             rounded once they are found, so that what is evaluated is what is saved.
         router: what tells an image's task where nobody does, fitted on the same images: a name, or
             ``RouterSettings``.
+        references: evaluate the merge, and the pretrained encoder if it is at hand, beside the
+            repaired model; in the task pools of this package.
         save_to: folder for the artifact; ``{log_dir}`` stands for the run's log folder.
         resume: ``auto`` continues a run of the same settings that was stopped, and takes from the
             cache folder the coefficients that an earlier run of AdaMerging found on the pool and
@@ -60,6 +62,7 @@ class MethodSettings(DistillSettings, SolveSettings, MergeSettings):
         RouterSettings | None,
         BeforeValidator(lambda value: None if value is None else read_settings(value)),
     ] = None
+    references: Flag = True
     save_to: Annotated[Folder | None, OPTIONAL_FOLDER] = None
     resume: Literal["auto", "never"] = "auto"
     extend: Annotated[Folder | None, OPTIONAL_FOLDER] = None

@@ -166,6 +166,13 @@ def percent_axis(axis: Axis, ticks: int = 6, integer: bool = False) -> None:
     axis.set_major_locator(MaxNLocator(ticks, integer=integer, steps=(1, 2, 2.5, 5, 10)))
 
 
+def number_axis(panel: Axes, ticks: Sequence[float], log: bool) -> None:
+    """An axis with these ticks and no others."""
+    panel.set_xscale("log" if log else "linear")
+    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    panel.xaxis.set_minor_locator(NullLocator())
+
+
 def size_axis(panel: Axes, sizes: Iterable[float]) -> None:
     """A log axis of parameter counts or bytes, with a place for 0."""
     sizes = {float(size) for size in sizes}

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 
 from ...config import ConfigError, Json
 from ..host import one_line
-from ..hosted import OneTask, by_task, unseen_tasks
+from ..hosted import OneTask, Referenced, by_task, unseen_tasks
 from .pool import read_head
 
 
-class OpenCLIPVisionModelTaskPool(HostOpenCLIPVisionModelTaskPool):
+class OpenCLIPVisionModelTaskPool(Referenced, HostOpenCLIPVisionModelTaskPool):
     """Evaluates OpenCLIP encoders, a repaired one with each task's edits on that task's images.
 
     It takes the configs of FusionBench's pool of that name. Heads are read as the model pool reads
@@ -44,6 +44,7 @@ class OpenCLIPVisionModelTaskPool(HostOpenCLIPVisionModelTaskPool):
         report = super().evaluate(by_task(model), **kwargs)
         for task in unseen_tasks(model, self._test_datasets):
             report[task]["unseen"] = True
+        self.finish_evaluation(model)
         return report
 
     def setup(self) -> None:
