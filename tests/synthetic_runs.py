@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -93,24 +94,22 @@ def comparison(
 
 
 def single(
-    folder: Path, rank: int = 4, seed: int = 0, mean: float = 0.72, name: str = "intervmerge"
+    folder: Path, rank: int = 4, seed: int = 0, mean: float = 0.72, tasks: Sequence[str] = TASKS
 ) -> Path:
-    """A folder of ``method=intervmerge``, or of another."""
-    report = evaluated(TASKS, mean, 0.1, f"single{seed}")
+    """A folder of ``method=intervmerge``."""
+    report = evaluated(tasks, mean, 0.1, f"single{seed}")
     draw = random.Random(seed)
     facts = {
         "kind": "repair",
         "base": "task_arithmetic",
-        "method": f"{name}_r{rank}",
+        "method": f"intervmerge_r{rank}",
+        "rank": rank,
         "seed": seed,
-        **settings(f"{name}_r{rank}"),
         "images": [
             {"split": "validation", "fraction": 0.1, "steps": 200, "batch_size": 16, "seed": seed}
         ],
-        "images_seen": {task: 480 for task in TASKS},
         "extra_parameters": 6192 * rank,
         "seconds": 150.6,
-        "seconds_by_part": {"features": 30.1, "steps": 120.5},
         "features": {
             task: {
                 "bias_before": 0.75 + 0.1 * draw.random(),
@@ -118,9 +117,9 @@ def single(
                 "agreement_before": 0.4 + 0.2 * draw.random(),
                 "agreement_after": 0.65 + 0.3 * draw.random(),
             }
-            for task in TASKS
+            for task in tasks
         },
-        "losses": curves(TASKS, 200, seed, 0.5),
+        "losses": curves(tasks, 200, seed, 0.5),
     }
     overrides = [
         "method=intervmerge",
@@ -128,19 +127,31 @@ def single(
         "method.data={split: validation, fraction: 0.1}",
         "modelpool=clip-vit-tiny_TA8",
     ]
-    model = f"task_arithmetic/{name}_r{rank}/seed{seed}"
-    return write(folder, report, {model: facts}, TASKS, overrides)
+    model = f"task_arithmetic/intervmerge_r{rank}/seed{seed}"
+    return write(folder, report, {model: facts}, tasks, overrides)
+
+
+def study(folder: Path, about: dict[str, Any], axes: dict[str, list[str]]) -> Path:
+    """A grid of runs on two tasks with their references; one more run is not finished."""
+    tasks = TASKS[:2]
+    comparison(folder / "references", methods={}, tasks=tasks)
+    jobs = [{"folder": "references", "labels": {"also": "references"}}]
+    for values in itertools.product(*axes.values()):
+        labels = dict(zip(axes, values, strict=True))
+        name = ",".join(f"{axis}={value}" for axis, value in labels.items())
+        size = int(values[0][-1]) if values[0][-2:-1] in "= " else 4
+        seed = int(labels.get("seed", labels.get("method.seed", "0")))
+        single(folder / name, size, seed, 0.6 + 0.1 * random.Random(name).random(), tasks)
+        jobs.append({"folder": name, "labels": labels})
+    jobs.append({"folder": "unfinished", "labels": labels})
+    (folder / "study.json").write_text(json.dumps({"study": about, "jobs": jobs}))
+    return folder
 
 
 def settings(method: str) -> dict[str, Any]:
-    """A method's rank, or its budget, and its settings, of the name that it has here."""
-    name, _, size = method.rpartition("_")
-    kind, number = ("rank", "budget")[size[:1] == "b"], size[1:]
-    if not number.isdigit():
-        return {"settings": {"name": method}}
-    # a site that a preset leaves out stays in the config, as null
-    edits = {"attention": {"function": name, "rank": int(number)}, "output": None}
-    return {kind: int(number), "settings": {"interventions": edits, "loss": "output"}}
+    """A method's rank, or its budget, of the name that it has here."""
+    size = method.rpartition("_")[2]
+    return {("rank", "budget")[size[:1] == "b"]: int(size[1:])} if size[1:].isdigit() else {}
 
 
 def curves(tasks: Sequence[str], steps: int, seed: int, floor: float) -> dict[str, list[float]]:

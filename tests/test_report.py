@@ -20,10 +20,12 @@ from matplotlib.colors import to_rgba
 from rich.console import Console
 
 from fusion_bench_intervmerge import cli
+from fusion_bench_intervmerge.config import ConfigError
 from fusion_bench_intervmerge.report import formatting, style
-from fusion_bench_intervmerge.report.figures import draw_evaluation
-from fusion_bench_intervmerge.report.page import write_report
+from fusion_bench_intervmerge.report.figures import draw_evaluation, draw_study
+from fusion_bench_intervmerge.report.page import write_report, write_study
 from fusion_bench_intervmerge.report.runs import gather, read_run
+from fusion_bench_intervmerge.report.study import read_study, table
 from fusion_bench_intervmerge.report.tables import summary, to_terminal
 from fusion_bench_intervmerge.results import ImagesUsed, Result, Results, in_words, parse_results
 
@@ -381,6 +383,62 @@ def test_a_router_has_its_confusion_drawn(tmp_path: Path) -> None:
     assert [text for text in texts if text] == ["9", "1", "4", "6"]
 
 
+# -- studies ---------------------------------------------------------------------------------------
+
+
+def test_a_study_writes_its_table_and_figures(tmp_path: Path) -> None:
+    about = {"title": "Sizes", "source": "Figure 6", "x": "size", "log": True, "by_task": True}
+    sizes = ["0.0625", "0.25", "0.5", "1"]
+    folder = synthetic.study(tmp_path / "study", about, {"size": sizes, "seed": ["0", "1"]})
+    write_study(folder)
+    text = (folder / "study.md").read_text()
+    assert text.startswith("# Sizes (Figure 6): 9 of 10 runs\n")
+    assert "| Experts |" in text and "| size 0.0625 |" in text
+    with (folder / "study.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    repairs = [line for line in lines if line["kind"] == "repair"]
+    assert [line["size"] for line in repairs] == [size for size in sizes for _ in range(2)]
+    report = json.loads((folder / "size=0.5,seed=1" / "program_report.json").read_text())
+    assert float(repairs[5]["digits"]) == pytest.approx(report["digits"]["accuracy"], abs=1e-6)
+    assert float(repairs[5]["average"]) == pytest.approx(report["average"]["accuracy"], abs=1e-6)
+    for name in ("study.png", "study.svg", "study_2.png", "study_2.svg"):
+        assert (folder / name).stat().st_size > 5000
+    page = (write_report([folder]) / "report.html").read_text()
+    assert page.count("<h2>Sizes (Figure 6)") == 2
+
+
+def test_settings_without_numbers_stand_side_by_side(tmp_path: Path) -> None:
+    axes = {"method": ["IntervMerge", "Surgery"], "steps": ["10", "20"], "method.seed": ["0", "1"]}
+    about = {"title": "Forms", "columns": "steps", "by_task": True}
+    study = read_study(synthetic.study(tmp_path / "study", about, axes))
+    # a seed is no setting, by whatever name it varies
+    assert len(study.settings()) == 4
+    assert study.settings()[0][0] == {
+        "method": "IntervMerge", "steps": "10", "base": "task_arithmetic",
+    }  # fmt: skip
+    found = table(study)
+    assert list(found) == ["setting", "10", "20"] and len(found) == 2
+    average, gains = draw_study(study)
+    assert len(average.figure.axes) == 1 and "+" in gains.figure.axes[0].texts[0].get_text()
+
+
+def test_curves_join_settings_that_differ_by_their_size(tmp_path: Path) -> None:
+    axes = {"method": ["Surgery r=1", "Surgery r=4", "Closed form, budget of rank 1"]}
+    folder = synthetic.study(tmp_path / "study", {"x": "extra_parameters"}, axes)
+    series = {name: list(rows) for name, rows in read_study(folder).series().items()}
+    assert series == {"Surgery": [6192.0, 24768.0], "Closed form, budget of rank": [6192.0]}
+
+
+def test_no_study_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "study.json"
+    file.write_text('{"jobs": [{"folder": "a", "labels": {}}], "study": {}}')
+    with pytest.raises(ConfigError, match="no run of the grid is finished"):
+        read_study(tmp_path)
+    file.write_text("{")
+    with pytest.raises(ConfigError, match=r"study\.json: cannot be read"):
+        read_study(tmp_path)
+
+
 # -- the page --------------------------------------------------------------------------------------
 
 
@@ -475,12 +533,8 @@ BROKEN: dict[str, tuple[str, Callable[[Any], Any] | None]] = {
         "analysis.json", lambda c: merge_of(c).update(stitching=[1, 2])),
     "no 'features'": ("analysis.json", lambda c: merge_of(c)["bias"]["digits"]["merged"].pop(
         "features")),
-    "bias: the tasks' encoders differ": (
-        "analysis.json", lambda c: merge_of(c)["bias"]["digits"].pop("merged")),
     "of the same length": ("analysis.json", lambda c: merge_of(c)["stitching"]["digits"]["merged"][
         "agreement"].pop()),
-    "not finite": (
-        "analysis.json", lambda c: merge_of(c)["agreement"]["digits"].update(merged=float("nan"))),
     "the expert is missing": (
         "analysis.json", lambda c: [e.pop("expert") for e in merge_of(c)["embeddings"].values()]),
     "the tasks' edits differ": ("analysis.json", lambda c: merge_of(c)["contributions"]["digits"][
@@ -502,7 +556,7 @@ def test_a_broken_run_is_one_line_and_exit_code_2(
     file, change = BROKEN[said]
     run = small(tmp_path / "run")
     if file == "analysis.json":
-        synthetic.analysis(run, merges=["task_arithmetic"], labels=False)
+        synthetic.analysis(run, blocks=2, labels=False, tasks=synthetic.TASKS[:2])
         edit(run / "intervmerge.json", lambda c: c["models"].pop("base"))
         edit(run / "intervmerge.json", lambda c: c["models"].update(
             t={"kind": "merge", "base": "task_arithmetic"}))  # fmt: skip
@@ -524,7 +578,7 @@ def test_arguments_that_cannot_work_are_one_line(
     low = {"x": {"accuracy": 0.5}, "y": {"accuracy": 0.5}}
     cases = {
         "no such folder": [str(tmp_path / "nowhere")],
-        "broken JSON": [str(torn.parent)],
+        "cannot be read": [str(torn.parent)],
         "its tasks are not those": [run, str(synthetic.comparison(tmp_path / "other"))],
         "average accuracy of": [run, str(small(tmp_path / "another", experts=low))],
         "no run has 'ties'": [run, "--base", "ties"],

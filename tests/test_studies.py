@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +17,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 from test_command import COMMAND, QUIET, ROOT, TINY, compose, fusion_bench, in_process
 
-from fusion_bench_intervmerge.config import ConfigError
-from fusion_bench_intervmerge.expert_cache import ExpertCache
 from fusion_bench_intervmerge.files import CACHE_VARIABLE, cache_root
-from fusion_bench_intervmerge.report import write_study
 from fusion_bench_intervmerge.report.study import read_study, table
 from fusion_bench_intervmerge.tinyclip import ensure_pool
 from hydra_plugins.intervmerge_sweeper import GridSweeper
@@ -222,22 +216,6 @@ def study(tmp_path_factory):
     return cwd / "part_size"
 
 
-def test_a_study_writes_its_table_and_figures(study):
-    text = (study / "study.md").read_text()
-    assert text.startswith("# The part's size, by task (Figure 6)")
-    assert "Transductive" in text and "| Experts |" in text and "| size 0.0625 |" in text
-    with open(study / "study.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
-    sizes = [line["size"] for line in lines if line["kind"] == "repair"]
-    assert sizes == ["0.0625", "0.125", "0.25", "0.5", "1"]
-    assert {line["kind"] for line in lines} == {"pretrained", "merge", "repair", "experts"}
-    for line in lines:
-        mean = sum(float(line[task]) for task in TASKS) / 2
-        assert float(line["average"]) == pytest.approx(mean, abs=1e-6)
-    for name in ("study.png", "study.svg", "study_2.png", "study_2.svg"):
-        assert (study / name).stat().st_size > 5000
-
-
 def test_a_study_holds_what_its_runs_reported(study):
     grid = read_study(study)
     assert (grid.finished, grid.planned) == (6, 6)
@@ -248,8 +226,12 @@ def test_a_study_holds_what_its_runs_reported(study):
     assert row.mean["digits"] == report["digits"]["accuracy"]
     # 8 = 2 tasks x 6 blocks x (2 x 2 x 4 + 2) for a sixteenth of 64
     assert row.extra_parameters == 2 * 6 * (2 * 2 * 4 + 2)
-    found = table(grid)
-    assert list(found) == ["setting", *TASKS, "average", "extra parameters"] and len(found) == 8
+    shown = table(grid)
+    assert list(shown) == ["setting", *TASKS, "average", "extra parameters"] and len(shown) == 8
+    assert {path.name for path in study.glob("study*")} == {
+        "study.json", "study.md", "study.csv", "study.png", "study.svg", "study_2.png",
+        "study_2.svg",
+    }  # fmt: skip
 
 
 def test_a_run_of_another_study_is_taken_over(study):
@@ -265,45 +247,6 @@ def test_a_run_of_another_study_is_taken_over(study):
     original = study / "size=0.5,seed=0/program_report.json"
     assert copy.read_bytes() == original.read_bytes()
     assert read_study(again).finished == 3 and not list(again.glob(".*.part"))
-
-
-def test_a_half_finished_study_says_so(study, tmp_path):
-    half = tmp_path / "half"
-    shutil.copytree(study, half)
-    (half / "size=0.5,seed=0/program_report.json").unlink()
-    write_study(half)
-    assert "5 of 6 runs" in (half / "study.md").read_text()
-
-
-def test_a_seed_is_no_setting_by_whatever_name_it_varies(study, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(study, other)
-    text = (other / "study.json").read_text()
-    (other / "study.json").write_text(text.replace('"seed":', '"method.seed":'))
-    assert [labels for labels, _ in read_study(other).settings()] == [
-        labels for labels, _ in read_study(study).settings()
-    ]
-
-
-def test_no_study_is_one_line(tmp_path):
-    (tmp_path / "study.json").write_text('{"jobs": [{"folder": "a", "labels": {}}], "study": {}}')
-    with pytest.raises(ConfigError, match="no run of the grid is finished"):
-        read_study(tmp_path)
-    (tmp_path / "study.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"study\.json: cannot be read"):
-        read_study(Path(tmp_path))
-
-
-def test_a_study_is_reported_like_any_run(study, tmp_path):
-    done = subprocess.run(
-        [str(Path(COMMAND).with_name("intervmerge")), "report", str(study), "--to", str(tmp_path)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    page = (tmp_path / "report.html").read_text()
-    assert "The part&#39;s size, by task (Figure 6)" in page
-    assert page.count('<section id="part_size') == 2
 
 
 # -- what the runs of a study share ---------------------------------------
@@ -332,10 +275,7 @@ def test_coefficients_of_adamerging_are_found_once_a_pool(tmp_path, caplog, monk
     second, kept = run("second", own, "method.coefficients.train=false")
     assert kept and torch.equal(first, second)
     (file,) = (cache_root() / "coefficients").glob("*.safetensors")
-    content = bytearray(file.read_bytes())
-    for torn in (content[:-3], content[:-1] + bytes([content[-1] ^ 1])):  # cut, and a flipped bit
-        file.write_bytes(torn)
-        assert ExpertCache(file.parent).get(file.stem) is None, "they are found anew"
+    file.write_bytes(file.read_bytes()[:-3])
     _, kept = run("third", own, "method.coefficients.train=false", "method.resume=never")
     assert not kept
 

@@ -175,7 +175,7 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(str(folder), "no such folder", _EXPECTED)
-    analysed = read_json(folder / ANALYSIS, finite=True)
+    analysed = read_json(folder / ANALYSIS)
     report, details = read_json(folder / REPORT), read_json(folder / results.FILE)
     if report is None and analysed is None:
         problem = f"has no {REPORT}; the run is not finished, or this is no run"
@@ -206,16 +206,7 @@ def read_run(folder: str | Path) -> Run:
                 raise ValueError(f"{name}: the accuracy of {task} is {share!r}, which is no share")
     except (KeyError, TypeError, ValueError) as error:
         raise wrong_layout(folder / REPORT, error) from None
-    try:
-        analysis = {} if analysed is None else dict(analysed["merges"])
-        for name, tasks in (
-            (n, tasks) for merge in analysis.values() for n, tasks in merge.items()
-        ):
-            if len({tuple(encoders) for encoders in tasks.values()}) != 1:
-                raise ValueError(f"{name}: the tasks' encoders differ")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise wrong_layout(folder / ANALYSIS, error, LAYOUT) from None
-    about = reports, *_hydra(folder), analysis, own.problems
+    about = reports, *_hydra(folder), (analysed or {}).get("merges", {}), own.problems
     return Run(folder, own.tasks, own.models, *about)
 
 
@@ -283,28 +274,18 @@ def _apart(models: pd.DataFrame, tasks: Sequence[str], runs: Sequence[Run]) -> p
     return models
 
 
-def read_json(path: Path, finite: bool = False) -> Json | None:
-    """A mapping of a JSON file; None if there is no file. ``finite`` refuses NaN.
+def read_json(path: Path) -> Json | None:
+    """The mapping that a JSON file holds; None if there is no file.
 
     Raises:
         ConfigError: it cannot be read, or is no mapping.
     """
     try:
-        text = path.read_text("utf-8")
-        value = json.loads(text, parse_constant=_refused if finite else None)
+        return dict(json.loads(path.read_text("utf-8")))
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise ConfigError(str(path), f"cannot be read ({error.strerror})", _EXPECTED) from None
-    except ValueError as error:
-        raise ConfigError(str(path), f"is broken JSON ({error})", _EXPECTED) from None
-    if not isinstance(value, dict):
-        raise ConfigError(str(path), "is no mapping", _EXPECTED)
-    return value
-
-
-def _refused(constant: str) -> float:
-    raise ValueError(f"{constant} is not finite")
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(str(path), f"cannot be read ({error})", _EXPECTED) from None
 
 
 def wrong_layout(path: Path, error: Exception, layout: str = _EXPECTED) -> ConfigError:

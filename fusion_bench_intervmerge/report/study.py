@@ -80,7 +80,7 @@ def read_study(folder: str | Path) -> Study:
     try:
         index = json.loads((folder / INDEX).read_text("utf-8"))
         jobs = [(str(job["folder"]), dict(job["labels"])) for job in index["jobs"]]
-        about = {"title": folder.name, **(index["study"] or {})}
+        about = {"title": folder.name, "name": folder.name, **(index["study"] or {})}
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"cannot be read ({error!r})".replace("\n", " ")
         raise ConfigError(str(folder / INDEX), problem, "the folder of a grid of runs") from None

@@ -166,13 +166,6 @@ def percent_axis(axis: Axis, ticks: int = 6, integer: bool = False) -> None:
     axis.set_major_locator(MaxNLocator(ticks, integer=integer, steps=(1, 2, 2.5, 5, 10)))
 
 
-def number_axis(panel: Axes, ticks: Sequence[float], log: bool) -> None:
-    """An axis with these ticks and no others."""
-    panel.set_xscale("log" if log else "linear")
-    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    panel.xaxis.set_minor_locator(NullLocator())
-
-
 def size_axis(panel: Axes, sizes: Iterable[float]) -> None:
     """A log axis of parameter counts or bytes, with a place for 0."""
     sizes = {float(size) for size in sizes}
@@ -218,7 +211,7 @@ def squares(
 ) -> None:
     """A heat map: a square per number, blue above zero, orange below, as strong as in [-1, 1]."""
     colours = np.where(strength[..., None] < 0, to_rgba(HUES[1]), to_rgba(HUES[0]))
-    colours[..., 3] = 0.65 * np.nan_to_num(np.abs(strength))
+    colours[..., 3] = 0.4 * np.nan_to_num(np.abs(strength))
     panel.imshow(colours, aspect="auto")
     for (i, j), value in np.ndenumerate(table.to_numpy()):
         panel.text(j, i, words(value), ha="center", va="center", fontsize=7.5)

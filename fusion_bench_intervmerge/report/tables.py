@@ -118,10 +118,8 @@ def to_terminal(evaluation: Evaluation, console: Console) -> Table:
     table.insert(0, "method", list(map(label, rows)))
     ends = [i for i, row in enumerate(rows[1:]) if row.base != rows[i].base]
     shown = rich(table, ends)
-    if (
-        console.measure(shown, options=console.options.update(max_width=10**4)).maximum
-        > console.width
-    ):
+    unbounded = console.options.update(max_width=10**4)
+    if console.measure(shown, options=unbounded).maximum > console.width:
         shown = rich(table.drop(columns=tasks), ends)
         shown.caption = "The terminal is too narrow for the tasks; the written table has them."
     shown.title = "Accuracy in percent"

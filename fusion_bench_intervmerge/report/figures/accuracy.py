@@ -25,11 +25,9 @@ _MOST = 9  # panels, and methods of a task
 
 
 def by_bytes(of: Evaluation, palette: Palette) -> Iterator[Picture]:
-    """If rivals stand beside the repairs, or one repair is stored in several ways."""
+    """If rivals stand beside the repairs."""
     shown = [row for row in of.rows if "bytes" in row.costs and row.kind != "experts"]
-    sizes = {(row.base, row.extra_parameters): row.costs["bytes"] for row in shown}
-    stored = any(sizes[row.base, row.extra_parameters] != row.costs["bytes"] for row in shown)
-    if not stored and not any(row.kind == "rival" for row in shown):
+    if not any(row.kind == "rival" for row in shown):
         return
     facts = [
         (row.method or "merged", row.costs["bytes"], 100 * row.mean["average"]) for row in shown

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from ...config import Json
 from ..formatting import percent, readable
@@ -20,7 +21,6 @@ from ..style import (
     blank,
     finish,
     name_axes,
-    number_axis,
     percent_axis,
     references,
     rows,
@@ -50,7 +50,7 @@ def side_by_side(of: Study) -> Iterator[Picture]:
 
 
 def _name(of: Study) -> str:
-    return re.sub(r"[^\w-]", "_", str(of.about.get("name", "study")))
+    return re.sub(r"[^\w-]", "_", str(of.about["name"]))
 
 
 def _averages(of: Study) -> Figure:
@@ -109,9 +109,10 @@ def _curves(of: Study, names: Sequence[str]) -> Figure:
     if about["x"] == "extra_parameters":
         size_axis(axes[0], at)
     else:
-        number_axis(
-            axes[0], at[:: math.ceil(len(at) / (8 if average else 3))], bool(about.get("log"))
-        )
+        ticks = at[:: math.ceil(len(at) / (8 if average else 3))]
+        axes[0].set_xscale("log" if about.get("log") else "linear")
+        axes[0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes[0].xaxis.set_minor_locator(NullLocator())
     percent_axis(axes[0].yaxis, integer=True)
     xlabel = about.get("xlabel") or str(about["x"]).replace("_", " ")
     name_axes(figure, xlabel, "average accuracy over tasks" if average else "accuracy")
