@@ -26,7 +26,7 @@ from fusion_bench_intervmerge.report.figures import draw_evaluation, draw_study
 from fusion_bench_intervmerge.report.page import write_report, write_study
 from fusion_bench_intervmerge.report.runs import gather, read_run
 from fusion_bench_intervmerge.report.study import read_study, table
-from fusion_bench_intervmerge.report.tables import summary, to_terminal
+from fusion_bench_intervmerge.report.tables import to_terminal
 from fusion_bench_intervmerge.results import ImagesUsed, Result, Results, in_words, parse_results
 
 ANALYSED = [
@@ -252,21 +252,6 @@ def test_the_terminal_shows_the_tasks_if_they_fit(run: Path) -> None:
     narrow, wide = (shown(lambda c: to_terminal(evaluation, c), width) for width in (80, 160))
     assert "digits" not in narrow and "the written table" in narrow and narrow.count("±") == 3
     assert "digits" in wide and "…" not in narrow + wide
-
-
-def test_a_run_ends_with_its_accuracies() -> None:
-    def report(x: float, y: float) -> dict[str, Any]:
-        average = {"average": {"accuracy": (x + y) / 2}}
-        return {
-            "model_info": {"all_params": 1},
-            "x": {"accuracy": x},
-            "y": {"accuracy": y},
-        } | average
-
-    table = summary({"task_arithmetic": report(0.5, 0.6), "repaired": report(0.75, 0.8)})
-    lines = shown(lambda _: table, 80).splitlines()
-    assert lines[1].split()[1::2][:4] == ["accuracy", "x", "y", "average"]
-    assert [line.split()[-4:-1:2] for line in lines[3:5]] == [["60.0", "55.0"], ["80.0", "77.5"]]
 
 
 # -- the figures -----------------------------------------------------------------------------------

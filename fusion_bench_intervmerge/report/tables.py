@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from math import isnan, nan
 from textwrap import shorten
 from typing import NamedTuple
@@ -11,7 +11,6 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from ..config import Json
 from .formatting import NONE, count, duration, percent, readable
 from .runs import COSTS, REPAIRS, Evaluation, Row
 
@@ -135,25 +134,6 @@ def rich(table: pd.DataFrame, ends: Collection[int] = ()) -> Table:
     for i, line in enumerate(table.to_numpy().tolist()):
         shown.add_row(*line, end_section=i in ends)
     return shown
-
-
-def summary(reports: Mapping[str, Json]) -> Table:
-    """The end of a run: accuracies in percent, one line per model, one column per task.
-
-    Args:
-        reports: a model's name -> FusionBench's report of it: task -> ``accuracy``. Tasks that a
-            model lacks stay empty.
-    """
-    table = pd.DataFrame(
-        {
-            name: {task: value["accuracy"] for task, value in report.items() if "accuracy" in value}
-            for name, report in reports.items()
-        }
-    ).T
-    last = table.pop("average") if "average" in table else table.mean(axis=1)
-    shown = table.assign(average=last).map(lambda share: NONE if isnan(share) else percent(share))
-    shown.insert(0, "accuracy", [readable(name) for name in shown.index])
-    return rich(shown)
 
 
 def caption(evaluation: Evaluation, gap: bool = True) -> str:
