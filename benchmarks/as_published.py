@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fusion_bench_intervmerge.distillation.loop import distill
-from fusion_bench_intervmerge.distillation.settings import ThriceAdam
+from fusion_bench_intervmerge.distillation.settings import TripleStepAdam
 from fusion_bench_intervmerge.encoders import as_tower
 from fusion_bench_intervmerge.encoders.base import VisionTower
 from fusion_bench_intervmerge.model.model import InterventionModel
@@ -43,7 +43,7 @@ def faster(model: InterventionModel, ending: str) -> Callable[[Any], torch.optim
     def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         others = [p for p in parameters if all(p is not c for c in chosen)]
         groups = [{"params": others}, {"params": chosen, "lr": 2e-3}]
-        return ThriceAdam(groups, lr=1e-3)
+        return TripleStepAdam(groups, lr=1e-3)
 
     return make
 
@@ -74,7 +74,7 @@ def main() -> None:
         return lambda parameters: torch.optim.Adam(parameters, lr=3e-3)
 
     def published(model: InterventionModel) -> Any:
-        return lambda parameters: ThriceAdam(parameters, lr=1e-3)
+        return lambda parameters: TripleStepAdam(parameters, lr=1e-3)
 
     rows = {
         "Adam, 3e-3 (our default)": ("noreft", ours),

@@ -56,63 +56,62 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     parser.add_argument("--version", action="version", version=__version__)
     group = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str, run: Callable[..., None], short: str, long: str) -> argparse.ArgumentParser:
-        command = group.add_parser(name, help=short, description=long)
-        command.set_defaults(run=run)
-        return command
-
-    report = add(
-        "report",
-        _report,
-        "tables, figures and one HTML page",
+    text = (
         "Write tables, figures and one self-contained HTML page about runs of `fusion_bench "
-        "method=intervmerge/compare` and `method=intervmerge`.",
+        "method=intervmerge/compare` and `method=intervmerge`."
     )
-    report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
-    report.add_argument("--to", metavar="FOLDER", help="default: report, in the first run's folder")
-    base = "report this merging method only, by its name in the run; may be given several times"
-    report.add_argument("--base", action="append", default=[], metavar="NAME", help=base)
-    report.add_argument("--title", default="IntervMerge report", help="of the page")
+    short = "tables, figures and one HTML page"
+    report = group.add_parser("report", help=short, description=text)
+    report.set_defaults(run=_report)
+    add = report.add_argument
+    add("runs", nargs="+", metavar="RUN", help="a run's folder")
+    add("--to", metavar="FOLDER", help="default: report, in the first run's folder")
+    text = "report this merging method only, by its name in the run; may be given several times"
+    add("--base", action="append", default=[], metavar="NAME", help=text)
+    add("--title", default="IntervMerge report", help="of the page")
 
-    export = add(
-        "export",
-        _export,
-        "a saved model as one ONNX or torch.export file",
+    text = (
         "Write a saved model as one graph that takes images and task indices, and that runs "
-        "without this package.",
+        "without this package."
     )
-    export.add_argument("model", metavar="FOLDER", help="a saved model's folder, or its hub id")
-    export.add_argument("--to", choices=("onnx", "torch"), default="onnx", help="default: onnx")
-    export.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all, in their order")
-    export.add_argument("--fold", action="store_true", help="fold the edits first")
-    dtype = "of the weights; int8 stores the encoder's matrices in 8 bits (ONNX). Default: fp32"
-    export.add_argument("--dtype", choices=DTYPES, default="fp32", help=dtype)
-    logits = "logits of the tasks' class names as well"
-    export.add_argument("--logits", action="store_true", help=logits)
-    classes = 'JSON: {"task": {"names": [...], "templates": ["a photo of a {}."]}}, and --logits; '
-    classes += "default: what the model knows of its tasks"
-    export.add_argument("--classes", metavar="FILE", help=classes)
-    clip = "for --logits: folder or id of the CLIP whose text tower reads the names; default: the "
-    clip += "one that the experts started from"
-    export.add_argument("--clip", metavar="CLIP", help=clip)
-    file = "default: FOLDER.onnx or FOLDER.pt2, beside the folder"
-    export.add_argument("--to-file", metavar="FILE", help=file)
+    short = "a saved model as one ONNX or torch.export file"
+    export = group.add_parser("export", help=short, description=text)
+    export.set_defaults(run=_export)
+    add = export.add_argument
+    add("model", metavar="FOLDER", help="a saved model's folder, or its hub id")
+    add("--to", choices=("onnx", "torch"), default="onnx", help="default: onnx")
+    add("--tasks", nargs="+", metavar="TASK", help="default: all, in their order")
+    add("--fold", action="store_true", help="fold the edits first")
+    text = "of the weights; int8 stores the encoder's matrices in 8 bits (ONNX). Default: fp32"
+    add("--dtype", choices=DTYPES, default="fp32", help=text)
+    add("--logits", action="store_true", help="logits of the tasks' class names as well")
+    text = (
+        'JSON: {"task": {"names": [...], "templates": ["a photo of a {}."]}}, and --logits; '
+        "default: what the model knows of its tasks"
+    )
+    add("--classes", metavar="FILE", help=text)
+    text = (
+        "for --logits: folder or id of the CLIP whose text tower reads the names; default: the "
+        "one that the experts started from"
+    )
+    add("--clip", metavar="CLIP", help=text)
+    add("--to-file", metavar="FILE", help="default: FOLDER.onnx or FOLDER.pt2, beside the folder")
 
-    push = add(
-        "push",
-        _push,
-        "a saved model to the Hugging Face hub",
+    text = (
         "Put a saved model on the hub (or on the one that HF_ENDPOINT names), with a model card, "
-        "its image processor, and an ONNX graph of it.",
+        "its image processor, and an ONNX graph of it."
     )
-    push.add_argument("model", metavar="FOLDER", help="a saved model's folder")
-    push.add_argument("repo", metavar="OWNER/MODEL", help="created if it does not exist")
-    results = "the run's folder, whose accuracies the card shows"
-    push.add_argument("--run", dest="results", metavar="RUN", help=results)
-    push.add_argument("--private", action="store_true", default=None, help="if it is created")
-    push.add_argument("--no-onnx", dest="onnx", action="store_false", help="leave out the graph")
-    push.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the graph's weights")
+    short = "a saved model to the Hugging Face hub"
+    push = group.add_parser("push", help=short, description=text)
+    push.set_defaults(run=_push)
+    add = push.add_argument
+    add("model", metavar="FOLDER", help="a saved model's folder")
+    add("repo", metavar="OWNER/MODEL", help="created if it does not exist")
+    text = "the run's folder, whose accuracies the card shows"
+    add("--run", dest="results", metavar="RUN", help=text)
+    add("--private", action="store_true", default=None, help="if it is created")
+    add("--no-onnx", dest="onnx", action="store_false", help="leave out the graph")
+    add("--dtype", choices=DTYPES, default="fp32", help="of the graph's weights")
     return parser, {"report": report, "export": export, "push": push}
 
 
@@ -146,17 +145,9 @@ def _export(options: argparse.Namespace) -> None:
             heads, names = known_heads(model, options.tasks, classes, options.clip)
         folder = Path(options.model).absolute()
         beside = folder.parent if folder.exists() else Path()
-        file = export(
-            model,
-            options.to_file or beside / f"{folder.name}{SUFFIXES[options.to]}",
-            options.to,
-            tasks=options.tasks,
-            fold=options.fold,
-            dtype=options.dtype,
-            heads=heads,
-            classes=names,
-            tell=tell,
-        )
+        file = options.to_file or beside / f"{folder.name}{SUFFIXES[options.to]}"
+        settings = {name: getattr(options, name) for name in ("to", "tasks", "fold", "dtype")}
+        file = export(model, file, **settings, heads=heads, classes=names, tell=tell)
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{file}: {file.stat().st_size / 1e6:.1f} MB, {options.dtype}")
     tasks = options.tasks or model.tasks
@@ -173,14 +164,8 @@ def _push(options: argparse.Namespace) -> None:
         model = InterventionModel.from_pretrained(Path(options.model))
         if options.results is not None:
             model.metadata["results"] = read_results(Path(options.results), model.tasks)
-        address = push(
-            model,
-            options.repo,
-            onnx=options.onnx,
-            dtype=options.dtype,
-            private=options.private,
-            tell=tell,
-        )
+        settings = {name: getattr(options, name) for name in ("onnx", "dtype", "private")}
+        address = push(model, options.repo, **settings, tell=tell)
     Console(soft_wrap=True, highlight=False).print(f"{options.repo}: {address}")
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol, cast
 
 import torch
@@ -90,9 +94,9 @@ Datasets = Mapping[str, ImageDataset]  # by task
 ImageKey = tuple[str, int]  # task, index
 
 
-def generator_of(seed: int, purpose: str, task: str) -> torch.Generator:
+def generator_of(seed: int, *purpose: str) -> torch.Generator:
     """Random numbers for one purpose and task, whatever else is drawn."""
-    digest = hashlib.sha256(f"{seed} {purpose} {task}".encode()).digest()
+    digest = hashlib.sha256(" ".join([str(seed), *purpose]).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
@@ -277,11 +281,77 @@ def computing_dtype(fabric: L.Fabric) -> torch.dtype:
     return DTYPES[precision.partition("-")[0]]
 
 
-def digest_of(tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> str:
-    """SHA-256 of a file's header, if it has one, and of tensors: names, shapes, types, bytes."""
-    sha = hashlib.sha256(b"" if header is None else json.dumps(header, sort_keys=True).encode())
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors: names, shapes, types, bytes."""
+    sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
         sha.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
     return sha.hexdigest()
+
+
+# -- a run that may be stopped ---------------------------------------------------------------------
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped the run; the message, one line, says what goes on from where."""
+
+
+@dataclass
+class RunFolder:
+    """Where a run keeps what it has done until its result is saved: the same call goes on from it.
+
+    Attributes:
+        path: the folder; it is made when something is kept.
+        run: what identifies the run; a file of another run is not taken.
+        progress: in words, what is kept, for whoever stops the run; empty: nothing.
+    """
+
+    path: Path
+    run: str
+    progress: str = ""
+
+    def file(self, name: str) -> Path:
+        """Where the run keeps something of that name."""
+        return self.path / f"state-{name}"
+
+    def clear(self) -> None:
+        """Remove the files, once the run's result is saved elsewhere."""
+        for path in self.path.glob("state-*"):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # others' files are in it, or it was never made
+            self.path.rmdir()
+
+
+@contextmanager
+def interruptible(doing: str, folder: RunFolder | None = None) -> Iterator[None]:
+    """Turn Ctrl-C inside into an ``Interrupted`` that says what was being done and what is kept."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        more = f"; {folder.progress}" if folder is not None and folder.progress else ""
+        raise Interrupted(f"stopped while {doing}{more}") from None
+
+
+@contextmanager
+def stop_requested() -> Iterator[threading.Event]:
+    """Set by the first Ctrl-C, which then waits for the step's end; a second one stops at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def request(number: int, frame: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    signal.signal(signal.SIGINT, request)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -22,9 +22,9 @@ import torch
 from conftest import TASKS, hf_tower
 from safetensors.torch import save_file
 
+from fusion_bench_intervmerge.data import RunFolder
 from fusion_bench_intervmerge.distillation import loop
 from fusion_bench_intervmerge.distillation.loop import distill
-from fusion_bench_intervmerge.distillation.states import StateFolder
 from fusion_bench_intervmerge.merging import mix
 from fusion_bench_intervmerge.model.model import InterventionModel
 from fusion_bench_intervmerge.solving.solve import solve
@@ -62,7 +62,7 @@ def main(output: Path, states: Path, steps: int, pause: float = 0.0, processes: 
         batch_size=4,
         mixture=mixture,
         fabric=fabric,
-        states=StateFolder(states, "the same run"),
+        states=RunFolder(states, "the same run"),
         save_every=1,
     )
     solved = solved_features(fabric, experts, datasets)
@@ -86,6 +86,13 @@ def solved_features(fabric: L.Fabric, experts: Any, datasets: Any) -> torch.Tens
     return torch.cat([*found, *solution.expert_features.values()])
 
 
+def kept_step(states: Path) -> int:
+    try:
+        return int(torch.load(states / "state-training.pt", weights_only=True)["step"])
+    except FileNotFoundError:
+        return 0
+
+
 def torture(kills: list[int], states: Path, run: Callable[[], None]) -> None:
     """Fork before torch has started threads: one slow import serves all the victims."""
     for step in kills:
@@ -93,7 +100,7 @@ def torture(kills: list[int], states: Path, run: Callable[[], None]) -> None:
         if child == 0:
             run()
             os._exit(0)
-        while not any(p.name >= f"step-{step:08d}" for p in states.glob("step-*.safetensors")):
+        while kept_step(states) < step:
             if os.waitpid(child, os.WNOHANG)[0]:
                 raise SystemExit(f"the run ended before step {step}")
             time.sleep(0.001)

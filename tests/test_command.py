@@ -639,7 +639,7 @@ def test_within_hydra_an_error_is_one_that_hydra_shows_as_a_line(tmp_path):
 
 
 def test_ctrl_c_is_one_line(tmp_path, monkeypatch):
-    from fusion_bench_intervmerge.distillation.states import Interrupted
+    from fusion_bench_intervmerge.data import Interrupted
 
     told = "stopped after step 12 of 200; the same command goes on from there"
 

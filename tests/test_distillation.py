@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import platform
 import random
 import re
 import shutil
@@ -12,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import lightning as L
@@ -25,13 +25,10 @@ from test_model import intervmerge, surgery_v2
 from torch._dynamo.utils import counters
 
 from fusion_bench_intervmerge.config import ConfigError
-from fusion_bench_intervmerge.data import DataSettings, Schedule
+from fusion_bench_intervmerge.data import DataSettings, Interrupted, RunFolder, Schedule
 from fusion_bench_intervmerge.distillation import loop
-from fusion_bench_intervmerge.distillation.loop import DistillationError, distill
-from fusion_bench_intervmerge.distillation.memory import keep_freed_memory
-from fusion_bench_intervmerge.distillation.settings import DistillSettings, ThriceAdam
-from fusion_bench_intervmerge.distillation.states import Interrupted, StateFolder
-from fusion_bench_intervmerge.expert_cache import ExpertCache
+from fusion_bench_intervmerge.distillation.loop import DistillationError, FeatureCache, distill
+from fusion_bench_intervmerge.distillation.settings import DistillSettings, TripleStepAdam
 from fusion_bench_intervmerge.merging import Mixture, TaskVector, mix
 from fusion_bench_intervmerge.model.model import InterventionModel
 
@@ -168,13 +165,13 @@ def test_surgery_v2_follows_the_published_curve(golden, golden_tower):
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
-def test_thrice_adam_is_adam_over_a_list_that_names_everything_thrice():
+def test_triple_step_adam_is_adam_over_a_list_that_names_everything_three_times():
     ours, listed = (
         [torch.randn(3, 4, generator=torch.Generator().manual_seed(n)) for n in range(2)]
         for _ in range(2)
     )
     optimizers = [
-        ThriceAdam(ours, lr=1e-3, foreach=False),
+        TripleStepAdam(ours, lr=1e-3, foreach=False),
         torch.optim.Adam(listed * 3, lr=1e-3, foreach=False),
     ]
     for step in range(5):
@@ -435,12 +432,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(experts, 
             datasets | {"bees": poisoned},
             steps=6,
             batch_size=4,
-            states=StateFolder(tmp_path, "r"),
+            states=RunFolder(tmp_path, "r"),
             save_every=100,
         )
     assert str(tmp_path) in str(error.value)
-    (state,) = tmp_path.glob("*.safetensors")
-    assert all(torch.isfinite(t).all() for t in load_file(state).values())
+    (file,) = tmp_path.iterdir()
+    state = torch.load(file, weights_only=True)
+    assert state["step"] == 2 and all(t.isfinite().all() for t in state["trained"].values())
     assert all(torch.isfinite(p).all() for p in model.edits.parameters())
 
 
@@ -480,9 +478,10 @@ def run_worker(tmp_path, name, *more, steps=30, states=None, wait=True):
 def wait_for_state(states, process, step):
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-        found = [int(p.stem.removeprefix("step-")) for p in states.glob("step-*.safetensors")]
-        if found and max(found) >= step:
-            return
+        with suppress(FileNotFoundError):
+            state = torch.load(states / "state-training.pt", weights_only=True)
+            if state["step"] >= step:
+                return
         time.sleep(0.002)
     raise AssertionError(f"no state of step {step}: {process.communicate()[0]}")
 
@@ -531,7 +530,7 @@ def interrupted(tmp_path, experts, datasets, run="r", steps=10):
             datasets,
             steps=steps,
             batch_size=4,
-            states=StateFolder(tmp_path, run),
+            states=RunFolder(tmp_path, run),
             save_every=2,
         )
 
@@ -554,7 +553,7 @@ def test_ctrl_c_is_one_line_wherever_it_comes(experts, datasets, tmp_path, monke
 def finish(tmp_path, experts, datasets, run="r"):
     model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
     return distill(
-        model, experts, datasets, steps=10, batch_size=4, states=StateFolder(tmp_path, run)
+        model, experts, datasets, steps=10, batch_size=4, states=RunFolder(tmp_path, run)
     )
 
 
@@ -571,43 +570,16 @@ def test_a_finished_training_is_found_until_it_is_cleared(experts, datasets, tmp
     assert not tmp_path.exists() and finish(tmp_path, experts, datasets).resumed_at == 0
 
 
-def test_a_torn_state_is_reported_and_the_older_one_used(experts, datasets, tmp_path, caplog):
-    undisturbed = finish(tmp_path / "other", experts, datasets)
-    interrupted(tmp_path, experts, datasets)
-    newest, older = sorted(tmp_path.glob("step-*"), reverse=True)
-    newest.write_bytes(newest.read_bytes()[:100])
-    with caplog.at_level(logging.WARNING):
-        done = finish(tmp_path, experts, datasets)
-    assert "is unusable" in caplog.text and done.resumed_at == int(older.stem[5:])
-    assert torch.equal(done.losses, undisturbed.losses)
-
-
-def test_the_state_of_another_run_is_not_taken(experts, datasets, tmp_path):
-    interrupted(tmp_path, experts, datasets)
-    assert finish(tmp_path, experts, datasets, run="other").resumed_at == 0
-
-
 def test_a_full_disk_is_reported_and_training_goes_on(
     experts, datasets, tmp_path, caplog, monkeypatch
 ):
-    from fusion_bench_intervmerge.distillation import states as checkpoint
-
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)  # a test has no full disk
+    monkeypatch.setattr(torch, "save", full)  # a test has no full disk
     with caplog.at_level(logging.WARNING):
-        model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
-        done = distill(
-            model,
-            experts,
-            datasets,
-            steps=4,
-            batch_size=4,
-            states=StateFolder(tmp_path / "s", ""),
-            save_every=2,
-        )
-    assert len(done.losses) == 4 and "No space left on device" in caplog.text
+        done = finish(tmp_path / "s", experts, datasets)
+    assert len(done.losses) == 10 and "No space left on device" in caplog.text
     done.clear()
     assert not list(tmp_path.rglob("*"))
 
@@ -641,109 +613,35 @@ def test_compiled_blocks_train_the_same_edits(datasets):
         assert torch.allclose(tensor, found[1][name], atol=1e-4), name
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked to keep memory")
-def test_freed_activations_are_not_paid_for_at_every_step():
-    import resource  # not on Windows
-
-    def faults(steps):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(steps):
-            activations = [torch.ones(2**22) for _ in range(10)]
-            del activations
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1])
-
-    one_step = 10 * 4 * 2**22 // resource.getpagesize()
-    with keep_freed_memory():
-        faults(2)
-        assert faults(10) < one_step
-        kept = resident()
-    assert resident() < kept - one_step // 2  # afterwards it goes back
-
-
-def test_without_glibc_the_allocator_is_left_alone(monkeypatch):
-    # no other C library is at hand here
-    monkeypatch.setattr("ctypes.CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
-    with keep_freed_memory():
-        pass
-
-
 # -- experts' representations, computed once -------------------------------------------------------
 
 
-def trained_with(cache, experts, datasets, function="noreft", **options):
-    model = InterventionModel(hf_tower(), TASKS, {"attention": {"function": function}})
-    losses = distill(model, experts, datasets, steps=3, batch_size=4, cache=cache, **options).losses
-    return model, losses
-
-
-@pytest.fixture
-def counted(experts):
-    """Experts that count their forward passes."""
-    passes = []
-
-    def counting(load):
-        expert = load()
-        embed = expert.embed
-
-        def counted_embed(images):
-            passes.append(len(images))
-            return embed(images)
-
-        expert.embed = counted_embed
-        return expert
-
-    return {t: (lambda load=load: counting(load)) for t, load in experts.items()}, passes
-
-
 @pytest.mark.parametrize("loss", ["output", "blocks"])
-def test_the_next_method_finds_the_experts_representations(
-    experts, counted, datasets, tmp_path, loss
-):
-    (counting, passes), cache = counted, ExpertCache(tmp_path)
-    _, without = trained_with(None, experts, datasets, loss=loss)
-    _, missed = trained_with(cache, counting, datasets, loss=loss)
-    assert passes
-    passes.clear()
-    _, hit = trained_with(cache, counting, datasets, loss=loss)
-    assert not passes
-    assert torch.equal(without, missed) and torch.equal(missed, hit)
-    trained_with(cache, counting, datasets, "nodireft", loss=loss)  # another method
-    assert not passes
-    trained_with(cache, counting, datasets, loss=loss, seed=1)  # other images
-    assert passes
+def test_the_next_method_finds_the_experts_representations(experts, datasets, loss):
+    loads = []
+
+    def run(cache, function="noreft", **options):
+        loads.clear()
+        model = InterventionModel(hf_tower(), TASKS, {"attention": {"function": function}})
+        counting = {t: lambda t=t: (loads.append(t), experts[t]())[1] for t in TASKS}
+        options = {"steps": 3, "batch_size": 4, "loss": loss} | options
+        return distill(model, counting, datasets, cache=cache, **options).losses
+
+    cache = FeatureCache()
+    without, missed = run(None), run(cache)
+    assert loads == TASKS and torch.equal(without, missed)
+    assert torch.equal(run(cache), missed) and not loads
+    run(cache, "nodireft")  # another method
+    assert not loads
+    run(cache, seed=1)  # other images
+    assert loads == TASKS
 
 
-def test_representations_of_other_pixels_or_weights_are_not_taken(
-    experts, counted, datasets, tmp_path
-):
-    (counting, passes), cache = counted, ExpertCache(tmp_path)
-    trained_with(cache, counting, datasets)
-    others = {task: images + 1 for task, images in datasets.items()}
-    passes.clear()
-    _, losses = trained_with(cache, counting, others)
-    assert passes and torch.equal(losses, trained_with(None, experts, others)[1])
-    moved = {task: fine_tuned(hf_tower)[TASKS[(i + 1) % 3]] for i, task in enumerate(TASKS)}
-    _, losses = trained_with(cache, moved, others)
-    assert torch.equal(losses, trained_with(None, moved, others)[1])
-
-
-def test_a_damaged_entry_is_computed_anew_and_old_ones_make_room(
-    experts, counted, datasets, tmp_path, caplog
-):
-    (counting, passes), cache = counted, ExpertCache(tmp_path)
-    _, first = trained_with(cache, counting, datasets)
-    files = sorted(tmp_path.glob("*.safetensors"))
-    assert len(files) == len(TASKS)
-    for file in files:
-        content = bytearray(file.read_bytes())
-        content[-5] ^= 4
-        file.write_bytes(content)
-    passes.clear()
-    _, again = trained_with(cache, counting, datasets)
-    assert passes and torch.equal(first, again) and "digest" in caplog.text
-    small = ExpertCache(tmp_path, limit=2.5 * files[0].stat().st_size)
-    trained_with(small, counting, datasets, seed=1)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+def test_the_oldest_representations_make_room():
+    cache = FeatureCache(limit=2 * 40)
+    for key in "abc":
+        cache.put(key, {"output": torch.zeros(10)})
+        cache.get("a")
+    assert [cache.get(key) is not None for key in "abc"] == [True, False, True]
+    cache.put("large", {"output": torch.zeros(30)})
+    assert cache.get("large") is None

@@ -15,11 +15,12 @@ import pytest
 import torch
 import yaml
 from conftest import blocks, hf_tower, perturbed
+from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
 from PIL import Image
 from safetensors.torch import load_file
-from test_command import compose, in_process
+from test_command import in_process
 
 from fusion_bench_intervmerge.data import DataSettings
 from fusion_bench_intervmerge.interventions.config import InterventionConfig
@@ -107,13 +108,16 @@ def test_every_command_on_every_page_composes(tmp_path):
     }
     assert len(shown) > 40
     wrong = []
-    for words in sorted(shown):
-        own = ["hydra.searchpath=[file://" + str(tmp_path) + "]"] if "--config-dir" in words else []
-        said = [w for w in words if "=" in w or w.startswith("~")]
-        try:
-            compose(*single_runs(said), *own, return_hydra_config=True)
-        except Exception as error:  # all of them are shown together
-            wrong.append(f"fusion_bench {shlex.join(words)}: {error}")
+    (folder,) = importlib.util.find_spec("fusion_bench_config").submodule_search_locations
+    with initialize_config_dir(folder, version_base=None):
+        for words in sorted(shown):
+            said = single_runs([w for w in words if "=" in w or w.startswith("~")])
+            if "--config-dir" in words:
+                said.append(f"hydra.searchpath=[file://{tmp_path}]")
+            try:
+                compose("fabric_model_fusion", said, return_hydra_config=True)
+            except Exception as error:  # all of them are shown together
+                wrong.append(f"fusion_bench {shlex.join(words)}: {error}")
     assert not wrong, "\n".join(wrong)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusion_bench_intervmerge.config import ConfigError
-from fusion_bench_intervmerge.interventions.config import InterventionConfig, read_interventions
+from fusion_bench_intervmerge.interventions.config import InterventionConfig
 from fusion_bench_intervmerge.interventions.functions import build_function
 from fusion_bench_intervmerge.interventions.placement import (
     Placement,
@@ -119,20 +119,6 @@ def test_named_blocks():
     assert resolve_blocks([8, 0, 4], 12, "blocks") == [0, 4, 8]
 
 
-@given(blocks=st.integers(1, 40), count=st.integers(1, 40))
-def test_block_patterns_fit_encoders_of_any_depth(blocks, count):
-    for pattern in ("every", "first", "middle", "last"):
-        name = f"{pattern}_{count}"
-        if count > blocks:
-            with pytest.raises(ConfigError):
-                resolve_blocks(name, blocks, "blocks")
-            continue
-        found = resolve_blocks(name, blocks, "blocks")
-        assert found == sorted(set(found)) and found[0] >= 0 and found[-1] < blocks
-        if pattern != "every":
-            assert len(found) == count
-
-
 def test_named_tokens_are_the_papers_patch_positions():
     assert resolve_tokens("first", 50, "") == slice(1, 2)
     assert resolve_tokens("middle", 50, "") == slice(25, 26)
@@ -170,17 +156,3 @@ def test_says_in_one_line_what_does_not_exist(settings_, message):
     with pytest.raises(ConfigError) as error:
         fit(**settings_)
     assert message in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("mapping", "message"),
-    [
-        ({"head": {}}, "interventions.head: no such site; allowed: attention, mlp, block, output"),
-        ({"attention": {"ranks": 2}}, "interventions.attention.ranks: no such setting"),
-        ({"attention": None}, "no site is edited"),
-    ],
-)
-def test_settings_that_do_not_exist(mapping, message):
-    with pytest.raises(ConfigError, match="interventions") as error:
-        read_interventions(mapping)
-    assert message in str(error.value)

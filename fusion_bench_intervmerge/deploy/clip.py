@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-CLIPS = "the id or folder of a CLIP, such as openai/clip-vit-base-patch32"
-
 
 def to_clip_model(
     model: InterventionModel, task: str, clip: str | Path | nn.Module | None = None
@@ -43,14 +41,14 @@ def to_clip_model(
         ValueError: the model has no such task.
         ConfigError: no CLIP is known, it is not found, or its encoder has another shape.
     """
-    model.edits_of(task)
+    edits = model.fold().edits_of(task)
     whole = load_clip(model, clip)
     tower = _tower_of(whole, model.tower.family)
     try:
         tower.load_weights(model.tower.weights())
     except (KeyError, ValueError) as error:
         raise ConfigError("clip", f"another encoder than the model's ({error})") from None
-    for site, block, function in model.fold().edits_of(task).places():
+    for site, block, function in edits.places():
         if site == "output":
             module = whole.visual_projection if tower.family == "huggingface" else whole.visual
         else:
@@ -62,31 +60,16 @@ def to_clip_model(
 
 
 def load_clip(model: InterventionModel, clip: str | Path | nn.Module | None = None) -> Any:
-    """A copy of the CLIP of ``to_clip_model``, without edits.
-
-    Raises:
-        ConfigError: no CLIP is known, or it is not found.
-    """
+    """A copy of the CLIP of ``to_clip_model``, without edits; a ConfigError if it is not found."""
     if isinstance(clip, nn.Module):
         return copy.deepcopy(clip)
     if model.tower.family == "openclip":
         import open_clip
 
-        return _load(open_clip.create_model, base_name(model, clip))
+        return from_base(open_clip.create_model, model, clip)
     from transformers import CLIPModel
 
-    return _load(CLIPModel.from_pretrained, base_name(model, clip))
-
-
-def load_tokenizer(model: InterventionModel, clip: str | Path | nn.Module | None = None) -> Any:
-    """The tokenizer of a Hugging Face CLIP.
-
-    Raises:
-        ConfigError: no CLIP is known, or it has no tokenizer.
-    """
-    from transformers import AutoTokenizer
-
-    return _load(AutoTokenizer.from_pretrained, base_name(model, clip))
+    return from_base(CLIPModel.from_pretrained, model, clip)
 
 
 def image_processor(model: InterventionModel) -> Any:
@@ -108,29 +91,31 @@ def image_processor(model: InterventionModel) -> Any:
             image_mean=spec["mean"],
             image_std=spec["std"],
         )
-    return _load(AutoImageProcessor.from_pretrained, base_name(model))
+    return from_base(AutoImageProcessor.from_pretrained, model)
 
 
-def base_name(model: InterventionModel, clip: str | Path | nn.Module | None = None) -> str:
-    """The id or folder of the CLIP: the given one, else the one in the model's metadata.
+def from_base(
+    load: Callable[[str], T], model: InterventionModel, clip: str | Path | None = None
+) -> T:
+    """Load a part of the CLIP that a model started from, by its id or folder.
+
+    Args:
+        load: takes the id or folder.
+        model: its metadata may name the CLIP.
+        clip: the id or folder, if the metadata do not.
 
     Raises:
-        ConfigError: neither is known.
+        ConfigError: no CLIP is known, or it is not found.
     """
-    if isinstance(clip, nn.Module):
-        clip = getattr(clip, "name_or_path", None)
+    allowed = "the id or folder of a CLIP, such as openai/clip-vit-base-patch32"
     name = clip or model.metadata.get("base_model")
     if not name:
-        raise ConfigError("clip", "the model does not say which CLIP it started from", CLIPS)
-    return str(name)
-
-
-def _load(load: Callable[[str], T], name: str) -> T:
+        raise ConfigError("clip", "the model does not say which CLIP it started from", allowed)
     try:
-        return load(name)
+        return load(str(name))
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:200]
-        raise ConfigError("clip", f"{name!r} is not found ({reason})", CLIPS) from None
+        raise ConfigError("clip", f"{str(name)!r} is not found ({reason})", allowed) from None
 
 
 def _tower_of(clip: Any, family: str) -> VisionTower:

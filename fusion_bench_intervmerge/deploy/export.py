@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ def export(
         raise ConfigError("dtype", f"unknown: {dtype!r}", ", ".join(DTYPES))
     if to == "torch" and dtype == "int8":
         raise ConfigError("dtype", "int8 is onnxruntime's", "fp32, fp16, or to=onnx")
-    tasks = list(model.tasks if tasks is None else tasks)
+    tasks = list(dict.fromkeys(model.tasks if tasks is None else tasks))
     if not tasks:
         raise ConfigError("tasks", "there is no task to export", ", ".join(model.tasks))
     for task in tasks:
@@ -93,8 +93,6 @@ def export(
             raise ConfigError("tasks", f"the model has no task {task!r}", ", ".join(model.tasks))
         if heads is not None and task not in heads:
             raise ConfigError("classes", f"there are none for task {task!r}", "classes per task")
-    if len(set(tasks)) != len(tasks):
-        raise ConfigError("tasks", "a task is named twice", ", ".join(model.tasks))
     in_order = None if heads is None else [heads[task] for task in tasks]
     weights = torch.float16 if dtype == "fp16" else torch.float32
     graph = Graph(model.fold() if fold else copy.deepcopy(model), tasks, in_order, weights)
@@ -104,14 +102,20 @@ def export(
         "preprocessor": model.metadata.get("preprocessor"),
     }
     with atomic_file(Path(file)) as temporary:
-        write = _write_onnx if to == "onnx" else _write_torch
-        write(graph, temporary, facts, dtype, tell)
+        if to == "onnx":
+            _write_onnx(graph, temporary, facts, dtype, tell)
+        else:
+            program, extra = _traced(graph, tell), {"intervmerge.json": json.dumps(facts)}
+            tell("writing the file")
+            # torch asks for its own suffix, which a temporary name lacks
+            with temporary.open("wb") as stream:
+                torch.export.save(program, stream, extra_files=extra)
         temporary.chmod(0o644)
     return Path(file)
 
 
 class Graph(nn.Module):
-    """A model as a function of tensors alone, for ``torch.export`` and the like.
+    """A model as a function of tensors alone: what is traced.
 
     Args:
         model: it is used up.
@@ -128,41 +132,28 @@ class Graph(nn.Module):
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        self.tower = model.tower.to("cpu", dtype)
-        edits = {
-            f"{site} {block}": TaskEdits(placement, block, functions)
-            for site, placement in model.placements.items()
-            for block in placement.blocks
-            if any(functions := [model.edits_of(task).at(site, block) for task in tasks])
-        }
-        self.edits = nn.ModuleDict(edits).cpu()
-        self.heads = None if heads is None else Heads(heads).cpu()
-        self.tasks = len(tasks)
-        for place in edits:  # the tower makes its taps when they are first asked for
-            self._tap(place)
-        self.requires_grad_(False).eval()
+        self.tower, self.tasks = model.tower.to(dtype), len(tasks)
+        self.heads = None if heads is None else Heads(heads)
+        self.edits = nn.ModuleList()
+        for site, placement in model.placements.items():
+            for block in placement.blocks:
+                functions = [model.edits_of(task).at(site, block) for task in tasks]
+                if any(functions):
+                    self.edits.append(TaskEdits(placement, site, block, functions))
+                    self.tower.tap(site, block)  # made when it is first asked for
+        self.cpu().requires_grad_(False).eval()
 
     def forward(self, pixel_values: Tensor, task: Tensor) -> tuple[Tensor, ...]:
         """Image features, and logits with heads; see ``export``."""
         unknown = ((task < 0) | (task >= self.tasks)).unsqueeze(-1)
         task = task.clamp(0, self.tasks - 1)
         with ExitStack() as hooks:
-            for place, edit in self.edits.items():
-                hook = self._tap(place).register_forward_hook(partial(_edit, edit, task))
-                hooks.callback(hook.remove)
+            for edits in cast("Sequence[TaskEdits]", self.edits):
+                tap = self.tower.tap(edits.site, edits.block)
+                hooks.callback(tap.register_forward_hook(partial(edits.hook, task)).remove)
             features = self.tower.features(pixel_values.to(self.tower.dtype)).float()
         outputs = [features] if self.heads is None else [features, self.heads(features, task)]
         return tuple(output.masked_fill(unknown, float("nan")) for output in outputs)
-
-    def _tap(self, place: str) -> nn.Module:
-        site, block = place.rsplit(" ", 1)
-        return self.tower.tap(site, int(block))
-
-
-def _edit(edit: nn.Module, task: Tensor, tap: nn.Module, args: object, z: Tensor) -> Tensor:
-    """A forward hook on a tap."""
-    edited: Tensor = edit(z, task)
-    return edited
 
 
 class TaskEdits(nn.Module):
@@ -172,50 +163,43 @@ class TaskEdits(nn.Module):
 
     Args:
         placement: of the site.
-        block: index of the block.
+        site, block: where.
         functions: one per task; None for a task without an edit there.
     """
 
-    def __init__(self, placement: Placement, block: int, functions: Sequence[Function | None]):
+    def __init__(
+        self, placement: Placement, site: str, block: int, functions: Sequence[Function | None]
+    ):
         super().__init__()
-        self.placement, self.block = placement, block
+        self.placement, self.site, self.block = placement, site, block
         form = next(function for function in functions if function is not None)
         self.formula, self.copies = form.edit, form.copies
         terms = form.terms(**stacked(functions))
-        self.terms = nn.ParameterDict({n: nn.Parameter(t.detach()) for n, t in terms.items()})
+        self.terms = nn.ParameterDict({name: term.detach() for name, term in terms.items()})
 
-    def forward(self, z: Tensor, task: Tensor) -> Tensor:
+    def hook(self, task: Tensor, tap: nn.Module, args: object, z: Tensor) -> Tensor:
+        """A forward hook on the site's tap."""
         terms = {n: t.index_select(0, task).to(z.dtype) for n, t in self.terms.items()}
-        edit = partial(self.formula, **terms)
-        if self.copies is None:
-            return self.placement.apply(z, self.block, edit)
-        return self.placement.apply(
-            z, self.block, lambda vectors: edit(vectors.unsqueeze(-2)).squeeze(-2)
-        )
+
+        def edit(vectors: Tensor) -> Tensor:
+            if self.copies is None:
+                return self.formula(vectors, **terms)
+            return self.formula(vectors.unsqueeze(-2), **terms).squeeze(-2)
+
+        return self.placement.apply(z, self.block, edit)
 
 
-def traced(graph: Graph) -> torch.export.ExportedProgram:
+def _traced(graph: Graph, tell: Tell) -> torch.export.ExportedProgram:
     """The graph as torch records it, for batches of any size."""
+    tell("tracing the encoder")
     size, batch = graph.tower.image_size, torch.export.Dim("batch")
     example = torch.zeros(2, 3, size, size), torch.zeros(2, dtype=torch.long)
+    shapes = {0: batch}, {0: batch}
     with torch.no_grad():
-        program = torch.export.export(
-            graph, example, dynamic_shapes=({0: batch}, {0: batch}), strict=False
-        )
+        program = torch.export.export(graph, example, dynamic_shapes=shapes, strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine are nobody else's business
     return program
-
-
-def _write_torch(
-    graph: Graph, file: Path, facts: Mapping[str, object], dtype: str, tell: Tell
-) -> None:
-    tell("tracing the encoder")
-    program = traced(graph)
-    tell("writing the file")
-    with file.open("wb") as stream:  # torch asks for its own suffix, which a temporary name lacks
-        extra = {"intervmerge.json": json.dumps(facts)}
-        torch.export.save(program, stream, extra_files=extra)
 
 
 def _write_onnx(
@@ -234,8 +218,7 @@ def _write_onnx(
         raise ConfigError(
             "to", "the weights are more than the 2 GiB of an ONNX file", "torch, or dtype=fp16"
         )
-    tell("tracing the encoder")
-    program = traced(graph)
+    program = _traced(graph, tell)
     tell("translating the graph to ONNX")
     translated = torch.onnx.export(
         program,

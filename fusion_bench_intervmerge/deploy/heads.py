@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import ConfigError, Json, Settings
-from .clip import load_clip, load_tokenizer
+from .clip import from_base, load_clip
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase
@@ -68,13 +68,16 @@ def known_heads(
     Raises:
         ConfigError: no classes are known for a task, or they do not fit, or no CLIP is known.
     """
+    from transformers import AutoTokenizer
+
     classes = (model.metadata.get("classes") or {}) if classes is None else classes
     by_task = {}
     for task in tasks or model.tasks:
         if task not in classes:
             raise ConfigError(f"classes.{task}", "none are known", f"--classes FILE with {FORM}")
         by_task[task] = Classes.read(classes[task], f"classes.{task}")
-    heads = zero_shot_heads(load_clip(model, clip), load_tokenizer(model, clip), by_task)
+    tokenizer = from_base(AutoTokenizer.from_pretrained, model, clip)
+    heads = zero_shot_heads(load_clip(model, clip), tokenizer, by_task)
     return heads, {task: described.names for task, described in by_task.items()}
 
 

@@ -3,7 +3,7 @@
 from ..data import DataSettings, Schedule
 from .loop import Distillation, DistillationError, distill
 from .losses import LOSSES
-from .settings import DistillSettings, ThriceAdam
+from .settings import DistillSettings, TripleStepAdam
 
 __all__ = [
     "LOSSES",
@@ -12,6 +12,6 @@ __all__ = [
     "Distillation",
     "DistillationError",
     "Schedule",
-    "ThriceAdam",
+    "TripleStepAdam",
     "distill",
 ]

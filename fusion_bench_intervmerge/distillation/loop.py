@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,15 +15,23 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError
-from ..data import Datasets, ImageStore, Schedule, computing_dtype, progress_bar
+from ..data import (
+    Datasets,
+    ImageStore,
+    Interrupted,
+    RunFolder,
+    Schedule,
+    computing_dtype,
+    interruptible,
+    progress_bar,
+    stop_requested,
+)
 from ..encoders.base import AfterBlock, ExpertLoaders, VisionTower, check_expert
-from ..expert_cache import ExpertCache
 from ..merging import Mixture
 from ..model.model import InterventionModel
 from .losses import LOSSES, Representations
-from .memory import keep_freed_memory
 from .settings import DistillSettings, make_optimizer
-from .states import Interrupted, Progress, StateFolder, interruptible, stop_requested
+from .states import Progress, load_state, save_state
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +62,7 @@ class Distillation:
     seconds: dict[str, float]
     expert_features: dict[str, Tensor]
     resumed_at: int = 0
-    states: StateFolder | None = None
+    states: RunFolder | None = None
 
     def clear(self) -> None:
         """Remove the run's states from the disk, once its result is kept elsewhere.
@@ -66,13 +73,15 @@ class Distillation:
             self.states.clear()
 
     def by_task(self) -> dict[str, list[float]]:
-        """Task -> its loss at each step, for a report; empty where nothing was trained."""
-        if not len(self.losses):
-            return {}
-        return {
-            task: [round(loss, 6) for loss in column]
-            for task, column in zip(self.images, self.losses.T.tolist(), strict=True)
-        }
+        """Task -> its loss at each step, for a report; empty if nothing was trained."""
+        return (
+            {}
+            if not len(self.losses)
+            else {
+                task: [round(loss, 6) for loss in column]
+                for task, column in zip(self.images, self.losses.T.tolist(), strict=True)
+            }
+        )
 
 
 def distill(
@@ -83,8 +92,8 @@ def distill(
     *,
     mixture: Mixture | None = None,
     fabric: L.Fabric | None = None,
-    states: StateFolder | None = None,
-    cache: ExpertCache | None = None,
+    states: RunFolder | None = None,
+    cache: FeatureCache | None = None,
     **keywords: object,
 ) -> Distillation:
     """Train a model's edits by distillation, without labels (eq 3.2 of the paper).
@@ -104,7 +113,7 @@ def distill(
         fabric: device, precision, processes and loggers; one device by default.
         states: where to keep the state of a run that may be stopped; None: nowhere. It is kept
             after the last step as well, until ``Distillation.clear``.
-        cache: where experts' representations are kept for the next method; None: nowhere.
+        cache: of these experts and images, if several methods learn from them.
         keywords: instead of ``settings``, its fields and those of its ``data``: ``steps=200,
             batch_size=8``.
 
@@ -126,26 +135,24 @@ def distill(
     trainer = _Trainer(model, list(experts), images, settings, mixture, fabric)
     with ExitStack() as stack:
         stack.enter_context(trainer.on_device())
-        if fabric.device.type == "cpu":
-            stack.enter_context(keep_freed_memory())
-        started = time.perf_counter()
-        with interruptible("reading the experts' features", states):
-            targets = trainer.read_experts(experts, cache)
-        ready = time.perf_counter()
         trained = trainer.trained()
         if not trained:
             raise ConfigError(
                 "interventions",
                 "there are no edits to train",
-                "other inits, or solve(...) before it where init is regression",
+                "other inits, or solve(...) first if init is regression",
             )
         optimizer = make_optimizer(settings.optimizer, list(trained.values()))
         progress = Progress(0, torch.empty(0, len(experts)))
         if states is not None:
-            progress = states.load(progress, settings.steps, trained, optimizer)
+            progress = load_state(states, progress, settings.steps, trained, optimizer)
         if progress.step:
             log.info("going on from step %d of %d", progress.step, settings.steps)
         resumed_at = progress.step
+        started = time.perf_counter()
+        with interruptible("reading the experts' features", states):
+            targets = trainer.read_experts(experts, cache)
+        ready = time.perf_counter()
         with interruptible("training", states):
             trainer.run(optimizer, trained, targets, progress, states)
         finished = time.perf_counter()
@@ -159,6 +166,35 @@ def distill(
         resumed_at=resumed_at,
         states=states if fabric.is_global_zero else None,
     )
+
+
+class FeatureCache:
+    """Experts' representations in memory, for the next method that learns from the same images.
+
+    It is of one set of experts and images. Entries that were not used for longest make room.
+
+    Args:
+        limit: bytes.
+    """
+
+    def __init__(self, limit: float = 2 * 2**30):
+        self._limit = limit
+        self._entries: dict[Hashable, Representations] = {}
+
+    def get(self, key: Hashable) -> Representations | None:
+        """An entry, if there is one."""
+        if key not in self._entries:
+            return None
+        self._entries[key] = self._entries.pop(key)  # the last to go
+        return self._entries[key]
+
+    def put(self, key: Hashable, representations: Representations) -> None:
+        """Keep an entry, unless it alone is over the limit."""
+        self._entries[key] = representations
+        while sum(t.nbytes for entry in self._entries.values() for t in entry.values()) > (
+            self._limit
+        ):
+            self._entries.pop(next(iter(self._entries)))
 
 
 class _Trainer:
@@ -210,7 +246,7 @@ class _Trainer:
 
     @contextmanager
     def compiled(self) -> Iterator[None]:
-        """The blocks compiled, where the settings say so; afterwards as they were."""
+        """The blocks compiled, if the settings say so; afterwards as they were."""
         tower, first = self.model.tower, getattr(self.prefix, "first", 0)
         trained = range(first, tower.num_blocks if self.settings.compile else 0)
         modules = [tower.block(index) for index in trained]
@@ -261,51 +297,43 @@ class _Trainer:
     # -- before the loop ---------------------------------------------------------------------------
 
     def read_experts(
-        self, experts: ExpertLoaders, cache: ExpertCache | None
+        self, experts: ExpertLoaders, cache: FeatureCache | None
     ) -> dict[str, Representations]:
         """The experts' representations of every image seen, one expert in memory at a time."""
         targets = {}
         total = sum(len(schedule.unique) for schedule in self.schedules.values())
         with progress_bar(self.fabric, "experts' features", total) as shown:
             for task in self.tasks:
-                expert = experts[task]()
-                check_expert(task, expert, self.model.tower)
-                expert = expert.to(self.fabric.device).eval()
-                with torch.no_grad(), expert.in_dtype(self.dtype), expert.cheap_to_train():
-                    targets[task] = self._representations(task, expert, cache)
-                shown.update(len(self.schedules[task].unique))
-                del expert
+                seen, split = self.schedules[task].unique, self.settings.data.split
+                key = (task, split, tuple(seen), self.fabric.device, self.dtype, self.settings.loss)
+                found = None if cache is None else cache.get(key)
+                if found is None:
+                    found = self._read_expert(task, experts[task]())
+                    if cache is not None:
+                        cache.put(key, found)
+                else:
+                    for _ in self._images(task):  # the loop starts from them
+                        pass
+                targets[task] = found
+                shown.update(len(seen))
         return targets
 
-    def _representations(
-        self, task: str, expert: VisionTower, cache: ExpertCache | None
-    ) -> Representations:
-        """One expert's, from the cache where it has them; the images are read in any case."""
+    def _read_expert(self, task: str, expert: VisionTower) -> Representations:
+        check_expert(task, expert, self.model.tower)
+        expert = expert.to(self.fabric.device).eval()
+        parts: list[Representations] = []
+        with torch.no_grad(), expert.in_dtype(self.dtype), expert.cheap_to_train():
+            for images in self._images(task):
+                pixels = images.to(self.fabric.device, self.dtype)
+                found = self.loss.read(partial(_expert_features, expert, pixels))
+                parts.append({name: tensor.cpu() for name, tensor in found.items()})
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _images(self, task: str) -> Iterator[Tensor]:
+        """A task's images, batch by batch, while the store keeps what the loop starts from."""
         # On a CPU the widest tensors should be small enough for freed memory to be kept.
         at_once = 32 if self.fabric.device.type == "cpu" else 64
-
-        def read(expert: VisionTower | None) -> tuple[Representations, str]:
-            parts: list[Representations] = []
-            digest = hashlib.sha256()
-            for images in self.store.read(task, at_once):
-                if cache is not None:
-                    digest.update(images.contiguous().numpy().data)
-                if expert is not None:
-                    pixels = images.to(self.fabric.device, self.dtype)
-                    found = self.loss.read(partial(_expert_features, expert, pixels))
-                    parts.append({name: tensor.cpu() for name, tensor in found.items()})
-            names = parts[0] if parts else ()
-            return {n: torch.cat([part[n] for part in parts]) for n in names}, digest.hexdigest()
-
-        if cache is None:
-            return read(expert)[0]
-        seen = self.schedules[task].unique
-        key = cache.key(expert.digest(), seen, at_once, self.dtype, self.settings.loss)
-        kept = cache.get(key)
-        if kept is not None and kept[1] == read(None)[1]:
-            return kept[0]
-        cache.put(key, *(found := read(expert)))
-        return found[0]
+        return self.store.read(task, at_once)
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -315,7 +343,7 @@ class _Trainer:
         trained: Mapping[str, torch.nn.Parameter],
         targets: Mapping[str, Representations],
         progress: Progress,
-        states: StateFolder | None,
+        states: RunFolder | None,
     ) -> None:
         """Steps from ``progress.step`` to the last; ``progress`` is kept current."""
         steps, start = self.settings.steps, progress.step
@@ -327,6 +355,7 @@ class _Trainer:
         passes = zip(plan, self.store.states(plan), strict=True)
         history = torch.cat([progress.losses, torch.empty(steps - start, len(self.tasks))])
         keep = states if self.fabric.is_global_zero else None
+        saved = start
         with (
             stop_requested() as stopped,
             self.compiled(),
@@ -335,11 +364,11 @@ class _Trainer:
             for step in range(start, steps):
                 losses = self._step(passes, targets, optimizer, trained)
                 if not torch.isfinite(losses).all():
-                    where = ""
-                    if keep is not None and step > 0:
-                        if keep.newest() != step:
-                            keep.save(progress, trained, optimizer)
-                        where = f"; the state before it is kept in {keep.folder}"
+                    kept = keep is not None and (
+                        saved == step > 0
+                        or (step > 0 and save_state(keep, progress, trained, optimizer))
+                    )
+                    where = f"; the state before it is kept in {keep.path}" if kept else ""
                     bad = self.tasks[int((~torch.isfinite(losses)).nonzero()[0])]
                     raise DistillationError(
                         f"the loss of task {bad!r} is not finite at step {step}{where}; "
@@ -357,11 +386,10 @@ class _Trainer:
                     scalars = {f"loss/{task}": loss for task, loss in of_tasks}
                     self.fabric.log_dict({"loss/mean": mean, **scalars}, step=done)
                 due = done % self.settings.save_every == 0 or done == steps or stopped.is_set()
-                if keep is not None and due:
-                    keep.save(progress, trained, optimizer)
+                if keep is not None and due and save_state(keep, progress, trained, optimizer):
+                    saved = done
                 if stopped.is_set():
-                    kept = keep is not None and keep.newest() == done
-                    where = "; the same command goes on from there" if kept else ""
+                    where = "; the same command goes on from there" if saved == done else ""
                     raise Interrupted(f"stopped after step {done} of {steps}{where}")
 
     def _step(

@@ -1,4 +1,4 @@
-"""The optimizer that settings name, and the published one."""
+"""Settings of a training, the optimizer that they name, and the published one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from typing_extensions import Self
 from ..config import HOST_KEYS, ConfigError, Flag, Json, shown, whole
 from ..data import RepairSettings
 
-# == distillation.optimizer
-# The optimizer that settings name, and the published one.
 MAX_RATE = 1000  # beyond it no learning rate is meant
 OPTIMIZER = {"_target_": "torch.optim.Adam", "lr": 3e-3}
 
@@ -26,7 +24,7 @@ MakeOptimizer = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
 def make_optimizer(
     settings: Json | MakeOptimizer, parameters: Sequence[nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """The optimizer that settings name, or make where they are a function of the parameters.
+    """The optimizer that settings name, or make if they are a function of the parameters.
 
     Raises:
         ConfigError: ``_target_`` is not the path of a torch optimizer, or that optimizer refuses an
@@ -55,7 +53,7 @@ def make_optimizer(
         raise ConfigError("optimizer", reason, "{_target_: torch.optim.Adam, lr: 0.003}") from None
 
 
-class ThriceAdam(torch.optim.Adam):
+class TripleStepAdam(torch.optim.Adam):
     """Adam that takes each of its steps three times, on the same gradients.
 
     The published code lists every parameter three times in one group, and Adam updates moments,
@@ -70,13 +68,11 @@ class ThriceAdam(torch.optim.Adam):
         return loss
 
 
-# == distillation.settings
-# Settings of a training.
 class DistillSettings(RepairSettings):
     """What ``distill`` takes.
 
     Args:
-        steps: steps a task; each shows every task one batch of its images. 0: no training.
+        steps: steps per task; each shows every task one batch of its images. 0: no training.
         loss: ``output``, the mean L1 of the image features, or ``blocks``, which adds that of every
             block's token mean (SurgeryV2).
         optimizer: config of any torch optimizer (in Python also a function of the parameters). The

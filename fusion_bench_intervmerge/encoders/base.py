@@ -340,7 +340,8 @@ def check_expert(task: str, expert: VisionTower, merged: VisionTower) -> None:
     """Make sure that an expert has the merged encoder's architecture.
 
     Raises:
-        ConfigError: the first parameter of another shape, or that one of them lacks.
+        ConfigError: the first parameter of another shape, or that one of them lacks, or that is
+            not finite.
     """
     own = {name: tuple(p.shape) for name, p in merged.mergeable().items()}
     theirs = {name: tuple(p.shape) for name, p in expert.mergeable().items()}
@@ -352,3 +353,7 @@ def check_expert(task: str, expert: VisionTower, merged: VisionTower) -> None:
             f"{name} has shape {shape}, the merged encoder's {wanted}",
             "experts of one architecture",
         )
+    for name, parameter in expert.mergeable().items():
+        if not parameter.isfinite().all():
+            problem = f"{name} has numbers that are not finite"
+            raise ConfigError(f"modelpool.models.{task}", problem, "finite weights")

@@ -24,10 +24,9 @@ from safetensors import SafetensorError
 from torch.utils.data import Subset
 
 from ..config import ConfigError, Json
+from ..data import RunFolder, interruptible
 from ..distillation.loop import Distillation, distill
-from ..distillation.states import StateFolder, interruptible
 from ..encoders.base import VisionTower
-from ..expert_cache import ExpertCache
 from ..files import cache_root
 from ..merging import Mixture
 from ..model.artifact import check_place
@@ -257,7 +256,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
         states, solved = None, None
         if keep and not pool.pool.has_instance_models:  # nothing tells one live model from another
             run = self._identity(pool, model, tasks, described)
-            states = StateFolder(cache_root() / "states" / run, run)
+            states = RunFolder(cache_root() / "states" / run, run)
         if solves(model):
             solved = solve(model, experts, images, settings, fabric=self.fabric, states=states)
         if solved is not None and not settings.steps:
@@ -269,9 +268,16 @@ class IntervMergeAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
                 states=solved.states,
             )
             return Repaired(model, done, described)
-        cache = ExpertCache(cache_root() / "features") if keep else None
-        more = {"mixture": mixture, "fabric": self.fabric, "states": states, "cache": cache}
-        done = distill(model, experts, images, settings, **more)
+        done = distill(
+            model,
+            experts,
+            images,
+            settings,
+            mixture=mixture,
+            fabric=self.fabric,
+            states=states,
+            cache=pool.features,
+        )
         if solved is not None:
             done.seconds = solved.seconds | done.seconds
         return Repaired(model, done, described)
@@ -430,7 +436,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
             with interruptible("saving the model", states):
                 repaired.model.save_pretrained(folder)
         except (ConfigError, SafetensorError) as error:
-            kept = states is not None and states.newest() is not None
+            kept = states is not None and states.progress
             more = "; the training is kept, the same command goes on to the save" if kept else ""
             raise ConfigError("save_to", f"the model was not saved ({error}){more}") from None
         log.info("the model is saved in %s", folder)

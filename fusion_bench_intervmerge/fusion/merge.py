@@ -18,12 +18,13 @@ from fusion_bench.constants import RuntimeConstants
 from fusion_bench.utils import instantiate
 from lightning import Fabric
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..config import ConfigError
 from ..encoders.base import VisionTower
-from ..expert_cache import ExpertCache
-from ..files import cache_root
+from ..files import atomic_file, cache_root
 from ..merging import CoefficientSettings, Mixture, initial_coefficients, mix
 from .host import attach, prints_in_the_log
 from .pools import ExpertPool, checked_loads
@@ -194,15 +195,16 @@ def run_adamerging(
     if not keep or pool.has_instance_models:  # nothing tells one live module from another
         return _find_coefficients(config, pool, fabric, program)
     key, folder = _cache_key(config, pool), cache_root() / "coefficients"
-    cache = ExpertCache(folder)
+    path = folder / f"{key}.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{key}.lock"):
-        saved = cache.get(key)
-        if saved is not None:
-            log.info("AdaMerging's coefficients are those of an earlier run, %s/%s", folder, key)
-            return saved[0]["coefficients"]
-        coefficients = _find_coefficients(config, pool, fabric, program)
-        cache.put(key, {"coefficients": coefficients}, images="")
+        try:
+            coefficients = load_file(path)["coefficients"]
+            log.info("AdaMerging's coefficients are those of an earlier run, %s", path)
+        except (FileNotFoundError, SafetensorError, KeyError):
+            coefficients = _find_coefficients(config, pool, fabric, program)
+            with atomic_file(path) as temporary:
+                save_file({"coefficients": coefficients}, temporary)
         return coefficients
 
 

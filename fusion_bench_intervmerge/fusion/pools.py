@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from transformers import CLIPModel, CLIPProcessor
 
 from ..config import ConfigError, Json, check_task_name
+from ..distillation.loop import FeatureCache
 from ..encoders import as_tower
 from ..encoders.base import MissingProjectionError, VisionTower, check_expert
 
@@ -67,6 +68,7 @@ class ExpertPool:
             check_task_name(task, self.tasks[:index], "modelpool.models")
         self._projection: nn.Linear | None = None
         self._images: dict[tuple[str, str], CLIPDataset] = {}
+        self.features = FeatureCache()  # for the next method on this pool
 
     @property
     def family(self) -> str:

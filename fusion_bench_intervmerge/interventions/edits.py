@@ -1,8 +1,7 @@
-"""One task's edits: which function stands where, and of which rank."""
+"""One task's edits: which function acts where, and of which rank; and several tasks' at once."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
@@ -10,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..data import generator_of
 from .config import InterventionConfig
 from .functions import Function, build_function
 from .placement import Placement
 
-# == interventions.edits
-# One task's edits: which function stands where, and of which rank.
 Ranks = Mapping[str, Mapping[str, int]]  # site -> block -> rank
 
 
@@ -40,15 +38,13 @@ class Edits(nn.ModuleDict):
         seed: int,
         task: str,
     ):
-        digest = hashlib.sha256(f"{seed} {task}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        generator = generator_of(seed, task)
         super().__init__({site: nn.ModuleDict() for site in configs})
         self._configs, self._placements = dict(configs), dict(placements)
         for site, config in configs.items():
-            init = "reference" if config.init == "regression" else config.init
             for block in placements[site].blocks:
                 if rank := ranks.get(site, {}).get(str(block)):
-                    self.put(site, block, self._built(site, rank, init, generator))
+                    self.put(site, block, self._build(site, rank, config.init, generator))
 
     def set_rank(self, site: str, block: int, rank: int) -> Function | None:
         """Put a fresh edit of another rank at a place, at its published start; 0: none.
@@ -57,11 +53,11 @@ class Edits(nn.ModuleDict):
             ConfigError: a rank that does not fit.
         """
         generator = torch.Generator().manual_seed(0)
-        function = self._built(site, rank, "reference", generator) if rank else None
+        function = self._build(site, rank, "reference", generator) if rank else None
         self.put(site, block, function)
         return function
 
-    def _built(self, site: str, rank: int, init: str, generator: torch.Generator) -> Function:
+    def _build(self, site: str, rank: int, init: str, generator: torch.Generator) -> Function:
         config, placement = self._configs[site], self._placements[site]
         return build_function(
             config.function,
@@ -75,7 +71,7 @@ class Edits(nn.ModuleDict):
         )
 
     def at(self, site: str, block: int | str) -> Function | None:
-        """The edit at a place; None where there is none."""
+        """The edit at a place; None if there is none."""
         blocks = cast("nn.ModuleDict", self[site])
         return cast(Function, blocks[str(block)]) if str(block) in blocks else None
 
@@ -95,10 +91,10 @@ class Edits(nn.ModuleDict):
 
     def ranks(self) -> dict[str, dict[str, int]]:
         """Site -> block -> rank."""
-        found: dict[str, dict[str, int]] = {site: {} for site in self}
+        ranks: dict[str, dict[str, int]] = {site: {} for site in self}
         for site, block, function in self.places():
-            found[site][block] = function.rank
-        return found
+            ranks[site][block] = function.rank
+        return ranks
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the formulas, named ``<site>.<block>.<tensor>``."""
@@ -109,20 +105,18 @@ class Edits(nn.ModuleDict):
         }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what ``tensors`` gave."""
+        """Take over tensors that are named as ``tensors`` names them."""
         for site, block, function in self.places():
             function.load({n: tensors[f"{site}.{block}.{n}"] for n in function.tensors()})
 
 
-# == interventions.stacking
-# The edits of several tasks at one place, applied to one batch in one go.
 class Stacked:
-    """The edits of a batch's tasks.
+    """The edits of several tasks at one place, applied to one batch in one go.
 
     Args:
-        functions: one a task; None for a task without an edit here. One of them at least is there.
-        ids: for each image the index of its task; None where the images follow one another in equal
-            groups, one a task.
+        functions: one per task; None for a task without an edit here. At least one has an edit.
+        ids: for each image the index of its task; None if the images follow one another in equal
+            groups, one per task.
     """
 
     def __init__(self, functions: Sequence[Function | None], ids: Tensor | None):
@@ -132,7 +126,7 @@ class Stacked:
         self._tensors = tensors if ids is None else {n: t[ids] for n, t in tensors.items()}
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        """Edit (batch, chosen tokens, chosen width), one leading entry of the tensors a group."""
+        """Edit (batch, chosen tokens, chosen width); tensors have one leading entry per group."""
         terms, copies = self._form.prepared(self._tensors, vectors.dtype), self._form.copies
         grouped = vectors if self._mixed else vectors.unflatten(0, (self._count, -1))
         if copies is not None:
@@ -145,7 +139,7 @@ class Stacked:
 
 
 def stacked(functions: Sequence[Function | None]) -> dict[str, Tensor]:
-    """The functions' tensors side by side, a set a task.
+    """The functions' tensors side by side, one set per task.
 
     Ranks may differ, and a task may have no edit: rows of zeros take part in no formula.
     """

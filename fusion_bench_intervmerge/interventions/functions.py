@@ -124,6 +124,7 @@ class Function(nn.Module, ABC):
     edit: Callable[..., Tensor]
     takes_activation = False
     identity_start = True
+    solvable = False  # whether it has a closed solution, without an activation
 
     def __init_subclass__(cls) -> None:
         if cls.__name__.startswith("Parametrized"):  # torch derives it from a form with an R
@@ -171,7 +172,7 @@ class Function(nn.Module, ABC):
     def solved(cls, forms: ClosedForms, rank: int) -> dict[str, Tensor]:
         """The formula's tensors at which the edit comes closest to a target, in closed form.
 
-        Forms that have a solution override this and ``gains``.
+        Forms that are ``solvable`` override this and ``gains``.
         """
         raise TypeError(f"{cls.name} has no closed solution")
 
@@ -179,11 +180,6 @@ class Function(nn.Module, ABC):
     def gains(cls, forms: ClosedForms) -> Tensor:
         """(_, number of ranks), what each further rank takes off the mean squared distance."""
         raise TypeError(f"{cls.name} has no closed solution")
-
-    @classmethod
-    def is_solvable(cls) -> bool:
-        """Whether the form has a closed solution (without an activation)."""
-        return cls.solved.__func__ is not Function.solved.__func__  # type: ignore[attr-defined]
 
     def folded(self) -> Function:
         """An equal function that needs least at inference: the same outputs within rounding."""
@@ -293,6 +289,7 @@ class NodiReFT(Function):
     """
 
     takes_activation = True
+    solvable = True
     second = "W2"
     subtracts = False
 
@@ -380,6 +377,7 @@ class ConsReFT(Function):
     """
 
     identity_start = False
+    solvable = True
 
     def reset_parameters(self, generator: torch.Generator | None, identity: bool) -> None:
         self._register_orthonormal(generator)
@@ -400,6 +398,8 @@ class ConsReFT(Function):
 
 class Constant(Function):
     """z + v: what LobiReFT's R'b folds to at inference. v: (k); the rank plays no part."""
+
+    solvable = True
 
     def reset_parameters(self, generator: torch.Generator | None, identity: bool) -> None:
         # The identity either way: a free vector has no published start.
@@ -423,6 +423,8 @@ class LobiReFT(Function):
 
     R: (r, k) with orthonormal rows, b: (r).
     """
+
+    solvable = True
 
     def reset_parameters(self, generator: torch.Generator | None, identity: bool) -> None:
         self._register_orthonormal(generator)

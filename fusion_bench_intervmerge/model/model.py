@@ -182,6 +182,10 @@ class InterventionModel(nn.Module, ModelHubMixin):
             raise ValueError(f"no edits for task {task!r}; the model has: {', '.join(self.tasks)}")
         return cast(Edits, self.edits[_NAME.format(task)])
 
+    def ranks(self) -> dict[str, dict[str, dict[str, int]]]:
+        """Task -> site -> block -> rank of its edit; blocks without an edit are left out."""
+        return {task: self.edits_of(task).ranks() for task in self.tasks}
+
     def fold(self) -> InterventionModel:
         """A copy in the form that needs least at inference; outputs are unchanged.
 
@@ -251,8 +255,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
         Raises:
             ConfigError: the folder cannot be written to.
         """
-        ranks = {task: self.edits_of(task).ranks() for task in self.tasks}
-        equal = self._equal_ranks()
+        ranks, equal = self.ranks(), self._equal_ranks()
         saved = Artifact(
             tower=self.tower,
             interventions={site: config.to_dict() for site, config in self.interventions.items()},

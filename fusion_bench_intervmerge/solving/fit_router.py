@@ -31,9 +31,9 @@ def fit_router(
     Args:
         model: the model; it keeps the router as ``model.router``.
         images: task -> dataset of pixel values, or of (pixel values, anything).
-        settings: as the method's config file says them, or a router's name. None: where the model
-            has a router, these tasks are added to it, and the others stay to the bit; where it has
-            none, the defaults.
+        settings: as the method's config file says them, or a router's name. None: if the model has
+            a router, these tasks are added to it, and the others stay to the bit; if it has none,
+            the defaults.
         seed: which images of a dataset are taken, the same ones as for edits of that seed.
         num_workers: processes that decode images.
 

@@ -1,8 +1,9 @@
-"""Settings of a solution in closed form."""
+"""``solve``: edits in closed form for every task, at given ranks or within a budget."""
 
 from __future__ import annotations
 
 import heapq
+import json
 import logging
 import time
 from collections.abc import Hashable, Mapping, Sequence
@@ -12,20 +13,29 @@ from typing import Annotated, TypeVar
 import lightning as L
 import torch
 from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import ConfigError, whole
-from ..data import Datasets, RepairSettings, choose_images, computing_dtype, progress_bar
-from ..distillation.states import Progress, StateFolder, interruptible
+from ..data import (
+    Datasets,
+    RepairSettings,
+    RunFolder,
+    choose_images,
+    computing_dtype,
+    interruptible,
+    progress_bar,
+)
 from ..encoders.base import ExpertLoaders, check_expert
+from ..files import atomic_file
 from ..interventions.edits import Edits
 from ..interventions.functions import function_class
 from ..interventions.sites import SITES
 from ..model.model import InterventionModel
 from .sweep import Place, Sweep
 
-# == solving.settings
-# Settings of a solution in closed form.
+log = logging.getLogger(__name__)
 _MOST = 10**12
 _RANKS = Annotated[str, Field(pattern=r"^rank_[1-9]\d{0,5}$")]
 _ALLOWED = f"null, or a whole number, 1 to {_MOST}, or rank_R: as many as rank R at every place"
@@ -37,8 +47,7 @@ class SolveSettings(RepairSettings):
     Args:
         budget: extra parameters over all tasks, given out as ranks where they help most; for
             ``init: regression``. ``rank_4``: as many as rank 4 takes at every place, on any
-            encoder.
-            Null: every edit has the ``rank`` of its site.
+            encoder. Null: every edit has the ``rank`` of its site.
     """
 
     budget: Annotated[
@@ -46,33 +55,26 @@ class SolveSettings(RepairSettings):
     ] = None
 
 
-# == solving.budget
-# A budget of extra parameters, given out rank by rank to where each buys most.
 Key = TypeVar("Key", bound=Hashable)
+Gains = dict[Place, list[float]]
 
 
 def allocate(
     gains: Mapping[Key, Sequence[float]], costs: Mapping[Key, int], budget: int
 ) -> dict[Key, int]:
-    """Ranks by place: the greedy choice of the largest gain a number, until nothing more fits.
+    """Ranks by place: the greedy choice of the largest gain per parameter, until nothing fits.
 
     Gains fall from rank to rank, so at equal costs no other choice within the budget gains more.
 
     Args:
         gains: place -> what its first, second, ... rank gains; it ends at the first that gains
             nothing.
-        costs: place -> numbers a rank takes.
-        budget: numbers that may be spent.
+        costs: place -> parameters that each rank takes.
+        budget: parameters that may be spent.
 
     Returns:
-        Key -> its rank, zero allowed; the ranks' numbers never exceed the budget.
-
-    Raises:
-        ConfigError: the budget buys not one rank.
+        Key -> its rank, zero allowed; the ranks' parameters never exceed the budget.
     """
-    if budget < min(costs.values()):
-        allowed = f"{min(costs.values())} or more, the numbers of one rank"
-        raise ConfigError("budget", f"{budget} numbers buy not one rank", allowed)
     ranks = dict.fromkeys(gains, 0)
     order = {place: index for index, place in enumerate(gains)}  # decides between equal gains
     waiting = [(-g[0] / costs[p], order[p], p) for p, g in gains.items() if len(g) and g[0] > 0]
@@ -89,29 +91,24 @@ def allocate(
     return ranks
 
 
-# == solving.solver
-# ``solve``: edits in closed form for every task, at given ranks or within a budget.
-log = logging.getLogger(__name__)
-
-
 @dataclass
 class Solution:
-    """What ``solve`` did.
+    """The result of ``solve``.
 
     Attributes:
         images: task -> dataset indices of the images seen.
         expert_features: task -> (images seen, projection_dim).
-        gains: task -> what each further rank at each place takes off the mean squared distance of
-            a row to the expert's, place by place as in ``solved_places``.
+        gains: task -> place -> what each further rank there takes off the mean squared distance of
+            a row to the expert's.
         seconds: wall-clock time, as ``solving``.
-        states: what is kept on disk of the run, if anything.
+        states: where finished tasks are kept on disk, if they are.
     """
 
     images: dict[str, list[int]]
     expert_features: dict[str, Tensor]
     gains: dict[str, dict[Place, list[float]]]
     seconds: dict[str, float]
-    states: StateFolder | None = None
+    states: RunFolder | None = None
 
 
 @torch.no_grad()
@@ -124,14 +121,14 @@ def solve(
     ridge: float | None = None,
     class_weight: float | None = None,
     fabric: L.Fabric | None = None,
-    states: StateFolder | None = None,
+    states: RunFolder | None = None,
     **keywords: object,
 ) -> Solution:
     """Find the edits of sites whose ``init`` is ``regression``, in closed form, without labels.
 
-    With a budget, its numbers go, rank by rank, to the (task, site, block) where the next one takes
-    most off the distance to the expert, as a first solution at full rank tells. Images' states that
-    do not fit in ``data.cache_gb`` lie in a temporary file.
+    A budget goes, rank by rank, to the (task, site, block) where the next rank takes most off the
+    distance to the expert, as measured by a first solution at full rank. Images' states that do not
+    fit in ``data.cache_gb`` are in a temporary file.
 
     Args:
         model: the model, whose edits at these sites are replaced; other edits act as they are.
@@ -143,17 +140,20 @@ def solve(
             cross-validation.
         class_weight: how many patch tokens the class token counts for; half of them by default.
         fabric: device, precision and processes; one device by default.
-        states: where to keep what is solved of a run that may be stopped, until ``clear``; None:
-            nowhere.
+        states: where to keep the finished tasks of a run that may be stopped; None: nowhere.
         keywords: in place of ``settings`` its fields, and those of its ``data``: ``budget=6192``.
 
     Raises:
         ConfigError: no such site, a form without a closed solution, no images for a task, or a
-            budget that buys not one rank.
-        Interrupted: on Ctrl-C; the tasks that were finished are kept.
+            budget below the cost of one rank.
+        Interrupted: on Ctrl-C; finished tasks are kept.
     """
     settings = SolveSettings.of(settings, keywords)
     data, budget = settings.data, budget_in_numbers(settings.budget, model, len(experts))
+    cheapest = min(_cost_of_a_rank(model).values(), default=0)
+    if budget is not None and budget < cheapest:
+        problem = f"{budget} parameters are below the cost of one rank"
+        raise ConfigError("budget", problem, f"{cheapest} or more")
     fabric = fabric or L.Fabric(devices=1, accelerator="auto")
     for task in experts:
         model.edits_of(task)
@@ -161,11 +161,12 @@ def solve(
             raise ConfigError("modelpool", f"no images for task {task!r}")
     chosen = {task: choose_images(task, len(images[task]), data, settings.seed) for task in experts}
     places = solved_places(model)
-    states = states.of("solved") if states is not None else None
-    finished = _Finished(states, places, writes=fabric.is_global_zero)
+    files = _Files(states, places, len(experts), writes=fabric.is_global_zero)
     started = time.perf_counter()
     home, dtype = model.tower.device, computing_dtype(fabric)
     weight = (model.tower.num_tokens - 1) / 2 if class_weight is None else class_weight
+    gains: dict[str, Gains] = {}
+    features: dict[str, Tensor] = {}
 
     def sweep(task: str, ranks: Mapping[Place, int] | None) -> Sweep:
         keys = [(task, index) for index in chosen[task]]
@@ -179,31 +180,32 @@ def solve(
     blocks = model.tower.num_blocks * len(chosen) * (1 if budget is None else 2)
     try:
         model.to(fabric.device)
-        with (
-            interruptible("solving", states),
-            progress_bar(fabric, "solving", blocks) as shown,
-        ):
+        with interruptible("solving", states), progress_bar(fabric, "solving", blocks) as shown:
             same = {place: model.interventions[place[0]].rank for place in places}
             ranks = {task: same for task in experts}
             if budget is not None:
                 for task in experts:
-                    if not finished.has_gains(task):
-                        finished.keep_gains(task, sweep(task, None).gains)
+                    _, measured = files.read("measured", task)
+                    if measured is None:
+                        measured = sweep(task, None).gains
+                        files.write("measured", task, measured, {})
                         for place in places:  # at full rank they are large
                             model.edits_of(task).set_rank(*place, 0)
-                ranks = share_out(model, {task: finished.gains(task) for task in experts}, budget)
+                    gains[task] = measured
+                ranks = share_out(model, gains, budget)
             for task in experts:
-                if not finished.restore(model, task):
+                solved = files.restore(task, model.edits_of(task))
+                if solved is None:
                     done = sweep(task, ranks[task])
-                    if budget is None:
-                        finished.keep_gains(task, done.gains)
-                    finished.keep_edits(model, task, done.features)
+                    solved = done.features, gains.get(task, done.gains)
+                    files.keep(task, model.edits_of(task), *solved)
+                features[task], gains[task] = solved
     finally:
         model.to(home)
     return Solution(
         images=chosen,
-        expert_features={task: finished.features(task) for task in experts},
-        gains={task: finished.gains(task) for task in experts},
+        expert_features=features,
+        gains=gains,
         seconds={"solving": time.perf_counter() - started},
         states=states if fabric.is_global_zero else None,
     )
@@ -221,10 +223,10 @@ def solved_places(model: InterventionModel) -> list[Place]:
     for site in sites:
         config = model.interventions[site]
         if SITES[site].closed_form is None:
-            solvable = ", ".join(name for name, of in SITES.items() if of.closed_form)
+            solvable = ", ".join(name for name, each in SITES.items() if each.closed_form)
             problem = "edits at this site are not solved in closed form"
             raise ConfigError(f"interventions.{site}.init", problem, f"regression at {solvable}")
-        if config.activation is not None or not function_class(config.function).is_solvable():
+        if config.activation is not None or not function_class(config.function).solvable:
             what = config.function + (f" with {config.activation}" if config.activation else "")
             raise ConfigError(
                 f"interventions.{site}.init",
@@ -242,21 +244,17 @@ def solved_places(model: InterventionModel) -> list[Place]:
 
 
 def share_out(
-    model: InterventionModel, gains: Mapping[str, Mapping[Place, Sequence[float]]], budget: int
+    model: InterventionModel, gains: Mapping[str, Gains], budget: int
 ) -> dict[str, dict[Place, int]]:
-    """Task -> place -> rank, within a budget over all tasks.
-
-    Raises:
-        ConfigError: the budget buys not one rank.
-    """
+    """Task -> place -> rank, within a budget over all tasks."""
     costs = _cost_of_a_rank(model)
-    flat = {(task, place): g for task, of in gains.items() for place, g in of.items()}
+    flat = {(task, place): g for task, own in gains.items() for place, g in own.items()}
     ranks = allocate(flat, {key: costs[key[1][0]] for key in flat}, budget)
-    return {task: {place: ranks[task, place] for place in of} for task, of in gains.items()}
+    return {task: {place: ranks[task, place] for place in own} for task, own in gains.items()}
 
 
 def budget_in_numbers(budget: int | str | None, model: InterventionModel, tasks: int) -> int | None:
-    """A budget in numbers: ``rank_4`` is what rank 4 at every solved place takes.
+    """A budget in parameters: ``rank_4`` is what rank 4 at every solved place takes.
 
     Args:
         budget: as ``SolveSettings`` has it.
@@ -266,12 +264,12 @@ def budget_in_numbers(budget: int | str | None, model: InterventionModel, tasks:
     if not isinstance(budget, str):
         return budget
     costs = _cost_of_a_rank(model)
-    of_one_task = sum(costs[site] for site, _ in solved_places(model))
-    return int(budget.removeprefix("rank_")) * of_one_task * tasks
+    per_task = sum(costs[site] for site, _ in solved_places(model))
+    return int(budget.removeprefix("rank_")) * per_task * tasks
 
 
 def _cost_of_a_rank(model: InterventionModel) -> dict[str, int]:
-    """Site -> numbers that each rank of an edit takes there."""
+    """Site -> parameters that each rank of an edit takes there."""
     ones = {
         site: {str(placement.blocks[0]): 1}
         for site, placement in model.placements.items()
@@ -284,64 +282,79 @@ def _cost_of_a_rank(model: InterventionModel) -> dict[str, int]:
     }
 
 
-class _Finished:
-    """What of a run is solved: in memory, and on disk where there is a state folder.
+class _Files:
+    """Finished tasks on disk: what they gain (``measured``), then their edits (``solved``).
 
     Args:
-        states: the run's states, read at once.
-        places: of the run, in order.
-        writes: whether this process is the one that writes states.
+        folder: the run's; None: nothing is kept.
+        places: the solved places, in order.
+        tasks: how many tasks the run has.
+        writes: whether this process is the one that writes.
     """
 
-    def __init__(self, states: StateFolder | None, places: Sequence[Place], writes: bool):
-        self._states, self._places, self._writes = states, places, writes
-        self._tensors = {} if states is None else states.tensors()
-        if self._tensors:
-            log.info("going on with what is solved already")
+    def __init__(self, folder: RunFolder | None, places: Sequence[Place], tasks: int, writes: bool):
+        self._folder, self._places, self._tasks, self._writes = folder, places, tasks, writes
+        self._finished = {"measured": 0, "solved": 0}
 
-    def has_gains(self, task: str) -> bool:
-        return f"gains.{task}.0" in self._tensors
+    def restore(self, task: str, edits: Edits) -> tuple[Tensor, Gains] | None:
+        """Put solved edits back; the expert's features and the gains. None: not solved yet."""
+        tensors, gains = self.read("solved", task)
+        if gains is None:
+            return None
+        for (site, block), rank in zip(self._places, tensors["ranks"].tolist(), strict=True):
+            function = edits.set_rank(site, block, rank)
+            if function is not None:
+                start = f"edits.{site}.{block}."
+                function.load({name: tensors[start + name] for name in function.tensors()})
+        return tensors["features"], gains
 
-    def gains(self, task: str) -> dict[Place, list[float]]:
-        """What each further rank at each place gains."""
-        return {
-            place: self._tensors[f"gains.{task}.{index}"].tolist()
-            for index, place in enumerate(self._places)
+    def keep(self, task: str, edits: Edits, features: Tensor, gains: Gains) -> None:
+        functions = {place: edits.at(*place) for place in self._places}
+        ranks = [0 if function is None else function.rank for function in functions.values()]
+        tensors = {
+            f"edits.{site}.{block}.{name}": tensor.detach().cpu().contiguous()
+            for (site, block), function in functions.items()
+            if function is not None
+            for name, tensor in function.tensors().items()
         }
+        tensors |= {"features": features, "ranks": torch.tensor(ranks)}
+        self.write("solved", task, gains, tensors)
 
-    def features(self, task: str) -> Tensor:
-        """The expert's image features (images, projection_dim)."""
-        return self._tensors[f"features.{task}"]
+    def read(self, kind: str, task: str) -> tuple[dict[str, Tensor], Gains | None]:
+        """A file's tensors and gains; neither if there is no such file, or one of another run."""
+        if self._folder is None:
+            return {}, None
+        path = self._folder.file(f"{kind}-{task}.safetensors")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if header["run"] != self._folder.run:
+                raise ValueError("it belongs to another run")
+            gains = dict(zip(self._places, json.loads(header["gains"]), strict=True))
+        except FileNotFoundError:
+            return {}, None
+        except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
+            log.warning("%s is not used: %s", path, error)
+            return {}, None
+        log.info("%s is %s already", task, kind)
+        self._count(kind)
+        return tensors, gains
 
-    def restore(self, model: InterventionModel, task: str) -> bool:
-        """Put a task's edits into the model, if they are solved."""
-        if f"ranks.{task}" not in self._tensors:
-            return False
-        ranks = self._tensors[f"ranks.{task}"].tolist()
-        for index, (place, rank) in enumerate(zip(self._places, ranks, strict=True)):
-            function = model.edits_of(task).set_rank(*place, rank)
-            if function is not None:
-                start = f"edits.{task}.{index}."
-                function.load({n: self._tensors[start + n] for n in function.tensors()})
-        return True
+    def write(self, kind: str, task: str, gains: Gains, tensors: dict[str, Tensor]) -> None:
+        if self._folder is None or not self._writes:
+            return
+        header = {"run": self._folder.run, "gains": json.dumps(list(gains.values()))}
+        try:
+            with atomic_file(self._folder.file(f"{kind}-{task}.safetensors")) as temporary:
+                save_file(tensors, temporary, header)
+        except (ConfigError, SafetensorError, OSError) as error:
+            log.warning("task %s was not kept: %s", task, error)
+        else:
+            self._count(kind)
 
-    def keep_gains(self, task: str, gains: Mapping[Place, Sequence[float]]) -> None:
-        for index, place in enumerate(self._places):
-            self._tensors[f"gains.{task}.{index}"] = torch.tensor(gains[place], dtype=torch.float64)
-        self._save()
-
-    def keep_edits(self, model: InterventionModel, task: str, features: Tensor) -> None:
-        ranks = model.edits_of(task).ranks()
-        of_places = [ranks[site].get(str(block), 0) for site, block in self._places]
-        self._tensors[f"ranks.{task}"] = torch.tensor(of_places)
-        self._tensors[f"features.{task}"] = features
-        for index, (site, block) in enumerate(self._places):
-            function = model.edits_of(task).at(site, block)
-            if function is not None:
-                for name, tensor in function.tensors().items():
-                    self._tensors[f"edits.{task}.{index}.{name}"] = tensor.detach().cpu()
-        self._save()
-
-    def _save(self) -> None:
-        if self._states is not None and self._writes:
-            self._states.save(Progress(len(self._tensors), torch.empty(0)), self._tensors)
+    def _count(self, kind: str) -> None:
+        assert self._folder is not None
+        self._finished[kind] += 1
+        tasks = f"{self._finished[kind]} of {self._tasks} tasks are {kind}"
+        self._folder.progress = f"{tasks}; the same command goes on from there"
