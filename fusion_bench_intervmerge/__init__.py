@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .calibration import CalibrationSettings, calibrate
     from .deploy.clip import to_clip_model
     from .distillation.loop import distill
     from .distillation.settings import DistillSettings
@@ -16,11 +17,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "CalibrationSettings",
     "DistillSettings",
     "InterventionConfig",
     "InterventionModel",
     "RouterSettings",
     "SolveSettings",
+    "calibrate",
     "distill",
     "fit_router",
     "solve",
@@ -28,11 +31,13 @@ __all__ = [
 ]
 
 _HOME = {
+    "CalibrationSettings": ".calibration",
     "DistillSettings": ".distillation.settings",
     "InterventionConfig": ".interventions.config",
     "InterventionModel": ".model.model",
     "RouterSettings": ".model.router",
     "SolveSettings": ".solving.solve",
+    "calibrate": ".calibration",
     "distill": ".distillation.loop",
     "fit_router": ".solving.fit_router",
     "solve": ".solving.solve",

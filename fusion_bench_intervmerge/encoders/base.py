@@ -10,11 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import Self
 
@@ -42,6 +44,29 @@ class Sizes(Settings, extra="ignore"):
     num_channels: Size
     image_size: Size
     patch_size: Size
+
+
+@dataclass(frozen=True)
+class ResidualMap:
+    """A linear map that writes into the residual stream: ``scale * (weight h + bias)``.
+
+    Attributes:
+        reads: the states before the map adds, (batch, num_tokens, width) -> its input h,
+            (batch, num_tokens, inputs).
+        weight: (width, inputs).
+        bias: (width).
+        scale: (width), of the layer scale behind the map; None if there is none.
+    """
+
+    reads: Callable[[Tensor], Tensor]
+    weight: nn.Parameter
+    bias: nn.Parameter
+    scale: Tensor | None = None
+
+    def add(self, states: Tensor) -> Tensor:
+        """The states behind the map, (batch, num_tokens, width)."""
+        added = functional.linear(self.reads(states), self.weight, self.bias)
+        return states + (added if self.scale is None else self.scale * added)
 
 
 class VisionTower(nn.Module, ABC):
@@ -110,6 +135,12 @@ class VisionTower(nn.Module, ABC):
     def run_block(self, index: int, states: Tensor) -> Tensor:
         """States that enter a block -> states that leave it."""
         return first(self.block(index)(states))
+
+    @abstractmethod
+    def residual_maps(self, index: int) -> tuple[ResidualMap, ResidualMap]:
+        """The attention's output projection and the MLP's last layer: one after the other they add
+        all that a block adds to the states.
+        """
 
     @abstractmethod
     def readout(self, states: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Any, Literal, cast
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..config import Json, Settings, Size
-from .base import Sizes, VisionTower
+from .base import ResidualMap, Sizes, VisionTower, first
 
 
 class _Sizes(Sizes):
@@ -74,8 +75,31 @@ class DINOv2Tower(VisionTower):
             raise ValueError(f"images of {images.shape[-1]} pixels, not {self.image_size}")
         return states
 
-    def block(self, index: int) -> nn.Module:
+    def block(self, index: int) -> Any:
         return self.model.encoder.layer[index]
+
+    def residual_maps(self, index: int) -> tuple[ResidualMap, ResidualMap]:
+        block = self.block(index)
+        attention, out, mlp = block.attention.attention, block.attention.output.dense, block.mlp
+
+        def hidden(states: Tensor) -> Tensor:
+            x = block.norm2(states)
+            if hasattr(mlp, "weights_in"):  # SwiGLU
+                gate, x = mlp.weights_in(x).chunk(2, dim=-1)
+                return F.silu(gate) * x
+            return mlp.activation(mlp.fc1(x))
+
+        last = mlp.weights_out if hasattr(mlp, "weights_out") else mlp.fc2
+        scales = block.layer_scale1.lambda1, block.layer_scale2.lambda1
+        return (
+            ResidualMap(
+                lambda states: first(attention(block.norm1(states))),
+                out.weight,
+                out.bias,
+                scales[0],
+            ),
+            ResidualMap(hidden, last.weight, last.bias, scales[1]),
+        )
 
     def readout(self, states: Tensor) -> Tensor:
         if not self.reads_patches:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import Json, Settings, Size
-from .base import MissingProjectionError, Sizes, VisionTower, first
+from .base import MissingProjectionError, ResidualMap, Sizes, VisionTower, first
 
 # What transformers' CLIP models call themselves.
 _CLIP = ("clip", "clip_vision_model")
@@ -91,7 +91,8 @@ class HuggingFaceTower(VisionTower):
         layer = self.block(index)
         return first(layer(states, None, None) if _takes_two_masks(layer) else layer(states, None))
 
-    def attend(self, index: int, states: Tensor) -> Tensor:
+    def _mixed(self, index: int, states: Tensor, queries: int | None = None) -> Tensor:
+        """What the self-attention's output projection reads, of the first ``queries`` tokens."""
         layer = self.block(index)
         attention = layer.self_attn
 
@@ -99,13 +100,28 @@ class HuggingFaceTower(VisionTower):
             return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
         x = layer.layer_norm1(states)
-        z = F.scaled_dot_product_attention(
-            heads(attention.q_proj(x[:, :1])),
+        mixed = F.scaled_dot_product_attention(
+            heads(attention.q_proj(x[:, :queries])),
             heads(attention.k_proj(x)),
             heads(attention.v_proj(x)),
             scale=attention.scale,
         )
-        return attention.out_proj(z.transpose(1, 2).flatten(2))
+        return mixed.transpose(1, 2).flatten(2)
+
+    def attend(self, index: int, states: Tensor) -> Tensor:
+        return self.block(index).self_attn.out_proj(self._mixed(index, states, 1))
+
+    def residual_maps(self, index: int) -> tuple[ResidualMap, ResidualMap]:
+        layer = self.block(index)
+        out, mlp = layer.self_attn.out_proj, layer.mlp
+        return (
+            ResidualMap(lambda states: self._mixed(index, states), out.weight, out.bias),
+            ResidualMap(
+                lambda states: mlp.activation_fn(mlp.fc1(layer.layer_norm2(states))),
+                mlp.fc2.weight,
+                mlp.fc2.bias,
+            ),
+        )
 
     def finish(self, index: int, state: Tensor, z: Tensor) -> Tensor:
         layer = self.block(index)

@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..config import Count, Json, Settings, Size
-from .base import VisionTower
+from .base import ResidualMap, VisionTower
 
 # OpenAI's, for towers that came without a preprocessing of their own
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -102,6 +103,25 @@ class OpenCLIPTower(VisionTower):
         block = self.block(index)
         state = state + block.ls_1(self.tapped("attention", index, z))
         return self.tapped("block", index, state + block.ls_2(block.mlp(block.ln_2(state))))
+
+    def residual_maps(self, index: int) -> tuple[ResidualMap, ResidualMap]:
+        block = self.block(index)
+        attention, mlp = block.attn, block.mlp
+
+        def mixed(states: Tensor) -> Tensor:
+            """What torch's own attention hands to its output projection, which it does not call."""
+            x = F.linear(block.ln_1(states), attention.in_proj_weight, attention.in_proj_bias)
+            heads = x.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+
+        def hidden(states: Tensor) -> Tensor:
+            return mlp[:-1](block.ln_2(states))
+
+        out, last = attention.out_proj, mlp[-1]
+        return (
+            ResidualMap(mixed, out.weight, out.bias, getattr(block.ls_1, "gamma", None)),
+            ResidualMap(hidden, last.weight, last.bias, getattr(block.ls_2, "gamma", None)),
+        )
 
     def readout(self, states: Tensor) -> Tensor:
         return self.output(self.visual.ln_post(states[:, 0]) @ self.visual.proj)

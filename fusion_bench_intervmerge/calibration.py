@@ -1,0 +1,487 @@
+"""Better weights for a merged encoder, in closed form, from a few unlabelled images of each task.
+
+Two linear maps of a block write into the residual stream: the attention's output projection and the
+MLP's last layer. From the first block to the last each is solved anew, for all tasks at once, so
+that behind it the stream is as close as it can be to the one in each task's expert. With h what the
+map reads in the calibrated encoder so far, s the stream that it adds to, and e the expert's stream
+behind the expert's own map, of the same images and tokens::
+
+    min over W, b   sum over tasks and rows  w |W h + b - (e - s)|^2  +  ridge * scale * |W - A|^2
+    A = W_pretrained + anchor * (W_merged - W_pretrained)
+
+w weighs tokens: the class token counts as much as half of the patches together, and alone in the
+last block if nothing else is read there. scale is the mean variance of the entries of h. Since each
+map is solved on what the maps before it give, errors do not add up from block to block.
+
+Only sums over rows are kept, for each fold of the images, so that the ridge of each map can be
+chosen by cross-validation over images: rows of one image are not independent of each other.
+
+Relatives: RegMean (arXiv 2212.09849) fits each linear map to the experts' outputs on their own
+inputs; FeatCal (arXiv 2605.13030) on a mixture of the expert's and the merged encoder's.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import lightning as L
+import torch
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import ConfigError, whole
+from .data import (
+    Datasets,
+    RepairSettings,
+    RunFolder,
+    choose_images,
+    computing_dtype,
+    interruptible,
+    progress_bar,
+    read_images,
+)
+from .encoders.base import ExpertLoaders, ResidualMap, VisionTower, check_expert
+from .files import atomic_file
+from .solving.sweep import ImageStates
+
+log = logging.getLogger(__name__)
+
+RIDGES = tuple(10 ** (exponent / 2) for exponent in range(4, -9, -1))  # 100 to 1e-4
+PANEL = 512  # columns of a product of which only the upper triangle is needed
+FILE = "calibration.safetensors"
+TINY, EPSILON = 1e-300, torch.finfo(torch.float64).eps
+_POSITIVE = "null, or a positive number"
+
+
+class CalibrationSettings(RepairSettings):
+    """What ``calibrate`` takes.
+
+    Args:
+        ridge: how much is paid for leaving the anchor, in mean variances of what a map reads. Null:
+            chosen for each map by cross-validation over images.
+        anchor: where solutions are drawn to, from the pretrained weights (0) over the merged ones
+            (1) to beyond them, as far again (2).
+        folds: of the cross-validation.
+    """
+
+    ridge: Annotated[float | None, Field(gt=0, description=_POSITIVE)] = None
+    anchor: Annotated[float, Field(ge=0, le=10, description="a number, 0 to 10")] = 2.0
+    folds: Annotated[int, whole(2, 100)] = 5
+
+
+@torch.no_grad()
+def calibrate(
+    tower: VisionTower,
+    pretrained: VisionTower,
+    experts: ExpertLoaders,
+    images: Datasets,
+    settings: CalibrationSettings | None = None,
+    *,
+    class_weight: float | None = None,
+    fabric: L.Fabric | None = None,
+    states: RunFolder | None = None,
+    **keywords: object,
+) -> VisionTower:
+    """Solve the maps that write into the residual stream anew, block by block, without labels.
+
+    Args:
+        tower: the merged encoder; it is not changed.
+        pretrained: what the experts were fine-tuned from.
+        experts: task -> function that loads the expert. Each is loaded once; of all but one only
+            files are kept.
+        images: task -> dataset of pixel values, or of (pixel values, anything).
+        settings: how, as the method's config file says it.
+        class_weight: how many patch tokens the class token counts for; half of them by default.
+        fabric: device, precision and processes; one device by default.
+        states: where to keep the finished blocks of a run that may be stopped, until ``clear``;
+            None: nowhere.
+        keywords: in place of ``settings`` its fields, and those of its ``data``: ``split="train"``.
+
+    Returns:
+        A copy of ``tower`` with other weights in these maps, of the same shapes and types, on the
+        same device.
+
+    Raises:
+        ConfigError: no experts, no images for a task, an expert of another architecture, or weights
+            or images that are not finite.
+        Interrupted: on Ctrl-C; the blocks that were finished are kept.
+    """
+    settings = CalibrationSettings.of(settings, keywords)
+    fabric = fabric or L.Fabric(devices=1, accelerator="auto")
+    if not experts:
+        raise ConfigError("modelpool.models", "there are no experts", "one model per task")
+    for task in experts:
+        if task not in images:
+            raise ConfigError("modelpool", f"no images for task {task!r}")
+    check_expert("_pretrained_", pretrained, tower)
+    check_finite("_pretrained_", pretrained)
+    weight = (tower.num_tokens - 1) / 2 if class_weight is None else class_weight
+    calibrated = copy.deepcopy(tower).to(fabric.device).eval()
+    expert = copy.deepcopy(calibrated)
+    dtype = computing_dtype(fabric)
+    with (
+        interruptible("calibrating", states),
+        tempfile.TemporaryDirectory(prefix="experts-") as folder,
+        calibrated.in_dtype(dtype),
+        expert.in_dtype(dtype),
+        progress_bar(fabric, "calibrating", tower.num_blocks) as shown,
+    ):
+        streams = Streams(calibrated, expert, experts, images, settings, fabric, Path(folder))
+        solved = _Solved(states, fabric)
+        for block in range(tower.num_blocks):
+            streams.enter(block)
+            tokens = token_weights(tower, block, weight).to(fabric.device)
+            anchors = tower.residual_maps(block), pretrained.residual_maps(block)
+            for index, map_ in enumerate(calibrated.residual_maps(block)):
+                name, merged = f"{block}.{index}", anchors[0][index]
+                if solved.has(name):
+                    streams.move_experts(index)
+                else:
+                    anchor = _anchor(merged, anchors[1][index], settings.anchor, fabric.device)
+                    sums = streams.sums(index, map_, anchor, tokens)
+                    solution, bias, ridge = sums.solve(settings.ridge, map_.scale)
+                    log.info("block %d, map %d: ridge %.2g", block, index, ridge)
+                    solved.add(name, *_written(map_.scale, merged, solution, bias))
+                solved.write(name, map_)
+                streams.move(map_)
+            solved.save(block)
+            shown.update()
+    for block in range(tower.num_blocks):  # in their own type now
+        for index, map_ in enumerate(calibrated.residual_maps(block)):
+            solved.write(f"{block}.{index}", map_)
+    return calibrated.to(tower.device)
+
+
+def _anchor(
+    merged: ResidualMap, pretrained: ResidualMap, anchor: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """W and b on the line through the pretrained and the merged ones, in float64."""
+    pairs = (merged.weight, pretrained.weight), (merged.bias, pretrained.bias)
+    weight, bias = (
+        a.to(device).double() + (anchor - 1) * (a.to(device).double() - b.to(device).double())
+        for a, b in pairs
+    )
+    return weight, bias
+
+
+def _written(
+    scale: Tensor | None, merged: ResidualMap, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A solution in the merged map's type; an output that is scaled to nothing stays as it is."""
+    weight, bias = weight.to(merged.weight), bias.to(merged.bias)
+    if scale is not None:
+        gone = (scale == 0).to(weight.device)
+        weight = torch.where(gone.unsqueeze(1), merged.weight, weight)
+        bias = torch.where(gone, merged.bias, bias)
+    return weight, bias
+
+
+def token_weights(tower: VisionTower, block: int, class_weight: float) -> Tensor:
+    """(num_tokens), what each token of a block counts."""
+    read = tower.reads_patches or block < tower.num_blocks - 1
+    weights = torch.full((tower.num_tokens,), 1.0 if read else 0.0)
+    weights[0] = class_weight
+    return weights
+
+
+def check_finite(name: str, tower: VisionTower) -> None:
+    """Make sure that a model's weights are numbers.
+
+    Raises:
+        ConfigError: the first parameter that has others.
+    """
+    for parameter, tensor in tower.mergeable().items():
+        if not tensor.isfinite().all():
+            raise ConfigError(
+                f"modelpool.models.{name}", f"{parameter} is not finite", "finite weights"
+            )
+
+
+class Streams:
+    """The images' residual streams in the calibrated encoder and in their experts.
+
+    Args:
+        calibrated: the encoder that is being calibrated.
+        expert: a tower of the same architecture, whose blocks take the experts' weights.
+        experts, images, settings, fabric: as in ``calibrate``; each process takes its share.
+        folder: where the experts' blocks are kept.
+    """
+
+    def __init__(
+        self,
+        calibrated: VisionTower,
+        expert: VisionTower,
+        experts: ExpertLoaders,
+        images: Datasets,
+        settings: CalibrationSettings,
+        fabric: L.Fabric,
+        folder: Path,
+    ):
+        self._expert, self._settings, self._fabric = expert, settings, fabric
+        self._folder, self._block = folder, 0
+        data = settings.data
+        self._chosen = {
+            task: choose_images(task, len(images[task]), data, settings.seed) for task in experts
+        }
+        total = sum(len(chosen) for chosen in self._chosen.values())
+        self._folds = min(settings.folds, total)
+        self._fold: dict[str, list[int]] = {}  # of each batch
+        self._states: dict[str, ImageStates] = {}
+        self._targets: dict[str, ImageStates] = {}
+        room = data.cache_gb * 2**30 / (2 * len(experts))
+        size = max(16, min(256, 2**20 // (calibrated.num_tokens * calibrated.width)))
+        seen = 0
+        for task, load in experts.items():
+            self._states[task] = ImageStates(room, fabric.device)
+            self._targets[task] = ImageStates(room, fabric.device)
+            loaded = load()
+            check_expert(task, loaded, calibrated)
+            check_finite(task, loaded)
+            self._keep(task, loaded)
+            batches = list(self._batches(task, seen, size))
+            mine = batches[fabric.global_rank :: fabric.world_size]
+            self._fold[task] = [fold for fold, _ in mine]
+            keys = [batch for _, batch in mine]
+            for pixels in read_images(images, keys, data.num_workers):
+                if not pixels.isfinite().all():
+                    raise ConfigError("modelpool", f"an image of {task!r} has pixels that are NaN")
+                pixels = pixels.to(fabric.device, calibrated.dtype)
+                self._states[task].append(calibrated.embed(pixels))
+                self._targets[task].append(expert.embed(pixels))
+            seen += len(self._chosen[task])
+
+    def _batches(
+        self, task: str, seen: int, size: int
+    ) -> Iterator[tuple[int, list[tuple[str, int]]]]:
+        """A task's batches, each of one fold; the images of all tasks take turns in the folds."""
+        keys = [(task, index) for index in self._chosen[task]]
+        for fold in range(self._folds):
+            own = keys[(fold - seen) % self._folds :: self._folds]
+            for start in range(0, len(own), size):
+                yield fold, own[start : start + size]
+
+    def _keep(self, task: str, loaded: VisionTower) -> None:
+        """Write an expert's blocks to its file, and take over what comes before them."""
+        expert = self._expert
+        expert.load_weights(loaded.weights())
+        tensors = {
+            f"{block}.{name}": tensor.contiguous()
+            for block in range(expert.num_blocks)
+            for name, tensor in expert.block(block).state_dict().items()
+        }
+        save_file(tensors, self._folder / f"{task}.safetensors")
+
+    def enter(self, block: int) -> None:
+        """Go on with a block."""
+        self._block = block
+
+    def _experts(self, index: int) -> Iterator[tuple[str, ResidualMap]]:
+        """Each task with its expert's map; the one that was given before is gone then."""
+        block = self._expert.block(self._block)
+        for task in self._states:
+            with safe_open(self._folder / f"{task}.safetensors", framework="pt") as file:
+                weights = {n: file.get_tensor(f"{self._block}.{n}") for n in block.state_dict()}
+            block.load_state_dict(weights)
+            yield task, self._expert.residual_maps(self._block)[index]
+
+    def move_experts(self, index: int) -> None:
+        """The experts' own maps add to their streams."""
+        for task, own in self._experts(index):
+            targets = self._targets[task]
+            for position, target in enumerate(targets):
+                targets[position] = own.add(target)
+
+    def move(self, map_: ResidualMap) -> None:
+        """A map of the calibrated encoder adds to its streams."""
+        for states in self._states.values():
+            for position, state in enumerate(states):
+                states[position] = map_.add(state)
+
+    def sums(
+        self, index: int, map_: ResidualMap, anchor: tuple[Tensor, Tensor], tokens: Tensor
+    ) -> Sums:
+        """The sums of a map's regression; the experts' own maps add to their streams."""
+        read = tokens.nonzero().squeeze(1)
+        sums = Sums(self._folds, *anchor, self._near_mean(map_, anchor[0].shape[1], read))
+        for task, own in self._experts(index):
+            targets = self._targets[task]
+            pairs = zip(self._states[task], targets, self._fold[task], strict=True)
+            for position, (state, target, fold) in enumerate(pairs):
+                targets[position] = target = own.add(target)
+                x, y = map_.reads(state)[:, read], (target - state)[:, read]
+                if map_.scale is not None:
+                    y = y / torch.where(map_.scale == 0, torch.inf, map_.scale)
+                sums.add(fold, x.flatten(0, 1), y.flatten(0, 1), tokens[read].repeat(len(x)))
+        return sums.gather(self._fabric)
+
+    def _near_mean(self, map_: ResidualMap, inputs: int, read: Tensor) -> Tensor:
+        """The mean of what a map reads of the first batch, the same in every process."""
+        shift = torch.zeros(inputs, dtype=torch.float64, device=self._fabric.device)
+        if self._fabric.is_global_zero:
+            first = next(iter(next(iter(self._states.values()))))
+            shift += map_.reads(first)[:, read].double().mean(dim=(0, 1))
+        return self._fabric.broadcast(shift)
+
+
+class Sums:
+    """Sums over the weighted rows of a regression of y on [x, 1], for each fold.
+
+    Rows are shifted, x by a vector near its mean and y by what the anchor makes of that vector, so
+    that large means do not cancel. Products are made in the rows' precision, float32 at least, and
+    added up in float64.
+
+    Args:
+        folds: how many.
+        weight, bias: the anchor, (outputs, inputs) and (outputs), float64.
+        shift: (inputs), float64.
+
+    Attributes:
+        second: (folds, inputs + 1, inputs + 1 + outputs), of [x, 1]' [x, 1, y]; its lower triangle
+            is not complete.
+        squares: (folds, outputs), of y^2.
+    """
+
+    def __init__(self, folds: int, weight: Tensor, bias: Tensor, shift: Tensor):
+        self.weight, self.bias, self.shift = weight, bias, shift
+        outputs, inputs = weight.shape
+        self._output_at_shift = weight @ shift + bias
+        self.second = weight.new_zeros(folds, inputs + 1, inputs + 1 + outputs)
+        self.squares = weight.new_zeros(folds, outputs)
+
+    def add(self, fold: int, x: Tensor, y: Tensor, weights: Tensor) -> None:
+        """Take in rows.
+
+        Args:
+            fold: theirs.
+            x, y: (rows, inputs) and (rows, outputs).
+            weights: (rows), positive.
+        """
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x, y = x.to(wide) - self.shift.to(wide), y.to(wide) - self._output_at_shift.to(wide)
+        root = weights.to(wide).sqrt().unsqueeze(1)
+        rows = torch.cat([x, torch.ones_like(root), y], dim=1) * root
+        inputs = self.second.shape[1]
+        for start in range(0, inputs, PANEL):
+            stop = min(start + PANEL, inputs)
+            self.second[fold, start:stop, start:] += rows[:, start:stop].T @ rows[:, start:]
+        self.squares[fold] += rows[:, inputs:].double().square().sum(dim=0)
+
+    def gather(self, fabric: L.Fabric) -> Sums:
+        """The sums over all processes' rows."""
+        if fabric.world_size > 1:
+            self.second = fabric.all_reduce(self.second, reduce_op="sum")  # type: ignore[assignment]
+            self.squares = fabric.all_reduce(self.squares, reduce_op="sum")  # type: ignore[assignment]
+        return self
+
+    def solve(
+        self, ridge: float | None, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, float]:
+        """W (outputs, inputs), b (outputs) and the ridge, chosen by cross-validation if None.
+
+        Args:
+            ridge: as in the module's formula.
+            scale: (outputs), of what is behind the map; in its units errors are compared.
+        """
+        total = self.second.sum(dim=0)
+        if ridge is None:
+            errors = self._errors(total, torch.ones_like(self.bias) if scale is None else scale)
+            ridge = RIDGES[int(errors.argmin())]  # the largest of equals
+        weight, bias = _Ridge(total, self.weight).solve(ridge)
+        return weight, self._output_at_shift + bias - weight @ self.shift, ridge
+
+    def _errors(self, total: Tensor, scale: Tensor) -> Tensor:
+        """(ridges), the squared distance over all rows to what the other folds' solutions give."""
+        errors = total.new_zeros(len(RIDGES))
+        if len(self.second) == 1:
+            return errors
+        for second, squares in zip(self.second, self.squares, strict=True):
+            rest, inputs = _Ridge(total - second, self.weight), len(second)
+            gram, cross = second[:, :inputs], second[:, inputs:]
+            gram = gram.triu() + gram.triu(1).T
+            for index, ridge in enumerate(RIDGES):
+                weight, bias = rest.solve(ridge)
+                both = torch.cat([weight.T, bias.unsqueeze(0)])
+                error = squares - (both * (2 * cross - gram @ both)).sum(dim=0)
+                errors[index] += error @ scale.double().square()
+        return errors
+
+
+class _Ridge:
+    """The regression whose sums are ``second``, as in ``Sums``, drawn to an anchor."""
+
+    def __init__(self, second: Tensor, anchor: Tensor):
+        inputs = len(second) - 1
+        count = second[-1, -1 - len(anchor)].clamp_min(TINY)
+        self._mean_x, self._mean_y = second[:-1, inputs] / count, second[-1, inputs + 1 :] / count
+        gram = second[:-1, :inputs]
+        gram = gram.triu() + gram.triu(1).T
+        self._gram = gram - count * torch.outer(self._mean_x, self._mean_x)
+        cross = second[:-1, inputs + 1 :] - count * torch.outer(self._mean_x, self._mean_y)
+        self._missing = cross - self._gram @ anchor.T
+        self._anchor = anchor
+        self._scale = self._gram.diagonal().mean()
+        # nothing is known of directions in which x varies no more than rounding makes it
+        self._floor = inputs * EPSILON * gram.diagonal().mean() + TINY
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """W (outputs, inputs) and b (outputs)."""
+        penalised = self._gram.clone()
+        penalised.diagonal().add_(ridge * self._scale + self._floor)
+        change = torch.cholesky_solve(self._missing, torch.linalg.cholesky(penalised))
+        weight = self._anchor + change.T
+        return weight, self._mean_y - weight @ self._mean_x
+
+
+class _Solved:
+    """The solved maps of a run: in memory, and on disk if there is a folder.
+
+    Args:
+        folder: the run's, whose finished blocks are read at once; None: nothing is kept.
+        fabric: its first process writes.
+    """
+
+    def __init__(self, folder: RunFolder | None, fabric: L.Fabric):
+        self._folder, self._writes = folder, fabric.is_global_zero
+        self._tensors: dict[str, Tensor] = {}
+        if folder is not None:
+            path = folder.file(FILE)
+            try:
+                with safe_open(path, framework="pt") as file:
+                    if file.metadata()["run"] != folder.run:
+                        raise ValueError("it belongs to another run")
+                    self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            except FileNotFoundError:
+                return
+            except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
+                log.warning("%s is not used: %s", path, error)
+
+    def has(self, name: str) -> bool:
+        return f"{name}.weight" in self._tensors
+
+    def add(self, name: str, weight: Tensor, bias: Tensor) -> None:
+        self._tensors[f"{name}.weight"] = weight.cpu().contiguous()
+        self._tensors[f"{name}.bias"] = bias.cpu().contiguous()
+
+    def write(self, name: str, map_: ResidualMap) -> None:
+        """Put a solution into its map, in the map's type."""
+        map_.weight.data.copy_(self._tensors[f"{name}.weight"])
+        map_.bias.data.copy_(self._tensors[f"{name}.bias"])
+
+    def save(self, block: int) -> None:
+        """Keep what is solved up to a block; a failure (a full disk, say) is logged."""
+        if self._folder is None or not self._writes:
+            return
+        try:
+            with atomic_file(self._folder.file(FILE)) as temporary:
+                save_file(self._tensors, temporary, {"run": self._folder.run})
+        except (ConfigError, SafetensorError, OSError) as error:
+            log.warning("block %d was not kept: %s", block, error)
+        else:
+            self._folder.progress = f"the same command goes on behind block {block}"
