@@ -43,6 +43,9 @@ class TaskVector:
             raise ConfigError("modelpool", "an expert and the pretrained encoder differ in shape")
         return cls({name: expert[name].detach() - t for name, t in pretrained.items()})
 
+    def __add__(self, other: TaskVector) -> TaskVector:
+        return TaskVector({name: t + other.tensors[name] for name, t in self.tensors.items()})
+
     def trim(self, keep: float) -> TaskVector:
         """Keep the share ``keep`` of the entries that are largest in magnitude; the others are 0.
 

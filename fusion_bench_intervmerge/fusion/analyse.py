@@ -20,7 +20,7 @@ from ..analysis.base import TaskEncoders
 from ..config import ConfigError, Folder, Json, Settings, whole
 from ..encoders.base import VisionTower
 from ..files import write_json
-from ..model import artifact
+from ..model.artifact import Artifact
 from ..model.model import InterventionModel
 from ..results import Result, Results
 from .host import check_task_pool, has_task_pool, host_in_the_log, one_line, split_settings
@@ -176,7 +176,7 @@ class AnalyseInterventionModel(LightningFabricMixin, BaseAlgorithm):
         if not has_task_pool(self._program):
             return None
         # a tower of its own, because the model's carries the hooks of the edits
-        merged = artifact.read(folder).tower.library_model()
+        merged = Artifact.read(folder).tower.library_model()
         return {MERGED: merged, name: model}
 
 
