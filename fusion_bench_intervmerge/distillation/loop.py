@@ -191,10 +191,10 @@ class FeatureCache:
     def put(self, key: Hashable, representations: Representations) -> None:
         """Keep an entry, unless it alone is over the limit."""
         self._entries[key] = representations
-        while sum(t.nbytes for entry in self._entries.values() for t in entry.values()) > (
-            self._limit
-        ):
-            self._entries.pop(next(iter(self._entries)))
+        sizes = {k: sum(t.nbytes for t in entry.values()) for k, entry in self._entries.items()}
+        while sum(sizes.values()) > self._limit:
+            oldest = next(iter(sizes))
+            del sizes[oldest], self._entries[oldest]
 
 
 class _Trainer:
@@ -364,11 +364,11 @@ class _Trainer:
             for step in range(start, steps):
                 losses = self._step(passes, targets, optimizer, trained)
                 if not torch.isfinite(losses).all():
-                    kept = keep is not None and (
-                        saved == step > 0
-                        or (step > 0 and save_state(keep, progress, trained, optimizer))
-                    )
-                    where = f"; the state before it is kept in {keep.path}" if kept else ""
+                    where = ""
+                    if keep is not None and step > 0:
+                        if saved != step and save_state(keep, progress, trained, optimizer):
+                            saved = step
+                        where = f"; the state of step {saved} is kept in {keep.path}"
                     bad = self.tasks[int((~torch.isfinite(losses)).nonzero()[0])]
                     raise DistillationError(
                         f"the loss of task {bad!r} is not finite at step {step}{where}; "

@@ -1,11 +1,10 @@
-"""What a router reads: for each image, a few numbers of the states that no edit reaches."""
+"""Which task an image is of: one Gaussian per task over a few numbers that no edit changes."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -14,17 +13,50 @@ from torch.nn.functional import normalize
 
 from ..config import Json, Settings, whole
 
-# == routing.reading
-# What a router reads: for each image, a few numbers of the states that no edit reaches.
-# A number that moves less than this share of most others is a constant and its rounding.
+# A number that varies less than this share of most others is a constant and its rounding.
 _CONSTANT = 1e-3
+PRIOR = 20.0  # images
+FOLDS = 4
+QUANTILES = 51  # of the shares 0, 0.01, ... 0.5
+
+Statistics = dict[str, Tensor]  # of one task's images, float32 as they are saved
+
+
+class RouterSettings(Settings):
+    """What tells the task of an image.
+
+    Args:
+        name: ``gaussian``, the only one.
+        images: at most so many images per task to fit it on, of those that the edits saw.
+        dims: the number of leading principal components that an image is described by.
+        threshold: share of a task's own images that may be refused as of no known task; null
+            refuses none.
+    """
+
+    name: Literal["gaussian"] = "gaussian"
+    images: Annotated[int, whole(2, 10**9)] = 512
+    dims: Annotated[int, whole(1, 2**16)] = 64
+    threshold: Annotated[
+        float | None, Field(ge=0, le=0.5, description="null, or a number in [0, 0.5]")
+    ] = None
+
+
+def read_settings(value: object) -> RouterSettings:
+    """A router's name alone, or a mapping, or settings as they are.
+
+    Raises:
+        ConfigError: none of these, or a setting that does not fit.
+    """
+    if isinstance(value, RouterSettings):
+        return value
+    return RouterSettings.read({"name": value} if isinstance(value, str) else value)
 
 
 def rows_of(prefix: Tensor, num_tokens: int, prefix_tokens: int = 1) -> Tensor:
-    """One row an image, from what a ``Prefix`` keeps.
+    """One row per image, from the tensor of a ``Prefix``.
 
     Mean, standard deviation, largest and smallest value over the patch tokens, behind the class
-    token as it is (and its self-attention output, where that is common to all tasks).
+    token as it is (and its self-attention output, if that is common to all tasks).
 
     Args:
         prefix: image features (batch, projection_dim), or tokens (batch, any, width).
@@ -51,8 +83,8 @@ def rows_of(prefix: Tensor, num_tokens: int, prefix_tokens: int = 1) -> Tensor:
 class Reading:
     """Rows -> their leading principal components, each number in units of its own deviation.
 
-    It is made once, of the images that the router was first fitted on; tasks that come later are
-    read by it as it is, so that nothing known of the others changes.
+    It is made once, of the images that the router was first fitted on; tasks that are added later
+    are read by the same, so that nothing changes for the others.
 
     Attributes:
         mean: (dims of a row,).
@@ -66,8 +98,8 @@ class Reading:
     def fit(cls, rows: Tensor, components: int) -> Reading:
         """The principal components of rows (images, dims of a row)."""
         mean, deviation = rows.mean(0), rows.std(0)
-        moves = deviation > _CONSTANT * deviation.quantile(0.75)
-        scale = torch.where(moves, 1 / deviation, 0)
+        varies = deviation > _CONSTANT * deviation.quantile(0.75)
+        scale = torch.where(varies, 1 / deviation, 0)
         scaled = (rows - mean) * scale
         # By the eigenvectors of the smaller square: singular vectors take five times as long.
         few = len(scaled) < scaled.shape[1]
@@ -82,135 +114,91 @@ class Reading:
         """(images, dims of a row) -> (images, components), float64."""
         return (rows - self.mean) @ self.directions.double()
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"mean": self.mean, "directions": self.directions}
 
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Reading:
-        """What ``tensors`` gave.
+class Router:
+    """The task under whose Gaussian an image's row is most likely.
 
-        Raises:
-            ValueError: shapes that do not fit each other.
-        """
-        if tensors.keys() != {"mean", "directions"}:
-            raise ValueError(f"reading has {sorted(tensors)}, and needs ['directions', 'mean']")
-        mean, directions = tensors["mean"], tensors["directions"]
-        if mean.ndim != 1 or directions.ndim != 2 or len(directions) != len(mean):
-            raise ValueError(
-                f"reading.mean and reading.directions of shapes {tuple(mean.shape)} and "
-                f"{tuple(directions.shape)} do not fit"
-            )
-        if not (mean.isfinite().all() and directions.isfinite().all()):
-            raise ValueError("reading has numbers that are not finite")
-        return cls(mean, directions)
+    log N(x; m, S) with S = (scatter + 20 v I) / (n - 1 + 20), v the task's mean variance: a sphere
+    counts as much as 20 images, so that with few images the distance is nearly Euclidean, and with
+    many it follows the task's own covariance.
 
-
-# == routing.settings
-# What a user may say of a router.
-class RouterSettings(Settings):
-    """What tells the task of an image.
-
-    Args:
-        name: ``gaussian``, the only one.
-        images: at most so many images a task to fit it on, of those that the edits saw.
-        dims: numbers that an image is told by: the leading principal components of what it reads.
-        threshold: share of a task's own images that may be refused as of no known task; null
-            refuses none.
-    """
-
-    name: Literal["gaussian"] = "gaussian"
-    images: Annotated[int, whole(2, 10**9)] = 512
-    dims: Annotated[int, whole(1, 2**16)] = 64
-    threshold: Annotated[
-        float | None, Field(ge=0, le=0.5, description="null, or a number in [0, 0.5]")
-    ] = None
-
-
-def read_settings(value: object) -> RouterSettings:
-    """A router's name alone, or a mapping, or settings as they are.
-
-    Raises:
-        ConfigError: neither, or a setting that does not fit.
-    """
-    if isinstance(value, RouterSettings):
-        return value
-    return RouterSettings.read({"name": value} if isinstance(value, str) else value)
-
-
-# == routing.routers.base
-# The base class of routers.
-Kept = dict[str, Tensor]
-FOLDS = 4
-QUANTILES = 51  # of the shares 0, 0.01, ... 0.5
-
-
-class Router(ABC):
-    """Tells the task of an image by what is kept of each task's images.
-
-    What is kept of a task follows from its own images alone: tasks are added and dropped, and the
+    The statistics of a task follow from its own images alone: tasks are added and dropped, and the
     others' stay to the bit.
 
     Args:
-        reading: from states to the rows that the router sees.
-        settings: what it was asked for.
+        reading: from rows to the components that the Gaussians are over.
+        settings: how it was fitted.
 
     Attributes:
         threshold: share of a task's own images that may be refused; None refuses none.
-        kept: task -> named tensors, float32 as they are saved.
+        by_task: task -> its statistics: ``count``, ``mean``, the lower triangle of ``scatter``, and
+            ``quantiles`` of the log likelihood of images that the Gaussian was not fitted on.
     """
-
-    name: ClassVar[str]
 
     def __init__(self, reading: Reading, settings: RouterSettings):
         self.reading, self.settings = reading, settings
         self.threshold = settings.threshold
-        self.kept: dict[str, Kept] = {}
-
-    @abstractmethod
-    def keep(self, rows: Tensor) -> Kept:
-        """What is kept of a task: (images, components) -> named tensors."""
-
-    @abstractmethod
-    def scores(self, kept: Mapping[str, Kept], rows: Tensor) -> Tensor:
-        """How much rows (images, components) look like each task's: (images, tasks), float64."""
-
-    @abstractmethod
-    def shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """The shapes of what ``keep`` gives; None where the number of images decides."""
+        self.by_task: dict[str, Statistics] = {}
 
     @property
     def tasks(self) -> list[str]:
-        return list(self.kept)
+        return list(self.by_task)
+
+    def fit(self, rows: Tensor) -> Statistics:
+        """The statistics of rows (images, components), but for the quantiles."""
+        centred = rows - rows.mean(0)
+        scatter = centred.T @ centred
+        lower = torch.tril_indices(*scatter.shape)
+        statistics = {
+            "count": torch.tensor(float(len(rows))),
+            "mean": rows.mean(0),
+            "scatter": scatter[lower[0], lower[1]],
+        }
+        return {name: tensor.float().contiguous() for name, tensor in statistics.items()}
+
+    def scores(self, by_task: Mapping[str, Statistics], rows: Tensor) -> Tensor:
+        """Log likelihoods of rows (images, components): (images, tasks), float64."""
+        count, mean, triangle = (
+            torch.stack([statistics[name] for statistics in by_task.values()]).double()
+            for name in ("count", "mean", "scatter")
+        )
+        size = rows.shape[1]
+        scatter = triangle.new_zeros(len(by_task), size, size)
+        row, column = torch.tril_indices(size, size)
+        scatter[:, row, column] = scatter[:, column, row] = triangle
+        degrees = count[:, None, None] - 1
+        variance = scatter.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)[:, None]
+        sphere = (variance / degrees.clamp_min(1)).clamp_min(1e-12) * torch.eye(size)
+        factor = torch.linalg.cholesky((scatter + PRIOR * sphere) / (degrees + PRIOR))
+        white = torch.linalg.solve_triangular(factor, (rows - mean[:, None]).mT, upper=False)
+        volume = factor.diagonal(dim1=1, dim2=2).log().sum(1, keepdim=True)
+        return (-0.5 * white.square().sum(1) - volume).T
 
     def add(self, task: str, rows: Tensor) -> None:
         """Learn a task, or learn it anew, from rows of its images (images, dims of a row)."""
         rows = self.reading(rows)
-        kept = self._kept(rows)
         # How well images of the task fit that it was not fitted on: what `threshold` refers to.
         fold, fit = torch.arange(len(rows)) % FOLDS, torch.empty(len(rows), dtype=torch.float64)
         for held_out in fold.unique():
             inside, outside = fold != held_out, fold == held_out
-            others = {**self.kept, task: self._kept(rows[inside])}
+            others = {**self.by_task, task: self.fit(rows[inside])}
             fit[outside] = self.scores(others, rows[outside])[:, list(others).index(task)]
         shares = torch.linspace(0, 0.5, QUANTILES, dtype=torch.float64)
-        self.kept[task] = kept | {"quantiles": fit.quantile(shares).float()}
-
-    def _kept(self, rows: Tensor) -> Kept:
-        return {name: tensor.float().contiguous() for name, tensor in self.keep(rows).items()}
+        self.by_task[task] = self.fit(rows) | {"quantiles": fit.quantile(shares).float()}
 
     def drop(self, task: str) -> None:
-        """Forget a task; one that was never learnt is none to forget."""
-        self.kept.pop(task, None)
+        """Forget a task, if it is known."""
+        self.by_task.pop(task, None)
 
     def __call__(self, rows: Tensor) -> list[str | None]:
         """The task of each row (images, dims of a row); None: of no known task."""
-        best, index = self.scores(self.kept, self.reading(rows)).max(dim=1)
+        best, index = self.scores(self.by_task, self.reading(rows)).max(dim=1)
         tasks: list[str | None] = [self.tasks[i] for i in index.tolist()]
         if self.threshold is None:
             return tasks
         place = torch.tensor(self.threshold * 2 * (QUANTILES - 1), dtype=torch.float64)
         low, high = (
-            torch.stack([k["quantiles"][int(at)] for k in self.kept.values()]).double()
+            torch.stack([s["quantiles"][int(at)] for s in self.by_task.values()]).double()
             for at in (place.floor(), place.ceil())
         )
         least = low.lerp(high, place - place.floor())
@@ -229,120 +217,63 @@ class Router(ABC):
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything by name: ``reading.<tensor>`` and ``tasks.<task>.<tensor>``."""
-        found = {f"reading.{name}": tensor for name, tensor in self.reading.tensors().items()}
-        for task, kept in self.kept.items():
-            found |= {f"tasks.{task}.{name}": tensor for name, tensor in kept.items()}
-        return found
-
-    def load(self, task: str, kept: Kept) -> None:
-        """Take over what was kept of a task.
-
-        Raises:
-            ValueError: a tensor is missing, unknown, of another shape, or not finite.
-        """
-        shapes = self.shapes() | {"quantiles": (QUANTILES,)}
-        if kept.keys() != shapes.keys():
-            raise ValueError(f"task {task!r} has {sorted(kept)}, and needs {sorted(shapes)}")
-        for name, shape in shapes.items():
-            found = tuple(kept[name].shape)
-            fits = len(found) == len(shape) and all(
-                wanted in (None, size) for wanted, size in zip(shape, found, strict=True)
-            )
-            if not fits or not kept[name].isfinite().all():
-                raise ValueError(f"tasks.{task}.{name} does not fit, or has no finite numbers")
-        self.kept[task] = kept
-
-    @property
-    def components(self) -> int:
-        """How many numbers a row has."""
-        return self.reading.directions.shape[1]
-
-
-# == routing.routers.gaussian
-# A Gaussian a task, with a covariance of its own.
-PRIOR = 20.0  # images
-
-
-class Gaussian(Router):
-    """log N(x; m, S) with S = (scatter + 20 v I) / (n - 1 + 20), v the task's mean variance.
-
-    A sphere counts as much as 20 images: with few images the distance is nearly Euclidean, with
-    many it follows the task's own covariance.
-    """
-
-    name = "gaussian"
-
-    def keep(self, rows: Tensor) -> Kept:
-        """The number of images, their mean, and the lower triangle of their scatter matrix."""
-        moved = rows - rows.mean(0)
-        scatter = moved.T @ moved
-        corner = torch.tril_indices(*scatter.shape)
-        return {
-            "count": torch.tensor(float(len(rows))),
-            "mean": rows.mean(0),
-            "scatter": scatter[corner[0], corner[1]],
+        reading = {f"reading.{name}": tensor for name, tensor in vars(self.reading).items()}
+        return reading | {
+            f"tasks.{task}.{name}": tensor
+            for task, statistics in self.by_task.items()
+            for name, tensor in statistics.items()
         }
-
-    def shapes(self) -> dict[str, tuple[int | None, ...]]:
-        size = self.components
-        return {"count": (), "mean": (size,), "scatter": (size * (size + 1) // 2,)}
-
-    def scores(self, kept: Mapping[str, Kept], rows: Tensor) -> Tensor:
-        count, mean, scatter = stacked(kept, self.components)
-        degrees = count - 1
-        variance = scatter.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)[:, None]
-        sphere = (variance / degrees.clamp_min(1)).clamp_min(1e-12) * torch.eye(self.components)
-        factor = torch.linalg.cholesky((scatter + PRIOR * sphere) / (degrees + PRIOR))
-        return log_density(factor, rows - mean)
-
-
-def stacked(kept: Mapping[str, Kept], size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of all tasks, float64: counts (tasks, 1, 1), means (tasks, 1, size), scatter matrices."""
-    count, mean, triangle = (
-        torch.stack([of[name] for of in kept.values()]).double()
-        for name in ("count", "mean", "scatter")
-    )
-    scatter = triangle.new_zeros(len(kept), size, size)
-    row, column = torch.tril_indices(size, size)
-    scatter[:, row, column] = scatter[:, column, row] = triangle
-    return count[:, None, None], mean[:, None], scatter
-
-
-def log_density(factor: Tensor, moved: Tensor) -> Tensor:
-    """log N(x; 0, L L') but for a constant.
-
-    L (tasks or 1, size, size), x (tasks, images, size) -> (images, tasks).
-    """
-    white = torch.linalg.solve_triangular(factor, moved.mT, upper=False)
-    volume = factor.diagonal(dim1=1, dim2=2).log().sum(1, keepdim=True)
-    return (-0.5 * white.square().sum(1) - volume).T
 
 
 def read_router(
     config: Mapping[str, object], tensors: Mapping[str, Tensor], tasks: Sequence[str]
 ) -> Router:
-    """What ``Router.config`` and ``Router.tensors`` gave.
+    """The router of which these are ``Router.config`` and ``Router.tensors``.
 
     Args:
         config: its settings.
-        tensors: by name; ``reading.<tensor>`` and ``tasks.<task>.<tensor>``.
+        tensors: by name.
         tasks: of the model.
 
     Raises:
         ValueError: what does not fit, in one line.
     """
     settings = RouterSettings.read(config, "router")
-    groups: dict[str, dict[str, Tensor]] = {}
+    groups: dict[str, Statistics] = {"reading": {}}
     for key, tensor in tensors.items():
         group, _, name = key.rpartition(".")
         groups.setdefault(group, {})[name] = tensor.float()
-    router = Gaussian(Reading.of(groups.pop("reading", {})), settings)
+    directions = groups["reading"].get("directions", torch.empty(0))
+    dims, size = directions.shape if directions.ndim == 2 else (0, 0)
+    _check("reading", groups["reading"], {"mean": (dims,), "directions": (dims, size)})
+    router = Router(Reading(**groups.pop("reading")), settings)
+    shapes: dict[str, tuple[int, ...]] = {
+        "count": (),
+        "mean": (size,),
+        "scatter": (size * (size + 1) // 2,),
+        "quantiles": (QUANTILES,),
+    }
     # in the model's order, which the file does not keep
     for task in tasks:
         if f"tasks.{task}" in groups:
-            router.load(task, groups.pop(f"tasks.{task}"))
+            _check(f"tasks.{task}", groups[f"tasks.{task}"], shapes)
+            router.by_task[task] = groups.pop(f"tasks.{task}")
     for group in groups:
         raise ValueError(f"{group} belongs to none of the model's tasks")
     if not router.tasks:
         raise ValueError("it knows no task")
     return router
+
+
+def _check(
+    group: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raises ValueError: a tensor is missing, unknown, of another shape, or not finite."""
+    if tensors.keys() != shapes.keys():
+        raise ValueError(f"{group} has {sorted(tensors)}, expected {sorted(shapes)}")
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            found = tuple(tensors[name].shape)
+            raise ValueError(f"{group}.{name} has shape {found}, expected {shape}")
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"{group}.{name} has numbers that are not finite")

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config import ConfigError, named
 from ..data import Datasets, DataSettings, choose_images, read_images
 from ..model.model import InterventionModel
-from ..model.router import Gaussian, Reading, Router, RouterSettings, read_settings
+from ..model.router import Reading, Router, RouterSettings, read_settings
 
 BATCH = 64
 
@@ -49,7 +49,7 @@ def fit_router(
         chosen = read_settings({} if settings is None else settings)
         chosen = chosen if router is None else router.settings
         if not images:
-            raise ConfigError("", "there are no images", "some of a task or more")
+            raise ConfigError("", "there are no images", "images of one task or more")
         rows: dict[str, Tensor] = {}
         for task, data in images.items():
             model.edits_of(task)
@@ -67,8 +67,8 @@ def fit_router(
             )
         if router is None:
             reading = Reading.fit(torch.cat(list(rows.values())), chosen.dims)
-            router = Gaussian(reading, chosen)
-        for task, of in rows.items():
-            router.add(task, of)
+            router = Router(reading, chosen)
+        for task, own in rows.items():
+            router.add(task, own)
     model.router = router
     return router
