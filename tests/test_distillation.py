@@ -10,8 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import lightning as L
@@ -442,13 +440,6 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(experts, 
     assert all(torch.isfinite(p).all() for p in model.edits.parameters())
 
 
-def test_experts_of_another_shape(experts, datasets):
-    model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
-    wrong = experts | {"bees": openclip_tower}
-    with pytest.raises(ConfigError, match=r"modelpool.models.bees: .* has shape"):
-        distill(model, wrong, datasets, steps=1, batch_size=2)
-
-
 def test_unknown_loss_and_missing_images(experts, datasets):
     model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
     with pytest.raises(ConfigError, match="loss: 'l2'; allowed: output, blocks"):
@@ -460,30 +451,11 @@ def test_unknown_loss_and_missing_images(experts, datasets):
 # -- stopping and going on ------------------------------------------------------------
 
 
-def run_worker(tmp_path, name, *more, steps=30, states=None, wait=True):
-    command = [sys.executable, str(WORKER), str(tmp_path / name), str(states or tmp_path / "s")]
-    process = subprocess.Popen(
-        [*command, str(steps), *map(str, more)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if wait:
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output
-        return load_file(tmp_path / name)
-    return process
-
-
-def wait_for_state(states, process, step):
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        with suppress(FileNotFoundError):
-            state = torch.load(states / "state-training.pt", weights_only=True)
-            if state["step"] >= step:
-                return
-        time.sleep(0.002)
-    raise AssertionError(f"no state of step {step}: {process.communicate()[0]}")
+def run_worker(tmp_path, name, *more, steps=30):
+    command = [sys.executable, str(WORKER), str(tmp_path / name), str(tmp_path / "s"), str(steps)]
+    done = subprocess.run([*command, *map(str, more)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return load_file(tmp_path / name)
 
 
 @pytest.fixture(scope="module")
@@ -491,24 +463,13 @@ def undisturbed(tmp_path_factory):
     return run_worker(tmp_path_factory.mktemp("undisturbed"), "whole")
 
 
-def test_killed_ten_times_and_resumed_it_gives_the_same_bits(tmp_path, undisturbed):
-    moments = sorted(random.Random(0).sample(range(1, 29), 10))
+def test_killed_and_resumed_it_gives_the_same_bits(tmp_path, undisturbed):
+    moments = sorted(random.Random(0).sample(range(1, 29), 4))
     resumed = run_worker(tmp_path, "killed", 0.01, 1, ",".join(map(str, moments)))
     assert resumed["resumed_at"] >= moments[-1]
     assert resumed.keys() == undisturbed.keys()
     assert all(torch.equal(resumed[n], undisturbed[n]) for n in resumed if n != "resumed_at")
     assert not list((tmp_path / "s").glob("*")), "a finished run leaves no state behind"
-
-
-def test_ctrl_c_keeps_the_state_and_says_how_to_go_on(tmp_path, undisturbed):
-    process = run_worker(tmp_path, "out", 0.05, wait=False)
-    wait_for_state(tmp_path / "s", process, 3)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode != 0 and "the same command goes on from there" in output
-    resumed = run_worker(tmp_path, "out")
-    assert resumed["resumed_at"] >= 3
-    assert all(torch.equal(resumed[n], undisturbed[n]) for n in resumed if n != "resumed_at")
 
 
 def interrupted(tmp_path, experts, datasets, run="r", steps=10):

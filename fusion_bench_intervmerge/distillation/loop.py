@@ -41,20 +41,20 @@ LOG_EVERY = 10  # steps between two entries in the logs
 
 
 class DistillationError(RuntimeError):
-    """Training cannot go on; the message says what was kept, if anything was."""
+    """Training cannot go on; the message says which state is kept, if one is."""
 
 
 @dataclass
 class Distillation:
-    """What a run did.
+    """The result of ``distill``.
 
     Attributes:
-        losses: (steps, tasks), each task's loss at each step.
+        losses: (steps, tasks).
         images: task -> dataset indices of the images seen, in the order of first use.
         seconds: wall-clock time of ``features`` (reading images, experts' features) and ``steps``.
         expert_features: task -> (images seen, projection_dim).
         resumed_at: the step at which a stopped run went on, 0 for a fresh one.
-        states: the run's states on disk, if it kept any; see ``clear``.
+        states: where the run's state is on disk, if it is; see ``clear``.
     """
 
     losses: Tensor
@@ -65,7 +65,7 @@ class Distillation:
     states: RunFolder | None = None
 
     def clear(self) -> None:
-        """Remove the run's states from the disk, once its result is kept elsewhere.
+        """Remove the run's state from the disk, once its result is saved elsewhere.
 
         Until then the same call finds the finished training and returns at once.
         """
@@ -74,14 +74,10 @@ class Distillation:
 
     def by_task(self) -> dict[str, list[float]]:
         """Task -> its loss at each step, for a report; empty if nothing was trained."""
-        return (
-            {}
-            if not len(self.losses)
-            else {
-                task: [round(loss, 6) for loss in column]
-                for task, column in zip(self.images, self.losses.T.tolist(), strict=True)
-            }
-        )
+        if not len(self.losses):
+            return {}
+        columns = zip(self.images, self.losses.T.tolist(), strict=True)
+        return {task: [round(loss, 6) for loss in column] for task, column in columns}
 
 
 def distill(
@@ -364,11 +360,10 @@ class _Trainer:
             for step in range(start, steps):
                 losses = self._step(passes, targets, optimizer, trained)
                 if not torch.isfinite(losses).all():
-                    where = ""
-                    if keep is not None and step > 0:
-                        if saved != step and save_state(keep, progress, trained, optimizer):
-                            saved = step
-                        where = f"; the state of step {saved} is kept in {keep.path}"
+                    if keep is not None and step > saved:
+                        saved = step if save_state(keep, progress, trained, optimizer) else saved
+                    kept = keep is not None and saved > 0
+                    where = f"; the state of step {saved} is kept in {keep.path}" if kept else ""
                     bad = self.tasks[int((~torch.isfinite(losses)).nonzero()[0])]
                     raise DistillationError(
                         f"the loss of task {bad!r} is not finite at step {step}{where}; "
@@ -382,8 +377,8 @@ class _Trainer:
                 shown.set_postfix_str(f"loss {mean:.4f}", refresh=False)
                 shown.update()
                 if done % LOG_EVERY == 0 or done == steps:
-                    of_tasks = zip(self.tasks, losses.tolist(), strict=True)
-                    scalars = {f"loss/{task}": loss for task, loss in of_tasks}
+                    by_task = zip(self.tasks, losses.tolist(), strict=True)
+                    scalars = {f"loss/{task}": loss for task, loss in by_task}
                     self.fabric.log_dict({"loss/mean": mean, **scalars}, step=done)
                 due = done % self.settings.save_every == 0 or done == steps or stopped.is_set()
                 if keep is not None and due and save_state(keep, progress, trained, optimizer):
@@ -445,6 +440,6 @@ class _Trainer:
 
 
 def _expert_features(expert: VisionTower, images: Tensor, after_block: AfterBlock | None) -> Tensor:
-    """Image features; the last block works on the class token alone where nobody looks on."""
+    """Image features; the last block works on the class token alone if nobody looks on."""
     states = expert.embed(images)
     return expert.features_from(states, 0, after_block, class_token_alone=after_block is None)

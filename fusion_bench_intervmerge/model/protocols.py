@@ -1,7 +1,7 @@
-"""What is asked of a model that answers for a task, and of what makes one.
+"""The protocols of a model whose features depend on a task, and of what makes one.
 
 A repair of ours edits activations; a rival may edit weights, choose among experts, or route. All
-of them stand in the same table through these two protocols.
+of them are compared through these two protocols.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TaskConditionalModel(Protocol):
         """The tasks it can encode for."""
 
     def encode(self, images: Tensor, task: str | Sequence[str] | None = None) -> Tensor:
-        """Image features for a task, or for one task an image.
+        """Image features for one task, or for one task per image.
 
         (batch, 3, image_size, image_size) -> (batch, projection_dim), after the visual projection,
         not normalised.
@@ -36,7 +36,7 @@ class TaskConditionalModel(Protocol):
     def extra_parameters(self) -> Mapping[str, Any]:
         """What inference needs beyond one merged model, over all tasks.
 
-        ``total``: numbers; perhaps ``bytes``, where these are not four a number.
+        ``total``: numbers; perhaps ``bytes``, if these are not four per number.
         """
 
 
@@ -76,11 +76,11 @@ class Repair(ABC):
         """
 
     def seeded(self, pool: Experts) -> bool:
-        """Whether a setting ``seed`` decides anything, so that several make sense."""
+        """Whether a setting ``seed`` changes the result, so that several make sense."""
         return False
 
     def look_ahead(self, pool: Experts, tower: VisionTower) -> None:  # noqa: B027 (may be nothing)
-        """Refuse now what would fail after the merge: what is missing, or does not fit.
+        """Raise now what would fail after the merge: what is missing, or does not fit.
 
         Args:
             pool: the experts and their images.
@@ -88,7 +88,7 @@ class Repair(ABC):
         """
 
     def record(self, model: TaskConditionalModel) -> Result:
-        """What the results say of the last repair; ``base``, ``method`` and times are filled in."""
+        """The last repair as a result; the caller adds ``base``, ``method`` and times."""
         extra = model.extra_parameters()
         return Result(
             kind="rival",
@@ -98,4 +98,4 @@ class Repair(ABC):
         )
 
     def clear(self) -> None:  # noqa: B027 (most keep nothing)
-        """Remove what was kept on disk for a repair that might have been stopped."""
+        """Remove files kept on disk for a repair that might have been stopped."""

@@ -1,4 +1,24 @@
-"""The states of a task's images between two blocks: in memory, and beyond a limit on disk."""
+"""Edits in closed form: block by block, the repaired encoder is brought back to the expert.
+
+For one task, from the first block to the last: with z the states of the *repaired* encoder so far
+and t the expert's of the same images and tokens, find the edit of z that comes closest to t in
+weighted least squares, apply it, go on (``regression.Regression`` has the formula). Each image
+passes once through the merged encoder and once through its expert. Nothing is differentiated.
+
+What an edit at a site has to make up for is the difference of the residual streams behind it:
+
+========== ==================== ==================================================
+site       it reads x           it should add y
+========== ==================== ==================================================
+attention  attention output a   (expert's h + a) - (h + a), h being what enters
+mlp        MLP output m         expert's block output - block output
+block      block output z       expert's block output - z
+output     image features f     expert's image features - f
+========== ==================== ==================================================
+
+The class token weighs as much as half of the patches together. In the last block it stands alone,
+since nothing else is read there.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +40,11 @@ from ..model.model import InterventionModel
 from .regression import Moments, Regression
 
 
-# == solving.image_states
-# The states of a task's images between two blocks: in memory, and beyond a limit on disk.
 class ImageStates:
-    """Batches of states, each replaced by the next block's as the images move on.
+    """A task's images between two blocks: batches of states, replaced as the images move on.
 
-    What does not fit in memory lies in a temporary file that the system maps into memory and
-    drops with this object; its pages are read and written once a block.
+    What does not fit in memory is in temporary files that the system maps into memory, and that are
+    removed with this object; their pages are read and written once per block.
 
     Args:
         room: bytes that may be held in memory.
@@ -36,7 +54,7 @@ class ImageStates:
     def __init__(self, room: float, device: torch.device):
         self._room, self._device = room, device
         self._batches: list[Tensor] = []
-        self._mapped: dict[int, Tensor] = {}  # the file of a batch, flat
+        self._mapped: dict[int, Tensor] = {}  # a batch's file, flat
         self._folder = tempfile.TemporaryDirectory(prefix="states-")
 
     def append(self, states: Tensor) -> None:
@@ -58,33 +76,10 @@ class ImageStates:
     def __setitem__(self, index: int, states: Tensor) -> None:
         """Replace a batch by one of the same shape, or of fewer tokens."""
         if index in self._mapped:
-            held = self._mapped[index][: states.numel()].view(states.shape)
-            states = held.copy_(states)
+            states = self._mapped[index][: states.numel()].view(states.shape).copy_(states)
         self._batches[index] = states
 
 
-# == solving.sweep
-# Edits in closed form: block by block, the repaired encoder is brought back to the expert.
-#
-# For one task, from the first block to the last: with z the states of the *repaired* encoder so far
-# and t the expert's of the same images and tokens, find the edit of z that comes closest to t in
-# weighted least squares, apply it, go on (``regression.Regression`` has the formula). Each image
-# passes once through the merged encoder and once through its expert. Nothing is differentiated.
-#
-# What an edit at a site has to make up for is the difference of the residual streams behind it:
-#
-# ========== ==================== ==================================================
-# site       it reads x           it should add y
-# ========== ==================== ==================================================
-# attention  attention output a   (expert's h + a) - (h + a), h being what enters
-# mlp        MLP output m         expert's block output - block output
-# block      block output z       expert's block output - z
-# output     image features f     expert's image features - f
-# ========== ==================== ==================================================
-#
-# Tokens are weighed: the class token as much as half of the patches together, in the last block it
-# alone, since nothing else is read there.
-#
 Place = tuple[str, int]  # site, block
 
 
@@ -117,7 +112,8 @@ class Sweep:
         ranks: Mapping[Place, int] | None,
     ):
         self.model, self.task, self.places, self.fabric = model, task, places, fabric
-        self.tower, self.expert = model.tower, expert.to(fabric.device).eval()
+        self.tower, self.device = model.tower, fabric.device
+        self.expert = expert.to(self.device).eval()
         self.ridge, self.class_weight, self.ranks = ridge, class_weight, ranks
         self.gains: dict[Place, list[float]] = {}
         self.features: Tensor
@@ -162,7 +158,7 @@ class Sweep:
             after_block()
         features = [self.expert.readout(target) for target in targets]
         if ("output", 0) in self.places:
-            moments = self._no_moments("output")
+            moments = self._empty_moments("output")
             for state, target in zip(states, features, strict=True):
                 x = self.tower.readout(state)  # without an edit there yet
                 self._add(moments, "output", 0, x.unsqueeze(1), (target - x).unsqueeze(1))
@@ -175,7 +171,7 @@ class Sweep:
         self, site: str, block: int, states: ImageStates, targets: ImageStates, leave: bool
     ) -> None:
         """Solve a site of a block; with ``leave`` all images leave the block then."""
-        moments = self._no_moments(site)
+        moments = self._empty_moments(site)
         for index, (state, target) in enumerate(zip(states, targets, strict=True)):
             out, x = self._through(self.tower, block, state, site)
             wanted, theirs = self._through(self.expert, block, target, site)
@@ -214,12 +210,12 @@ class Sweep:
             solved = form.solved(regression, rank)
             function.load({name: t.squeeze(0) if one else t for name, t in solved.items()})
 
-    def _no_moments(self, site: str) -> Moments:
+    def _empty_moments(self, site: str) -> Moments:
         placement = self.model.placements[site]
         return Moments.none(placement.width, placement.copies or 1, self.device)
 
     def _add(self, moments: Moments, site: str, block: int, x: Tensor, y: Tensor) -> None:
-        """Take in a batch: x is what the edit reads, y what it should add, (images, tokens, _)."""
+        """Add a batch: x is what the edit reads, y what it should add, (images, tokens, _)."""
         placement, alone = self.model.placements[site], x.shape[1] == 1
         tokens = slice(0, 1) if alone or placement.tokens is None else placement.tokens
         part = placement.parts[block]
@@ -234,7 +230,7 @@ class Sweep:
         moments.merge(Moments.of(*rows))
 
     def _weights(self, block: int) -> Tensor:
-        """What each token counts."""
+        """The weight of each token."""
         read = self.tower.reads_patches or block < self.tower.num_blocks - 1
         weights = torch.full((self.tower.num_tokens,), 1.0 if read else 0.0)
         weights[0] = self.class_weight
@@ -261,10 +257,6 @@ class Sweep:
     # -- what follows from the model ---------------------------------------------------------------
 
     @property
-    def device(self) -> torch.device:
-        return self.fabric.device
-
-    @property
     def _batch_size(self) -> int:
         # large enough for the matrix products, small enough for a processor's caches
         return max(16, min(256, 2**20 // (self.tower.num_tokens * self.tower.width)))
@@ -273,13 +265,13 @@ class Sweep:
     def _class_token_will_do(self) -> bool:
         """Whether the last block may work on the class token alone: nothing there needs others."""
         last, places = self.tower.num_blocks - 1, self.model.placements.items()
-        of = {site: p for site, p in places if SITES[site].in_blocks and last in p.blocks}
+        there = {site: p for site, p in places if SITES[site].in_blocks and last in p.blocks}
         return (
-            self.tower.can_spare(of)
+            self.tower.can_spare(there)
             and not self.tower.reads_patches
             and all(
                 isinstance(p.tokens, slice) and p.tokens.start == 0 and p.copies is None
-                for p in of.values()
+                for p in there.values()
             )
         )
 
@@ -289,7 +281,7 @@ class Sweep:
         if self.fabric.world_size == 1:
             return moments
         parts = {name: self.fabric.all_gather(t) for name, t in vars(moments).items()}
-        total = self._no_moments(site)
+        total = self._empty_moments(site)
         for rank in range(self.fabric.world_size):
             total.merge(Moments(**{name: part[rank] for name, part in parts.items()}))
         return total
@@ -297,8 +289,8 @@ class Sweep:
     def _gathered(self, features: list[Tensor], rows: Sequence[Tensor], count: int) -> Tensor:
         """All images' features in every process, in order."""
         whole = torch.zeros(count, self.tower.projection_dim, device=self.device)
-        for of, values in zip(rows, features, strict=True):
-            whole[of.to(self.device)] = values.float()
+        for batch, values in zip(rows, features, strict=True):
+            whole[batch.to(self.device)] = values.float()
         if self.fabric.world_size > 1:
             whole = self.fabric.all_reduce(whole, reduce_op="sum")  # type: ignore[assignment]
         return whole.cpu()
