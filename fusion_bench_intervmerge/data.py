@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 from typing_extensions import Self
 
 from .config import ConfigError, Fraction, Seed, Settings, whole
+from .files import PREFIX
 
 if TYPE_CHECKING:
     import lightning as L
@@ -318,6 +320,8 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove the files, once the run's result is saved elsewhere."""
+        for hidden in self.path.glob(f"{PREFIX}*"):  # half a file of a process that was killed
+            shutil.rmtree(hidden, ignore_errors=True)
         for path in self.path.glob("state-*"):
             path.unlink(missing_ok=True)
         with suppress(OSError):  # others' files are in it, or it was never made

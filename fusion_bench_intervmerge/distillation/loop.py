@@ -360,10 +360,10 @@ class _Trainer:
             for step in range(start, steps):
                 losses = self._step(passes, targets, optimizer, trained)
                 if not torch.isfinite(losses).all():
-                    if keep is not None and step > saved:
-                        saved = step if save_state(keep, progress, trained, optimizer) else saved
-                    kept = keep is not None and saved > 0
-                    where = f"; the state of step {saved} is kept in {keep.path}" if kept else ""
+                    where = ""
+                    if keep is not None and step > 0:
+                        save_state(keep, progress, trained, optimizer)
+                        where = f"; {keep.path}: {keep.progress}"
                     bad = self.tasks[int((~torch.isfinite(losses)).nonzero()[0])]
                     raise DistillationError(
                         f"the loss of task {bad!r} is not finite at step {step}{where}; "
