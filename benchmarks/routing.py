@@ -35,11 +35,10 @@ from fusion_bench_intervmerge.fusion.union import Corrupted, StreamSettings
 from fusion_bench_intervmerge.merging import mix
 from fusion_bench_intervmerge.model.model import InterventionModel
 from fusion_bench_intervmerge.model.router import (
-    Gaussian,
-    Kept,
     Reading,
     Router,
     RouterSettings,
+    Statistics,
     log_density,
     stacked,
 )
@@ -48,56 +47,57 @@ from fusion_bench_intervmerge.solving.solve import solve
 SCALE = 100.0  # CLIP's logit scale: what the largest softmax is taken of
 
 
-class Linear(Gaussian):
+class Linear(Router):
     """log N(x; m, S) with one S of all tasks: their scatters' sum, 2% of it a sphere."""
 
-    def scores(self, kept: Mapping[str, Kept], rows: Tensor) -> Tensor:
-        count, mean, scatter = stacked(kept, self.components)
+    def scores(self, by_task: Mapping[str, Statistics], rows: Tensor) -> Tensor:
+        count, mean, scatter = stacked(by_task)
         shared = scatter.sum(0) / (count - 1).sum().clamp_min(1)
-        sphere = shared.diagonal().mean().clamp_min(1e-12) * torch.eye(self.components)
+        sphere = shared.diagonal().mean().clamp_min(1e-12) * torch.eye(rows.shape[1])
         factor = torch.linalg.cholesky(0.98 * shared + 0.02 * sphere)
         return log_density(factor[None], rows - mean)
 
 
-class Means(Gaussian):
+class Means(Router):
     """cos(x, m), both seen from the middle of all images of the first fit."""
 
-    def keep(self, rows: Tensor) -> Kept:
+    def statistics(self, rows: Tensor) -> Statistics:
         return {"mean": rows.mean(0)}
 
-    def scores(self, kept: Mapping[str, Kept], rows: Tensor) -> Tensor:
-        means = torch.stack([task["mean"].double() for task in kept.values()])
+    def scores(self, by_task: Mapping[str, Statistics], rows: Tensor) -> Tensor:
+        means = torch.stack([task["mean"].double() for task in by_task.values()])
         return normalize(rows, dim=1) @ normalize(means, dim=1).T
 
 
-class Nearest(Gaussian):
+class Nearest(Router):
     """-min |x - x_i| over the images x_i of a task, all of which are kept."""
 
-    def keep(self, rows: Tensor) -> Kept:
+    def statistics(self, rows: Tensor) -> Statistics:
         return {"rows": rows}
 
-    def scores(self, kept: Mapping[str, Kept], rows: Tensor) -> Tensor:
-        distances = [torch.cdist(rows, task["rows"].double()).amin(1) for task in kept.values()]
+    def scores(self, by_task: Mapping[str, Statistics], rows: Tensor) -> Tensor:
+        distances = [torch.cdist(rows, task["rows"].double()).amin(1) for task in by_task.values()]
         return -torch.stack(distances, dim=1)
 
 
-class Subspace(Gaussian):
+class Subspace(Router):
     """-|x - m - V'V(x - m)|, V the 16 leading right singular vectors of a task's centred images."""
 
-    def keep(self, rows: Tensor) -> Kept:
+    def statistics(self, rows: Tensor) -> Statistics:
         _, _, axes = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
         return {"mean": rows.mean(0), "directions": axes[:16]}
 
-    def scores(self, kept: Mapping[str, Kept], rows: Tensor) -> Tensor:
+    def scores(self, by_task: Mapping[str, Statistics], rows: Tensor) -> Tensor:
         residuals = []
-        for task in kept.values():
+        for task in by_task.values():
             moved, axes = rows - task["mean"], task["directions"].double()
             residuals.append((moved - moved @ axes.T @ axes).norm(dim=1))
         return -torch.stack(residuals, dim=1)
 
 
 # The package has the Gaussian alone; the others are what it was chosen from.
-ROUTERS = {kind.__name__.lower(): kind for kind in (Gaussian, Linear, Means, Nearest, Subspace)}
+OTHERS = (Linear, Means, Nearest, Subspace)
+ROUTERS = {"gaussian": Router} | {kind.__name__.lower(): kind for kind in OTHERS}
 
 
 def make_model(merged, tasks) -> InterventionModel:

@@ -144,35 +144,22 @@ class Router:
     def tasks(self) -> list[str]:
         return list(self.by_task)
 
-    def fit(self, rows: Tensor) -> Statistics:
-        """The statistics of rows (images, components), but for the quantiles."""
+    def statistics(self, rows: Tensor) -> Statistics:
+        """Of rows (images, components), but for the quantiles."""
         centred = rows - rows.mean(0)
         scatter = centred.T @ centred
         lower = torch.tril_indices(*scatter.shape)
-        statistics = {
-            "count": torch.tensor(float(len(rows))),
-            "mean": rows.mean(0),
-            "scatter": scatter[lower[0], lower[1]],
-        }
-        return {name: tensor.float().contiguous() for name, tensor in statistics.items()}
+        triangle = scatter[lower[0], lower[1]]
+        return {"count": torch.tensor(len(rows)), "mean": rows.mean(0), "scatter": triangle}
 
     def scores(self, by_task: Mapping[str, Statistics], rows: Tensor) -> Tensor:
         """Log likelihoods of rows (images, components): (images, tasks), float64."""
-        count, mean, triangle = (
-            torch.stack([statistics[name] for statistics in by_task.values()]).double()
-            for name in ("count", "mean", "scatter")
-        )
-        size = rows.shape[1]
-        scatter = triangle.new_zeros(len(by_task), size, size)
-        row, column = torch.tril_indices(size, size)
-        scatter[:, row, column] = scatter[:, column, row] = triangle
-        degrees = count[:, None, None] - 1
+        count, mean, scatter = stacked(by_task)
+        degrees = count - 1
         variance = scatter.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)[:, None]
-        sphere = (variance / degrees.clamp_min(1)).clamp_min(1e-12) * torch.eye(size)
+        sphere = (variance / degrees.clamp_min(1)).clamp_min(1e-12) * torch.eye(rows.shape[1])
         factor = torch.linalg.cholesky((scatter + PRIOR * sphere) / (degrees + PRIOR))
-        white = torch.linalg.solve_triangular(factor, (rows - mean[:, None]).mT, upper=False)
-        volume = factor.diagonal(dim1=1, dim2=2).log().sum(1, keepdim=True)
-        return (-0.5 * white.square().sum(1) - volume).T
+        return log_density(factor, rows - mean)
 
     def add(self, task: str, rows: Tensor) -> None:
         """Learn a task, or learn it anew, from rows of its images (images, dims of a row)."""
@@ -181,10 +168,13 @@ class Router:
         fold, fit = torch.arange(len(rows)) % FOLDS, torch.empty(len(rows), dtype=torch.float64)
         for held_out in fold.unique():
             inside, outside = fold != held_out, fold == held_out
-            others = {**self.by_task, task: self.fit(rows[inside])}
+            others = {**self.by_task, task: self._fit(rows[inside])}
             fit[outside] = self.scores(others, rows[outside])[:, list(others).index(task)]
         shares = torch.linspace(0, 0.5, QUANTILES, dtype=torch.float64)
-        self.by_task[task] = self.fit(rows) | {"quantiles": fit.quantile(shares).float()}
+        self.by_task[task] = self._fit(rows) | {"quantiles": fit.quantile(shares).float()}
+
+    def _fit(self, rows: Tensor) -> Statistics:
+        return {name: t.float().contiguous() for name, t in self.statistics(rows).items()}
 
     def drop(self, task: str) -> None:
         """Forget a task, if it is known."""
@@ -223,6 +213,29 @@ class Router:
             for task, statistics in self.by_task.items()
             for name, tensor in statistics.items()
         }
+
+
+def stacked(by_task: Mapping[str, Statistics]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all tasks, float64: counts (tasks, 1, 1), means (tasks, 1, size), scatter matrices."""
+    count, mean, triangle = (
+        torch.stack([statistics[name] for statistics in by_task.values()]).double()
+        for name in ("count", "mean", "scatter")
+    )
+    size = mean.shape[1]
+    scatter = triangle.new_zeros(len(by_task), size, size)
+    row, column = torch.tril_indices(size, size)
+    scatter[:, row, column] = scatter[:, column, row] = triangle
+    return count[:, None, None], mean[:, None], scatter
+
+
+def log_density(factor: Tensor, centred: Tensor) -> Tensor:
+    """log N(x; 0, L L') but for a constant.
+
+    L (tasks or 1, size, size), x (tasks, images, size) -> (images, tasks).
+    """
+    white = torch.linalg.solve_triangular(factor, centred.mT, upper=False)
+    volume = factor.diagonal(dim1=1, dim2=2).log().sum(1, keepdim=True)
+    return (-0.5 * white.square().sum(1) - volume).T
 
 
 def read_router(
