@@ -16,13 +16,16 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 # name -> arguments, and a line that it ends with
 SCRIPTS = {
-    "train_and_deploy.py": (["--steps=3", "--images=16", "--save-to=saved"], "dropped mnist"),
+    "train_and_deploy.py": (
+        ["--pool=clip-vit-tiny_TA8", "--steps=3", "--images=16"],
+        "dropped digits",
+    ),
     "own_experts.py": (["--steps=3", "--expert-steps=3", "--images=64"], "  corners"),
     "own_function.py": (["--steps=3"], "read back: scale, 6,144 extra parameters"),
 }
 SHELL = {
-    "compare.sh": ["clip-vit-mini_TA8", "method.seeds=[0]", "fast_dev_run=true"],
-    "save_and_load.sh": ["clip-vit-mini_TA8", "digits", "fast_dev_run=true"],
+    "compare.sh": ["clip-vit-tiny_TA8", "method.seeds=[0]", "fast_dev_run=true"],
+    "save_and_load.sh": ["clip-vit-tiny_TA8", "digits", "fast_dev_run=true"],
 }
 # Stands for a command on the PATH, and writes down what it was given.
 RECORDER = """#!/bin/sh
