@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPModel, pipeline
 
 from fusion_bench_intervmerge.config import ConfigError
 from fusion_bench_intervmerge.deploy.clip import image_processor, to_clip_model
-from fusion_bench_intervmerge.deploy.heads import Classes, zero_shot_heads
+from fusion_bench_intervmerge.deploy.heads import Classes, zero_shot_head
 from fusion_bench_intervmerge.model.model import InterventionModel
 
 
@@ -149,15 +149,15 @@ def test_the_pipeline_takes_it(repaired):
     said = classify(pictures, candidate_labels=names, hypothesis_template=template)
 
     clip = CLIPModel.from_pretrained(repaired.metadata["base_model"])
-    classes = {"shapes": Classes(names=names, templates=[template])}
-    head = zero_shot_heads(clip, processor.tokenizer, classes)["shapes"]
+    captions = Classes(names=names, templates=[template]).captions()
+    head = zero_shot_head(clip, processor.tokenizer, captions) * clip.logit_scale.exp()
     pixels = image_processor(repaired)(pictures, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         encoded = torch.nn.functional.normalize(repaired.encode(pixels, "shapes"), dim=-1)
     shares = (encoded @ head.T).softmax(dim=-1)
     for entries, share in zip(said, shares, strict=True):
         by_name = {entry["label"]: entry["score"] for entry in entries}
-        np.testing.assert_allclose([by_name[n] for n in names], share.numpy(), atol=1e-5)
+        np.testing.assert_allclose([by_name[n] for n in names], share.detach().numpy(), atol=1e-5)
 
 
 def test_the_heads_are_the_pools(repaired):
@@ -173,10 +173,9 @@ def test_the_heads_are_the_pools(repaired):
         pool.tasks
     )
     clip = CLIPModel.from_pretrained(about["base_model"])
-    classes = {task: Classes(**described) for task, described in about["classes"].items()}
-    heads = zero_shot_heads(clip, pool._processor().tokenizer, classes)
-    given = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
-    for task, head in heads.items():
-        own = torch.nn.functional.normalize(given[:, : head.shape[1]], dim=-1) @ head.T
-        wanted = pool.head(task)(given[:, : head.shape[1]]) * clip.logit_scale.exp()
-        torch.testing.assert_close(own, wanted)
+    features = torch.randn(5, clip.config.projection_dim)
+    for task, described in about["classes"].items():
+        captions = Classes(**described).captions()
+        head = zero_shot_head(clip, pool._processor().tokenizer, captions)
+        own = torch.nn.functional.normalize(features, dim=-1) @ head.T
+        torch.testing.assert_close(own, pool.head(task)(features))

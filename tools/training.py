@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import trange
 from transformers import CLIPModel, CLIPTokenizerFast, CLIPVisionModel, PreTrainedModel
 
+from fusion_bench_intervmerge.deploy.heads import zero_shot_head
 from fusion_bench_intervmerge.tinyclip.pools import MEAN, STD, Pool, load_images
 
 OTHERS = 400  # images of each other task whose features a gentle fine-tuning keeps
@@ -118,25 +119,6 @@ def finetune(
 
 def _unit_features(model: CLIPModel, images: Tensor) -> Tensor:
     return F.normalize(model.get_image_features(pixel_values(images)), dim=-1)
-
-
-@torch.no_grad()
-def zero_shot_head(
-    model: CLIPModel, tokenizer: CLIPTokenizerFast, captions: Sequence[Sequence[str]]
-) -> Tensor:
-    """One unit vector per class: the mean of its captions' unit vectors, as FusionBench does it.
-
-    Args:
-        captions: per class, its captions.
-
-    Returns:
-        (classes, features).
-    """
-    rows = []
-    for texts in captions:
-        tokens = tokenizer(texts, padding=True, return_tensors="pt")
-        rows.append(F.normalize(model.get_text_features(**tokens), dim=-1).mean(0))
-    return F.normalize(torch.stack(rows), dim=-1)
 
 
 def _optimize(parameters: list[Tensor], loss: Callable[[], Tensor], stage: Stage) -> None:

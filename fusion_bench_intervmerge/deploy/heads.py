@@ -35,6 +35,10 @@ class Classes(Settings):
     names: Annotated[list[str], Field(min_length=1)]
     templates: Annotated[list[Annotated[str, AfterValidator(_has_one_gap)]], Field(min_length=1)]
 
+    def captions(self) -> list[list[str]]:
+        """Of each class."""
+        return [[text.replace("{}", name) for text in self.templates] for name in self.names]
+
 
 def read_classes(file: str | Path) -> Json:
     """The classes of tasks from a JSON file; ``known_heads`` checks them.
@@ -59,6 +63,8 @@ def known_heads(
 ) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     """Zero-shot heads of a model's tasks, and the names of their classes.
 
+    A head is (classes, projection_dim); logits are its product with normalised image features.
+
     Args:
         model: its metadata has what is not given.
         tasks: by default all of the model's.
@@ -77,37 +83,36 @@ def known_heads(
             raise ConfigError(f"classes.{task}", "none are known", f"--classes FILE with {FORM}")
         by_task[task] = Classes.read(classes[task], f"classes.{task}")
     tokenizer = from_base(AutoTokenizer.from_pretrained, model, clip)
-    heads = zero_shot_heads(load_clip(model, clip), tokenizer, by_task)
+    whole = load_clip(model, clip)
+    scale = whole.logit_scale.detach().exp()
+    heads = {
+        task: scale * zero_shot_head(whole, tokenizer, described.captions())
+        for task, described in by_task.items()
+    }
     return heads, {task: described.names for task, described in by_task.items()}
 
 
 @torch.no_grad()
-def zero_shot_heads(
-    clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, classes: Mapping[str, Classes]
-) -> dict[str, Tensor]:
-    """Each task's classes as text features, times the logit scale.
-
-    A class's text feature is the mean over its captions' normalised features, normalised again
-    (section 3.1.4 of arXiv 2103.00020).
+def zero_shot_head(
+    clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, captions: Sequence[Sequence[str]]
+) -> Tensor:
+    """A task's classes as text features: section 3.1.4 of arXiv 2103.00020.
 
     Args:
         clip: Hugging Face's ``CLIPModel``.
         tokenizer: its tokenizer.
-        classes: task -> classes.
+        captions: of each class.
 
     Returns:
-        task -> (classes, projection_dim); logits are its product with normalised image features.
+        (classes, projection_dim): per class the mean of its captions' normalised features,
+        normalised again.
     """
-    heads = {}
-    for task, described in classes.items():
-        rows = []
-        for name in described.names:
-            captions = [template.replace("{}", name) for template in described.templates]
-            tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
-            features = F.normalize(clip.get_text_features(**tokens.to(clip.device)), dim=-1)
-            rows.append(F.normalize(features.mean(dim=0), dim=-1))
-        heads[task] = torch.stack(rows) * clip.logit_scale.exp()
-    return heads
+    rows = []
+    for texts in captions:
+        tokens = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        features = clip.get_text_features(**tokens.to(clip.device))
+        rows.append(F.normalize(features, dim=-1).mean(dim=0))
+    return F.normalize(torch.stack(rows), dim=-1)
 
 
 class Heads(nn.Module):
