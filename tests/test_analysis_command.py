@@ -9,7 +9,7 @@ import pytest
 from test_command import TINY, in_process
 
 from fusion_bench_intervmerge.cli import main as report
-from fusion_bench_intervmerge.config import ConfigError
+from fusion_bench_intervmerge.fusion.host import OneLineError
 
 TASKS = ["digits", "positions"]
 OTHERS = ["letters", "shapes", "counting", "colours", "gratings", "textures"]
@@ -118,6 +118,6 @@ def test_a_saved_model_is_analysed_and_evaluated(saved, tmp_path):
     ],
 )
 def test_what_cannot_be_analysed_is_said_before_anything_runs(overrides, message, tmp_path):
-    with pytest.raises(ConfigError, match=r"^[^\n]*$") as error:
+    with pytest.raises(OneLineError, match=r"^[^\n]*$") as error:
         in_process("method=intervmerge/compare", *overrides, *POOL, folder=tmp_path)
     assert message in str(error.value)
