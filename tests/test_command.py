@@ -556,7 +556,7 @@ def test_a_training_outlives_a_save_that_failed(failure, said, tmp_path, monkeyp
         def fail(*args):
             raise failure
 
-        patch.setattr("fusion_bench_intervmerge.artifact.write", fail)
+        patch.setattr("fusion_bench_intervmerge.model.artifact.Artifact.write", fail)
         with pytest.raises((ConfigError, SystemExit)) as error:
             run("saved")
     assert said in str(error.value) and "\n" not in str(error.value)
