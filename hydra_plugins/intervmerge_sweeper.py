@@ -1,7 +1,7 @@
 """``hydra/sweeper=grid``: a grid of runs that can be stopped, continued and collected.
 
-Hydra looks for sweepers in this package only. It imports this module at every start of every Hydra
-application, so it imports nothing heavy.
+Hydra looks for sweepers in this package only, and imports it at every start of every Hydra
+application: so nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import itertools
 import json
 import logging
 import re
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +31,8 @@ class Job(NamedTuple):  # Hydra imports plugins in a way that a dataclass does n
     """One run of the grid.
 
     Attributes:
-        labels: axis -> the value it has in this run, by name.
-        overrides: what makes it this run.
+        labels: axis -> the label of its value in this run.
+        overrides: of the command line, for this run.
     """
 
     labels: dict[str, str]
@@ -42,7 +40,7 @@ class Job(NamedTuple):  # Hydra imports plugins in a way that a dataclass does n
 
     @property
     def folder(self) -> str:
-        """Its folder in the sweep's: what varies, by name."""
+        """Its folder within the sweep's, named after the values that vary."""
         parts = [f"{axis.split('.')[-1]}={label}" for axis, label in self.labels.items()]
         name = ",".join(re.sub(r"[^\w.+=-]+", "_", part) for part in parts) or "run"
         if len(name) > 120:
@@ -54,17 +52,16 @@ class GridSweeper(Sweeper):
     """Runs the product of some axes, each job in a folder named after what varies.
 
     A job whose folder holds the report of the very same configuration is not run again, so the
-    command that started a grid also continues it, with any launcher. A study takes such a run over
-    from another study in the folder beside its own. Choices on the command line
+    command that started a grid also continues it, with any launcher. Choices on the command line
     (``method.seed=0,1``) are axes too. Which folder holds which job is written to ``study.json``.
 
     Args:
         axes: name -> label -> overrides, a string or a list of them; or name -> a choice in
-            Hydra's syntax. What the command line says of a key replaces the axis that varies it.
+            Hydra's syntax. A choice on the command line replaces the axis that varies the same key.
         also: label -> overrides of single jobs beside the product, of methods of their own:
-            ``method.KEY=VALUE`` and ``method@KEY=VALUE`` on the command line are not for them.
-        study: what a collected grid is about (``fusion_bench_intervmerge.report.study``): title,
-            figure; null collects nothing.
+            ``method.KEY=VALUE`` and ``method@KEY=VALUE`` on the command line do not apply to them.
+        study: title and figure of a collected grid (``fusion_bench_intervmerge.report.study``);
+            null collects nothing.
     """
 
     def __init__(
@@ -94,7 +91,6 @@ class GridSweeper(Sweeper):
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         jobs = self.jobs(arguments)
-        self._elsewhere = _finished_runs(folder.parent.glob(f"*/*/{REPORT}")) if self.study else {}
         index = {"study": self.study, "jobs": [{"folder": j.folder, **j._asdict()} for j in jobs]}
         from fusion_bench_intervmerge.files import write_json
 
@@ -129,17 +125,17 @@ class GridSweeper(Sweeper):
                 axes[varying or key] = {v: [f"{key}={v}"] for v in values}
             else:
                 fixed.append(f"{key}={values[0]}")
-        found = [
+        product = [
             Job(
                 dict(zip(axes, labels, strict=True)),
                 [*fixed, *(o for a, x in zip(axes, labels, strict=True) for o in axes[a][x])],
             )
             for labels in itertools.product(*axes.values())
         ]
-        # These are of other methods, which settings of the grid's method do not fit.
+        # These run other methods, which settings of the grid's method do not fit.
         apart = [o for o in fixed if not o.startswith(("method.", "method@"))]
         also = [Job({"also": name}, [*apart, *_listed(o)]) for name, o in self.also.items()]
-        return also + found
+        return also + product
 
     def _values(self, value: Any) -> dict[str, list[str]]:
         if isinstance(value, Mapping):
@@ -164,7 +160,7 @@ class GridSweeper(Sweeper):
         return None
 
     def _unfinished(self, job: Job, folder: Path) -> list[str] | None:
-        """The overrides to launch a job with; None where its report is there."""
+        """The overrides to launch a job with; None if its report is there."""
         assert self.hydra_context is not None and self.config is not None
         overrides = [
             *job.overrides,
@@ -174,29 +170,21 @@ class GridSweeper(Sweeper):
         config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
         with open_dict(config):
             del config["hydra"]
-        run, wanted = folder / job.folder, OmegaConf.to_yaml(config)
-        if wanted in _finished_runs([run / REPORT]):
-            return None
-        if wanted in self._elsewhere:
-            log.info("%s is the same run as %s", job.folder, self._elsewhere[wanted])
-            shutil.rmtree(run, ignore_errors=True)
-            part = run.with_name(f".{run.name}.part")
-            shutil.copytree(self._elsewhere[wanted], part, dirs_exist_ok=True)
-            part.rename(run)
+        run = folder / job.folder
+        if _is_finished(run, OmegaConf.to_yaml(config)):
             return None
         # Of another configuration, or torn: nobody must take it for this job's.
         (run / REPORT).unlink(missing_ok=True)
         return overrides
 
 
-def _finished_runs(reports: Iterable[Path]) -> dict[str, Path]:
-    """Configuration -> folder of the run, for those whose report is whole."""
-    found = {}
-    for report in reports:
-        with suppress(OSError, ValueError):
-            json.loads(report.read_text(encoding="utf-8"))
-            found[(report.parent / CONFIG).read_text(encoding="utf-8")] = report.parent
-    return found
+def _is_finished(run: Path, config: str) -> bool:
+    """Whether a run's report is whole, and of that configuration."""
+    try:
+        json.loads((run / REPORT).read_text(encoding="utf-8"))
+        return (run / CONFIG).read_text(encoding="utf-8") == config
+    except (OSError, ValueError):
+        return False
 
 
 def _plain(value: Any) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from transformers import (
 from fusion_bench_intervmerge.encoders import as_tower
 from fusion_bench_intervmerge.encoders.base import VisionTower
 from fusion_bench_intervmerge.encoders.convert import to_openclip
+from fusion_bench_intervmerge.files import CACHE_VARIABLE
+from fusion_bench_intervmerge.tinyclip import ensure_pool
 
 TASKS = ["ants", "bees", "cats"]
 
@@ -126,6 +128,16 @@ def datasets() -> dict[str, Tensor]:
         task: torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
         for seed, task in enumerate(TASKS)
     }
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder with the tiny pool in it, and nothing of earlier runs."""
+    pool = ensure_pool()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / pool.name).symlink_to(pool)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 def relative(value: Tensor, reference: Tensor) -> float:

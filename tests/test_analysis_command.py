@@ -6,15 +6,14 @@ import csv
 import json
 
 import pytest
-from test_command import TINY, in_process
+from commands import TINY, evaluating, in_process
 
 from fusion_bench_intervmerge.cli import main as report
 from fusion_bench_intervmerge.fusion.host import OneLineError
 
 TASKS = ["digits", "positions"]
-OTHERS = ["letters", "shapes", "counting", "colours", "gratings", "textures"]
 POOL = [TINY[0], f"modelpool.tasks=[{','.join(TASKS)}]"]
-TASK_POOL = [TINY[1], *(f"~taskpool.test_datasets.{task}" for task in OTHERS)]
+TASK_POOL = [TINY[1], *evaluating(*TASKS)]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +21,7 @@ def compared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared")
     in_process(
         "method=intervmerge/compare",
-        "~method.methods.intervmerge_r1",
+        *(f"~method.methods.{name}" for name in ("intervmerge_r1", "closed_form_rank_1")),
         "method.seeds=[0]",
         "method.steps=4",
         "method.analyses=all",
@@ -53,7 +52,6 @@ def test_an_analysis_of_all_images_says_what_the_task_pool_says(compared):
         for method, seed in (
             ("surgery_r16", "/seed0"),
             ("intervmerge_r4", "/seed0"),
-            ("closed_form_rank_1", ""),
             ("closed_form_rank_4", ""),
         )
     }
@@ -73,6 +71,9 @@ def test_a_comparison_shows_its_analyses(compared, tmp_path):
     assert report(["report", str(compared), "--to", str(tmp_path)]) == 0
     figures = {path.stem for path in tmp_path.glob("*.png")}
     assert {"training", "closeness", "stitching", "contributions", "embeddings_tsne"} <= figures
+    evaluated = json.loads((compared / "program_report.json").read_text())
+    shown = f"{100 * evaluated['experts']['average']['accuracy']:.1f}"
+    assert shown in (tmp_path / "table.md").read_text()
 
 
 def test_a_saved_model_is_analysed_without_a_task_pool(saved, tmp_path, capfd):
@@ -98,6 +99,7 @@ def test_a_saved_model_is_analysed_and_evaluated(saved, tmp_path):
         f"method.path={saved / 'intervmerge'}",
         "method.analyses=bias",
         "method.images=8",
+        "fast_dev_run=true",
         *POOL,
         *TASK_POOL,
         folder=tmp_path,

@@ -1,148 +1,121 @@
-"""The installed command, composed by Hydra for real, on the embedded pool."""
+"""The command, composed by Hydra for real, on the embedded pool."""
 
 from __future__ import annotations
 
 import io
-import json
-import os
+import pickle
 import subprocess
 import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+from commands import (
+    QUIET,
+    ROOT,
+    TINY,
+    command,
+    compose,
+    evaluating,
+    in_process,
+    only,
+    read_json,
+    run_command,
+)
+from conftest import TASKS, fine_tuned, hf_tower
+from fusion_bench import BaseModelPool, CLIPVisionModelPool
+from fusion_bench.method import TaskArithmeticAlgorithm
+from fusion_bench.models.hf_clip import HFCLIPClassifier
+from fusion_bench.tasks.clip_classification import get_classnames_and_templates
+from fusion_bench.utils import instantiate
+from hydra.errors import CompactHydraException
+from rich.console import Console
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from fusion_bench_intervmerge.config import ConfigError
 from fusion_bench_intervmerge.distillation import loop
-from fusion_bench_intervmerge.files import CACHE_VARIABLE
+from fusion_bench_intervmerge.fusion.algorithm import IntervMergeAlgorithm
+from fusion_bench_intervmerge.fusion.embedded.pool import load_clip, load_dataset, load_processor
+from fusion_bench_intervmerge.fusion.host import OneLineError
+from fusion_bench_intervmerge.fusion.pools import ExpertPool
+from fusion_bench_intervmerge.fusion.records import diagnosis_table
 from fusion_bench_intervmerge.model.model import InterventionModel
 
-ROOT = Path(__file__).parents[1]
-COMMAND = str(Path(sys.executable).with_name("fusion_bench"))
-TINY = ["modelpool=clip-vit-tiny_TA8", "taskpool=clip-vit-tiny_TA8"]
-QUIET = ["print_config=false", "print_function_call=false"]
-
-
-def fusion_bench(*overrides, cwd, check=True, **environment):
-    done = subprocess.run(
-        [COMMAND, *overrides],
-        cwd=cwd,
-        # the same bits need the same number of threads, and the tests run on one
-        env=os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    if check:
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
+THREE = ["digits", "counting", "positions"]
+POOL = "modelpool=clip-vit-tiny_TA8"
+REPAIR = ["method=intervmerge", "method.interventions.attention.rank=4", "method.steps=30"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The main job, short: base merge, repair, evaluation, a saved model."""
     folder = tmp_path_factory.mktemp("run")
-    done = fusion_bench(
-        "method=intervmerge",
-        "method.interventions.attention.rank=4",
-        "method.steps=60",
-        "method.save_to='{log_dir}/intervmerge'",
-        f"path.log_dir={folder / 'log'}",
-        *TINY,
-        *QUIET,
-        cwd=folder,
-    )
-    return done, folder / "log"
+    save = ["method.save_to='{log_dir}/intervmerge'", "path.log_dir=log"]
+    run_command(*REPAIR, *save, *only(*THREE), *QUIET, folder=folder)
+    return folder / "log"
 
 
-# -- discovery ------------------------------------------------------------
+def only_result(folder):
+    ((name, result),) = read_json(folder / "intervmerge.json")["models"].items()
+    return name, result
+
+
+# -- discovery -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["elsewhere", "repository"])
 def test_the_plugin_is_found_from_any_directory(where, tmp_path):
+    pools = ["modelpool=clip-vit-b32_TA8", "taskpool=clip-vit-b32_TA8"]
     cwd = ROOT if where == "repository" else tmp_path
-    shown = fusion_bench(
-        "method=intervmerge", "modelpool=clip-vit-b32_TA8", "taskpool=clip-vit-b32_TA8", "--cfg",
-        "job", cwd=cwd,
-    ).stdout  # fmt: skip
+    shown = command("method=intervmerge", *pools, "--cfg", "job", cwd=cwd).stdout
     assert "fusion_bench_intervmerge.fusion.IntervMergeAlgorithm" in shown
     assert "tanganke/clip-vit-base-patch32_dtd" in shown
 
 
-def compose(*overrides, **options):
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-
-    (folder,) = find_spec("fusion_bench_config").submodule_search_locations
-    with initialize_config_dir(folder, version_base=None):
-        return hydra_compose("fabric_model_fusion", overrides=list(overrides), **options)
-
-
-def in_process(*overrides, folder):
-    """What the command does after composing; a process of its own costs ten seconds of imports."""
-    from fusion_bench.constants import RuntimeConstants
-    from fusion_bench.scripts.cli import main
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import open_dict
-
-    config = compose(
-        *overrides,
-        *QUIET,
-        f"path.log_dir={folder / 'log'}",
-        f"hydra.runtime.output_dir={folder}",
-        return_hydra_config=True,
-    )
-    HydraConfig.instance().set_config(config)
-    with open_dict(config):
-        del config["hydra"]
-    try:
-        return main(config)
-    finally:
-        HydraConfig.instance().cfg = None
-        RuntimeConstants.debug = False  # what fast_dev_run=true leaves behind in the process
-
-
-@pytest.mark.parametrize("size", ["b32", "b16", "l14"])
-@pytest.mark.parametrize("tasks", ["TA8", "TALL14", "TALL20"])
-def test_the_aliases_are_fusionbenchs_own_pools(size, tasks):
-    long = {"b32": "base-patch32", "b16": "base-patch16", "l14": "large-patch14"}[size]
-    ours = compose(f"modelpool=clip-vit-{size}_{tasks}", f"taskpool=clip-vit-{size}_{tasks}")
-    stock = compose(f"modelpool=CLIPVisionModelPool/clip-vit-{long}_{tasks}")
-    assert ours.modelpool.models == stock.modelpool.models
-    assert ours.modelpool.test_datasets == stock.modelpool.test_datasets
-    assert ours.taskpool._target_.endswith("fusion.hosted.CLIPVisionModelTaskPool")
-    assert ours.taskpool.test_datasets == ours.modelpool.test_datasets
-    assert ours.taskpool.base_model == f"openai/clip-vit-{long}"
-
-
 @pytest.mark.parametrize(
-    "method",
+    ("name", "long"),
     [
-        "surgery",
-        "surgery_v2",
-        *(
-            f"intervmerge/{p.stem}"
-            for p in (ROOT / "config" / "method" / "intervmerge").glob("*.yaml")
-            if p.stem not in ("load", "analyse")
-        ),
+        ("b32_TA8", "base-patch32_TA8"),
+        ("b16_TALL14", "base-patch16_TALL14"),
+        ("l14_TALL20", "large-patch14_TALL20"),
     ],
 )
-def test_every_preset_composes_and_is_accepted(method):
-    from fusion_bench.utils import instantiate
+def test_the_aliases_are_fusionbenchs_own_pools_with_the_data_sets_owners(name, long):
+    ours = compose(f"modelpool=clip-vit-{name}", f"taskpool=clip-vit-{name}")
+    stock = compose(f"modelpool=CLIPVisionModelPool/clip-vit-{long}").modelpool
+    assert ours.modelpool.models == stock.models
+    for split in ("train", "val", "test"):
+        owned, named = (pool.get(f"{split}_datasets") for pool in (ours.modelpool, stock))
+        if not owned:
+            continue
+        inner = (lambda task: task.dataset) if split == "val" else (lambda task: task)
+        assert inner(owned.mnist).path == "ylecun/mnist"
+        assert list(inner(owned.svhn)._args_) == ["ufldl-stanford/svhn", "cropped_digits"]
+        inner(owned.mnist).path, inner(owned.svhn)._args_[0] = "mnist", "svhn"
+        assert not named or owned == named
+    assert ours.taskpool._target_.endswith("fusion.hosted.CLIPVisionModelTaskPool")
+    assert ours.taskpool.test_datasets.mnist.path == "ylecun/mnist"
+    assert ours.taskpool.base_model == f"openai/clip-vit-{long.rpartition('_')[0]}"
 
-    config = compose(f"method={method}").method
+
+PRESETS = sorted(
+    str(path.relative_to(ROOT / "config" / "method").with_suffix(""))
+    for path in (ROOT / "config" / "method").rglob("*.yaml")
+    if path.parent.name != "rivals" and path.stem not in ("load", "analyse")
+)
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_every_preset_is_accepted(method):
+    config = compose("+fast_dev_run=false", config=f"method/{method}").method
+    config = config.get("intervmerge", config)  # a preset in a folder is composed under its name
     assert config._target_.startswith("fusion_bench_intervmerge.fusion.")
     instantiate(config, _recursive_=False)
 
 
-def test_fusionbenchs_own_surgery_keeps_its_name():
-    assert compose("method=surgery/adamerging_surgery").method.name.endswith("adamerging_surgery")
-
-
-def test_another_base_is_one_override():
+def test_fusionbenchs_own_surgery_keeps_its_name_and_another_base_is_one_override():
+    stock = compose("method=surgery/adamerging_surgery").method
+    assert stock.name.endswith("adamerging_surgery")
     config = compose("method=intervmerge", "method@method.base=ties_merging").method
     assert config.base._target_ == "fusion_bench.method.TiesMergingAlgorithm"
 
@@ -150,14 +123,13 @@ def test_another_base_is_one_override():
 def test_the_hook_is_light():
     """It runs at every start of every Hydra application."""
     code = (
-        "import sys, time, hydra.core.config_search_path, hydra.plugins.search_path_plugin\n"
-        "before = set(sys.modules); start = time.perf_counter()\n"
+        "import sys, hydra.core.config_search_path, hydra.plugins.search_path_plugin\n"
+        "before = set(sys.modules)\n"
         "import hydra_plugins.fusion_bench_plugins\n"
-        "print(sorted(set(sys.modules) - before), (time.perf_counter() - start) * 1000)"
+        "print(sorted(set(sys.modules) - before))"
     )
-    shown = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/"
-    ).stdout
+    options = {"capture_output": True, "text": True, "check": True, "cwd": "/"}
+    shown = subprocess.run([sys.executable, "-c", code], **options).stdout
     # What it imports is its cost: itself and nothing else.
     assert shown.startswith("['hydra_plugins', 'hydra_plugins.fusion_bench_plugins']"), shown
 
@@ -171,44 +143,41 @@ def test_other_hydra_applications_are_left_alone(tmp_path):
         "def main(cfg): pass\n"
         "main()\n"
     )
-    shown = subprocess.run(
-        [sys.executable, "app.py", "--info", "searchpath"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    words = [sys.executable, "app.py", "--info", "searchpath"]
+    shown = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert "fusion_bench" not in shown
 
 
-# -- the main job ------------------------------------------------------------
+# -- the main job ----------------------------------------------------------------------------------
 
 
 def test_the_main_job_reports_what_it_did(run):
-    done, log_dir = run
-    report = json.loads((log_dir / "program_report.json").read_text())
-    results = json.loads((log_dir / "intervmerge.json").read_text())
-    ((name, story),) = results["models"].items()
-    tasks = list(story["images_seen"])
-    assert len(tasks) == 8 and set(tasks) < set(report) and tasks == results["tasks"]
-    assert name == "task_arithmetic/intervmerge_r4/seed0" and story["kind"] == "repair"
-    assert (story["base"], story["method"]) == ("task_arithmetic", "intervmerge_r4")
-    assert (story["seed"], story["rank"]) == (0, 4)
-    assert report["model_info"]["trainable_params"] == story["extra_parameters"]
-    assert story["extra_parameters"] == 8 * 6 * (2 * 64 * 4 + 4)
-    assert sum(story["extra_parameters_by_task"].values()) == story["extra_parameters"]
-    assert story["images"] == [
-        {"split": "test", "steps": 60, "batch_size": 16, "seed": 0, "transductive": True}
+    report = read_json(run / "program_report.json")
+    name, result = only_result(run)
+    references = read_json(run / "reference_report.json")
+    assert list(references) == ["pretrained", "task_arithmetic"]
+    assert list(result["images_seen"]) == THREE and set(THREE) < set(report)
+    assert name == "task_arithmetic/intervmerge_r4/seed0" and result["kind"] == "repair"
+    assert (result["base"], result["method"]) == ("task_arithmetic", "intervmerge_r4")
+    assert (result["seed"], result["rank"]) == (0, 4)
+    assert report["model_info"]["trainable_params"] == result["extra_parameters"]
+    assert result["extra_parameters"] == 3 * 6 * (2 * 64 * 4 + 4)
+    assert sum(result["extra_parameters_by_task"].values()) == result["extra_parameters"]
+    assert result["images"] == [
+        {"split": "test", "steps": 30, "batch_size": 16, "seed": 0, "transductive": True}
     ]
-    for task in tasks:
-        assert story["features"][task]["bias_after"] < story["features"][task]["bias_before"]
-        assert len(story["losses"][task]) == 60
-    assert "Images: 100% of the test split" in done.stdout  # before the repair
-    assert "24,768 extra parameters over all tasks" in done.stdout  # after the evaluation
-    assert "Pretrained" in done.stdout and "Task Arithmetic" in done.stdout
-    # what FusionBench says meanwhile is in its file
-    (log,) = log_dir.glob("*.log")
-    assert "Loading model" in log.read_text() and "Loading model" not in done.stdout
+    for task in THREE:
+        assert result["features"][task]["bias_after"] < result["features"][task]["bias_before"]
+        assert len(result["losses"][task]) == 30
+
+
+def test_the_screen_shows_ours_and_the_log_file_has_everything(tmp_path, capfd):
+    words = ["method=intervmerge", "path.log_dir=log", "fast_dev_run=true"]
+    run_command(*words, *only("digits"), *QUIET, folder=tmp_path)
+    shown = capfd.readouterr().out
+    assert "Images: 100% of the test split" in shown  # before the repair
+    (log,) = (tmp_path / "log").glob("*.log")
+    assert "Loading model" in log.read_text() and "Loading model" not in shown
 
 
 STOCK = ["taskpool._target_=fusion_bench.taskpool.CLIPVisionModelTaskPool"]
@@ -216,283 +185,247 @@ STOCK = ["taskpool._target_=fusion_bench.taskpool.CLIPVisionModelTaskPool"]
 
 @pytest.mark.parametrize("more", [[], STOCK], ids=["our task pool", "FusionBench's"])
 def test_a_saved_model_is_evaluated_later_with_the_same_report(run, tmp_path, more):
-    _, log_dir = run
-    path = log_dir / "intervmerge"
-    in_process("method=intervmerge/load", f"method.path={path}", *TINY, *more, folder=tmp_path)
-    before = json.loads((log_dir / "program_report.json").read_text())
-    after = json.loads((tmp_path / "log" / "program_report.json").read_text())
+    load = ["method=intervmerge/load", f"method.path={run / 'intervmerge'}"]
+    in_process(*load, *only(*THREE), *more, folder=tmp_path)
+    before, after = (read_json(f / "program_report.json") for f in (run, tmp_path / "log"))
     assert after == before
-    (then,), (now,) = (
-        json.loads((folder / "intervmerge.json").read_text())["models"].values()
-        for folder in (log_dir, tmp_path / "log")
-    )
+    (_, then), (_, now) = only_result(run), only_result(tmp_path / "log")
     assert {key: value for key, value in then.items() if key in now} == now
     assert {"base", "method", "seed", "rank", "images", "settings", "extra_parameters"} <= set(now)
 
 
+def test_a_task_that_the_model_does_not_know_is_marked(run, tmp_path, caplog):
+    load = ["method=intervmerge/load", f"method.path={run / 'intervmerge'}"]
+    pools = [*TINY, *evaluating("digits", "shapes")]
+    report = in_process(*load, *pools, "fast_dev_run=true", folder=tmp_path)["report"]
+    assert report["shapes"]["unseen"] and "unseen" not in report["digits"]
+    assert "no expert knows shapes" in caplog.text
+
+
+@torch.no_grad()
 def test_the_report_is_what_encode_gives(run):
     """The task pool's accuracies, recomputed from the saved model by hand."""
-    from fusion_bench.models.hf_clip import HFCLIPClassifier
-    from fusion_bench.tasks.clip_classification import get_classnames_and_templates
-
-    from fusion_bench_intervmerge.fusion.embedded.pool import (
-        load_clip,
-        load_dataset,
-        load_processor,
-    )
-
-    _, log_dir = run
-    model = InterventionModel.from_pretrained(log_dir / "intervmerge")
-    report = json.loads((log_dir / "program_report.json").read_text())
+    model = InterventionModel.from_pretrained(run / "intervmerge")
+    report = read_json(run / "program_report.json")
     classifier = HFCLIPClassifier(load_clip(), load_processor())
     task = model.tasks[0]
     classifier.set_classification_task(*get_classnames_and_templates(task))
     items = list(load_dataset(task, "test"))
     pixels = load_processor()(images=[i["image"] for i in items], return_tensors="pt")
     labels = torch.tensor([item["label"] for item in items])
-    with torch.no_grad():
-        features = model.encode(pixels["pixel_values"], task)
+    features = model.encode(pixels["pixel_values"], task)
     right = (features @ classifier.zeroshot_weights.T).argmax(dim=1) == labels
     assert float(right.float().mean()) == pytest.approx(report[task]["accuracy"], abs=1e-6)
 
 
-def test_the_same_seed_gives_the_same_model(run, tmp_path):
-    _, log_dir = run
-    in_process(
-        "method=intervmerge",
-        "method.interventions.attention.rank=4",
-        "method.steps=60",
-        f"method.save_to={tmp_path / 'again'}",
-        "modelpool=clip-vit-tiny_TA8",
-        folder=tmp_path,
-    )
-    for path in sorted((log_dir / "intervmerge" / "interventions").iterdir()):
-        again = load_file(tmp_path / "again" / "interventions" / path.name)
-        assert all(torch.equal(again[n], t) for n, t in load_file(path).items())
-
-
-def test_without_a_task_pool_it_tells_how_far_it_got(tmp_path, capfd):
-    overrides = ["method=intervmerge", "modelpool=clip-vit-tiny_TA8", "fast_dev_run=true"]
-    in_process(*overrides, folder=tmp_path)
+def test_without_a_task_pool_the_same_model_and_how_far_it_got(run, tmp_path, capfd):
+    three = [POOL, f"modelpool.tasks=[{','.join(THREE)}]"]
+    in_process(*REPAIR, f"method.save_to={tmp_path / 'again'}", *three, folder=tmp_path)
     shown = " ".join(capfd.readouterr().out.split())
     assert "agreement" in shown and "bias" in shown
     assert "add a task pool: taskpool=clip-vit-tiny_TA8" in shown
+    for path in sorted((run / "intervmerge" / "interventions").iterdir()):
+        again = tmp_path / "again" / "interventions" / path.name
+        assert again.read_bytes() == path.read_bytes(), "the same seed gives the same model"
 
 
 def test_a_saved_merge_in_the_pool_wins_over_the_base(run, tmp_path):
-    _, log_dir = run
-    merged = log_dir / "intervmerge" / "merged"
-    in_process(
-        "method=surgery",
-        f"+modelpool.models._merged_={merged}",
-        f"method.save_to={tmp_path / 'again'}",
-        "modelpool=clip-vit-tiny_TA8",
-        "fast_dev_run=true",
-        folder=tmp_path,
-    )
+    merged = run / "intervmerge" / "merged"
+    save = f"method.save_to={tmp_path / 'again'}"
+    pool = [POOL, "modelpool.tasks=[digits]", f"+modelpool.models._merged_={merged}"]
+    in_process("method=surgery", save, *pool, "fast_dev_run=true", folder=tmp_path)
     digests = [
-        json.loads((folder / "config.json").read_text())["files"]["merged/model.safetensors"]
-        for folder in (log_dir / "intervmerge", tmp_path / "again")
+        read_json(folder / "config.json")["files"]["merged/model.safetensors"]
+        for folder in (run / "intervmerge", tmp_path / "again")
     ]
     assert digests[0] == digests[1]
-    (story,) = json.loads((tmp_path / "log" / "intervmerge.json").read_text())["models"].values()
-    assert (story["base"], story["method"]) == ("merged", "surgery_r16"), "no base was run"
+    _, result = only_result(tmp_path / "log")
+    assert (result["base"], result["method"]) == ("merged", "surgery_r16"), "no base was run"
 
 
 def test_a_new_task_joins_a_saved_model(run, tmp_path):
-    _, log_dir = run
-    model = InterventionModel.from_pretrained(log_dir / "intervmerge")
+    model = InterventionModel.from_pretrained(run / "intervmerge")
     left, before = model.tasks[-1], dict(model.edits_of(model.tasks[0]).state_dict())
     model.drop_task(left)
-    model.save_pretrained(tmp_path / "seven")
-    in_process(
-        "method=intervmerge",
-        f"method.extend={tmp_path / 'seven'}",
-        f"method.save_to={tmp_path / 'eight'}",
-        "modelpool=clip-vit-tiny_TA8",
-        "fast_dev_run=true",
-        folder=tmp_path,
-    )
-    again = InterventionModel.from_pretrained(tmp_path / "eight")
+    model.save_pretrained(tmp_path / "two")
+    extend = [f"method.extend={tmp_path / 'two'}", POOL, f"modelpool.tasks=[{','.join(THREE)}]"]
+    save = f"method.save_to={tmp_path / 'three'}"
+    in_process("method=intervmerge", *extend, save, "fast_dev_run=true", folder=tmp_path)
+    again = InterventionModel.from_pretrained(tmp_path / "three")
     assert again.tasks == [*model.tasks, left]
     about = again.metadata
     assert about["method"] == model.metadata["method"] and about["transductive"]
     assert about["images"][:-1] == model.metadata["images"]
     assert about["images"][-1]["tasks"] == [left] and about["images"][-1]["split"] == "test"
-    card = " ".join((tmp_path / "eight" / "README.md").read_text().split())
+    card = " ".join((tmp_path / "three" / "README.md").read_text().split())
     assert f"seed 0; {left}: 100% of the test split, unlabelled, 2 steps of 16" in card
     (added,) = about["extended"]
     assert added["tasks"] == [left] and added["method"]["interventions"]["attention"]["rank"] == 4
     after = again.edits_of(model.tasks[0]).state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     # its edits are trained, and the preset of the closed form would leave them at their start
-    with pytest.raises(ConfigError, match="steps: 0, but the saved model's edits are trained"):
-        in_process(
-            "method=intervmerge/closed_form",
-            f"method.extend={tmp_path / 'seven'}",
-            "modelpool=clip-vit-tiny_TA8",
-            folder=tmp_path,
-        )
+    with pytest.raises(CompactHydraException, match="steps: 0, but the saved model's edits are tr"):
+        in_process("method=intervmerge/closed_form", *extend, folder=tmp_path)
 
 
 def test_an_old_style_base_runs_nested(tmp_path):
-    result = in_process(
-        "method=intervmerge",
-        "method@method.base=adamerging/clip",
-        "method.base.num_workers=0",
-        "fast_dev_run=true",
-        *TINY,
-        folder=tmp_path,
-    )
+    base = ["method@method.base=adamerging/clip", "method.base.num_workers=0", "fast_dev_run=true"]
+    result = in_process("method=intervmerge", *base, *only("digits", "shapes"), folder=tmp_path)
     assert (tmp_path / "log" / "merging_weights.pt").exists()
     assert result["report"]["average"]["accuracy"] > 0
 
+
+# -- a comparison ----------------------------------------------------------------------------------
 
 FAMILIES = {"clip-vit-tiny_TA8": [0, 1], "openclip-vit-tiny_TA8": [0]}  # and their seeds
 
 
 @pytest.fixture(scope="module")
 def comparisons(tmp_path_factory):
-    """The demonstration, short, in both families."""
+    """The demonstration, short, in both families: all experts, evaluated on three tasks."""
     folders = {}
     for family, seeds in FAMILIES.items():
         folder = tmp_path_factory.mktemp("comparison")
-        overrides = ["method=intervmerge/compare", f"method.seeds={seeds}", "method.steps=25"]
-        pools = [f"modelpool={family}", f"taskpool={family}"]
-        pools += ["+method/rivals@method.rivals.emr=emr_merging"]
-        in_process(*overrides, *pools, folder=folder)
+        words = ["method=intervmerge/compare", f"method.seeds={seeds}", "method.steps=20"]
+        words += ["~method.methods.intervmerge_r1", "~method.methods.closed_form_rank_1"]
+        words += [f"modelpool={family}", f"taskpool={family}", *evaluating(*THREE)]
+        in_process(*words, "+method/rivals@method.rivals.emr=emr_merging", folder=folder)
         folders[family] = folder / "log"
     return folders
 
 
-@pytest.fixture(params=FAMILIES)
-def comparison(request, comparisons):
-    return comparisons[request.param]
-
-
-@pytest.fixture
-def seeds(request):
-    return FAMILIES[request.node.callspec.params["comparison"]]
-
-
 def test_both_families_reach_the_same_accuracies(comparisons):
-    reports = [json.loads((f / "program_report.json").read_text()) for f in comparisons.values()]
-    results = [json.loads((f / "intervmerge.json").read_text()) for f in comparisons.values()]
-    tasks = results[0]["tasks"]
-    both = [set(found["models"]) for found in results]
-    assert both[1] == {name for name in both[0] if not name.endswith("/seed1")}
-    # EMR's scales are sums of means, a tensor each, and OpenCLIP has queries, keys, values in one
-    for name in both[1] - {"emr"}:
-        for task in tasks:
+    theirs, ours = (read_json(f / "program_report.json") for f in comparisons.values())
+    assert set(ours) == {name for name in theirs if not name.endswith("/seed1")}
+    # EMR's scales are sums of means per tensor, and OpenCLIP has queries, keys, values in one
+    for name in set(ours) - {"emr"}:
+        for task in THREE:
             # 480 images: rounding may turn one or two of them
-            theirs = pytest.approx(reports[1][name][task]["accuracy"], abs=2.5 / 480)
-            assert reports[0][name][task]["accuracy"] == theirs, (name, task)
+            wanted = pytest.approx(ours[name][task]["accuracy"], abs=2.5 / 480)
+            assert theirs[name][task]["accuracy"] == wanted, (name, task)
 
 
-def test_a_comparison_evaluates_every_model_alike(comparison, seeds):
-    report = json.loads((comparison / "program_report.json").read_text())
-    about = json.loads((comparison / "intervmerge.json").read_text())["models"]
-    assert set(about) == set(report)
-    average = {name: report[name]["average"]["accuracy"] for name in about}
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_comparison_evaluates_every_model_alike(comparisons, family):
+    report = read_json(comparisons[family] / "program_report.json")
+    results = read_json(comparisons[family] / "intervmerge.json")["models"]
+    assert set(results) == set(report)
+    average = {name: report[name]["average"]["accuracy"] for name in results}
     assert average["experts"] > average["task_arithmetic"] + 0.2
     # a rival that edits weights; its paper has it far above Task Arithmetic, below the experts
-    assert average["task_arithmetic"] + 0.2 < average["emr"] < average["experts"]
+    assert average["task_arithmetic"] + 0.1 < average["emr"] < average["experts"]
     prefix = "task_arithmetic/intervmerge_r4/seed"
-    repairs = [name for name in about if name.startswith(prefix)]
-    assert repairs == [f"{prefix}{seed}" for seed in seeds]
+    repairs = [name for name in results if name.startswith(prefix)]
+    assert repairs == [f"{prefix}{seed}" for seed in FAMILIES[family]]
     # solved on all images: no seed decides anything
-    solved = [name for name in about if "closed_form_rank_4" in name]
+    solved = [name for name in results if "closed_form_rank_4" in name]
     assert solved == ["task_arithmetic/closed_form_rank_4"]
     for name in repairs:
         assert average[name] > average["task_arithmetic"]
-        assert about[name]["extra_parameters"] == 8 * 6 * (2 * 64 * 4 + 4)
-        assert about[name]["extra_parameters"] == report[name]["model_info"]["trainable_params"]
+        assert results[name]["extra_parameters"] == 8 * 6 * (2 * 64 * 4 + 4)
+        assert results[name]["extra_parameters"] == report[name]["model_info"]["trainable_params"]
 
 
-def test_the_report_shows_what_the_task_pool_said(comparison, tmp_path):
-    from fusion_bench_intervmerge.cli import main
+# -- errors ----------------------------------------------------------------------------------------
 
-    assert main(["report", str(comparison), "--to", str(tmp_path / "report")]) == 0
-    names = {path.name for path in (tmp_path / "report").iterdir()}
-    assert {"report.html", "table.md", "table.csv", "accuracy_vs_parameters.png"} <= names
-    report = json.loads((comparison / "program_report.json").read_text())
-    shown = (tmp_path / "report" / "table.md").read_text()
-    assert f"{100 * report['experts']['average']['accuracy']:.1f}" in shown
-
-
-# -- errors ------------------------------------------------------------
-
-
-EDIT = "interventions.attention"
+EDIT = "method.interventions.attention"
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([f"method.{EDIT}.function=reft"], f"{EDIT}.function: there is no function 'reft'"),
-        ([f"method.{EDIT}.rank=65"], f"{EDIT}.rank: 65 does not fit vectors of width 64"),
-        ([f"method.{EDIT}.part=[32,80]"], f"{EDIT}.part: [32, 80] lies outside the width 64"),
-        ([f"method.{EDIT}.blocks=[6]"], f"{EDIT}.blocks: there is no block 6"),
+        ([f"{EDIT}.function=reft"], f"{EDIT}.function: there is no function 'reft'"),
+        ([f"{EDIT}.rank=65"], f"{EDIT}.rank: 65 does not fit vectors of width 64"),
+        ([f"{EDIT}.part=[32,80]"], f"{EDIT}.part: [32, 80] lies outside the width 64"),
+        ([f"{EDIT}.blocks=[6]"], f"{EDIT}.blocks: there is no block 6"),
         (["modelpool=clip-vit-b32_TA8"], "modelpool.models._pretrained_: could not be loaded"),
-        (["+method.data.cache=1"], "data.cache: no such setting"),
+        (["+method.data.cache=1"], "method.data.cache: no such setting"),
         (["method.data.split=all"], "data.split: 'all'; allowed: test, validation, train"),
-        (["method.save_every=0"], "save_every: 0; allowed: a whole number, 1 to"),
         (["+method.coefficients.keep=abc"], "coefficients.keep: 'abc'; allowed: a fraction"),
-        (["method.resume=maybe"], "resume: 'maybe'; allowed: auto, never"),
-        (["method.optimizer.lr=-1"], "optimizer: Invalid learning rate"),
-        (["+method.coefficients.init=base"], "coefficients.init: `base` is no AdaMerging"),
+        (["method.resume=maybe"], "method.resume: 'maybe'; allowed: auto, never"),
+        (["method.optimizer.lr=-1"], "method.optimizer: Invalid learning rate"),
+        (["+method.coefficients.init=base"], "coefficients.init: `base` is not an AdaMerging"),
         (["method.save_to=/proc/self/model"], "save_to: /proc/self cannot be written to"),
         (["method.save_to='{log_dir}'"], "is where the run's logs go; allowed: '{log_dir}/"),
-        (["method.save_to=/etc"], "save_to: /etc holds "),
+        (["method.save_to=/etc"], "method.save_to: /etc holds "),
     ],
 )
 def test_an_error_is_one_line_that_says_where(overrides, message, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    chosen = ["modelpool=clip-vit-tiny_TA8"] * (not overrides[0].startswith("modelpool"))
-    with pytest.raises(ConfigError) as error:
-        in_process("method=intervmerge", "fast_dev_run=true", *chosen, *overrides, folder=tmp_path)
+    pool = [POOL, "modelpool.tasks=[digits]"] * (not overrides[0].startswith("modelpool"))
+    with pytest.raises(OneLineError) as error:
+        in_process("method=intervmerge", "fast_dev_run=true", *pool, *overrides, folder=tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
+    assert isinstance(error.value.__cause__, ConfigError)  # what HYDRA_FULL_ERROR=1 shows
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)  # from a launcher
     if "could not be loaded" in message:
         assert "modelpool=clip-vit-mini_TA8" in str(error.value)
         assert "openai/clip-vit-base-patch32" in str(error.value)
 
 
-def test_a_pool_without_experts():
-    from fusion_bench import BaseModelPool
+def test_the_command_ends_with_that_line(tmp_path, capfd):
+    words = ["method=intervmerge", "+method.stepss=5", "path.log_dir=log", *TINY, *QUIET]
+    with pytest.raises(SystemExit) as stopped:
+        run_command(*words, folder=tmp_path)
+    shown = capfd.readouterr()
+    line = "method.stepss: no such setting, did you mean steps?; allowed: interventions, base,"
+    assert stopped.value.code == 1 and "Traceback" not in shown.out + shown.err
+    assert any(each.startswith(line) for each in shown.err.splitlines())
+    # what FusionBench logs of it is in its file
+    assert any("Traceback" in file.read_text() for file in (tmp_path / "log").glob("*.log"))
 
-    from fusion_bench_intervmerge.fusion.pools import ExpertPool
 
-    with pytest.raises(ConfigError, match="there are no experts"):
-        ExpertPool(BaseModelPool({"_pretrained_": "somewhere"}))
+def test_ctrl_c_is_one_line(tmp_path, monkeypatch):
+    message = "stopped after step 12 of 200; the same command goes on from there"
+
+    def stop(*args, **kwargs):
+        raise loop.Interrupted(message)
+
+    monkeypatch.setattr("fusion_bench_intervmerge.fusion.algorithm.distill", stop)
+    with pytest.raises(SystemExit) as stopped:  # which Python shows as its message alone
+        in_process("method=intervmerge", POOL, "modelpool.tasks=[digits]", folder=tmp_path)
+    assert stopped.value.code == message
 
 
-def test_a_task_of_a_bad_name():
-    from fusion_bench import BaseModelPool
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["_pretrained_"], "there are no experts"),
+        (["_pretrained_", "/tmp/x"], r"modelpool\.models: '/tmp/x' cannot name a task"),
+    ],
+)
+def test_a_pool_that_does_not_fit(names, message):
+    with pytest.raises(ConfigError, match=message):
+        ExpertPool(BaseModelPool(dict.fromkeys(names, "somewhere")))
 
-    from fusion_bench_intervmerge.fusion.pools import ExpertPool
 
-    with pytest.raises(ConfigError, match=r"modelpool\.models: '/tmp/x' cannot name a task"):
-        ExpertPool(BaseModelPool({"_pretrained_": "somewhere", "/tmp/x": "elsewhere"}))
+def test_a_live_pretrained_model_is_one_line():
+    pool = ExpertPool(CLIPVisionModelPool({n: hf_tower().model for n in ("_pretrained_", "bees")}))
+    with pytest.raises(ConfigError, match=r"models\._pretrained_: is a live module"):
+        pool.tower("bees")
+
+
+def test_experts_of_different_shape(tmp_path):
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
+    small |= {"num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+    CLIPVisionModel(CLIPVisionConfig(**small)).save_pretrained(tmp_path / "narrow")
+    pool = [POOL, f"+modelpool.models.letters={tmp_path / 'narrow'}"]
+    with pytest.raises(OneLineError, match=r"modelpool\.models\.letters: .*fc1\S* has shape \(128"):
+        in_process("method=intervmerge", *pool, folder=tmp_path)
+
+
+# -- one method object -----------------------------------------------------------------------------
 
 
 def test_live_models_stay_as_they_are():
     """A pool may hold modules; merging, hooks and freezing happen to copies."""
-    from conftest import TASKS, fine_tuned, hf_tower
-    from fusion_bench import BaseModelPool
-    from fusion_bench.method import TaskArithmeticAlgorithm
-
-    from fusion_bench_intervmerge.fusion.algorithm import IntervMergeAlgorithm
-    from fusion_bench_intervmerge.fusion.pools import ExpertPool
-
     models = {"_pretrained_": hf_tower().model}
     models |= {task: load().model for task, load in fine_tuned(hf_tower).items()}
     before = {n: {k: t.clone() for k, t in m.state_dict().items()} for n, m in models.items()}
     pool = ExpertPool(BaseModelPool(dict(models)))
     pool._projection = hf_tower().projection  # a live `_pretrained_` has none
-    method = IntervMergeAlgorithm(
-        {"attention": {}}, base=TaskArithmeticAlgorithm(scaling_factor=0.3)
-    )
-    merged, _ = method.merge(pool)
+    base = TaskArithmeticAlgorithm(scaling_factor=0.3)
+    merged, _ = IntervMergeAlgorithm({"attention": {}}, base=base).merge(pool)
     InterventionModel(merged, TASKS, {"attention": {}})
     assert not torch.equal(
         merged.model.state_dict()["vision_model.post_layernorm.bias"],
@@ -506,25 +439,20 @@ def test_live_models_stay_as_they_are():
 
 def test_a_stopped_run_knows_its_images():
     """A state is found by its run's identity, which other images of the split in use change."""
-    from conftest import hf_tower
-    from fusion_bench import BaseModelPool
-
-    from fusion_bench_intervmerge.fusion.algorithm import IntervMergeAlgorithm
-    from fusion_bench_intervmerge.fusion.pools import ExpertPool
-
     method = IntervMergeAlgorithm({"attention": {}})
     model = InterventionModel(hf_tower(), ["bees"], {"attention": {}})
 
     def identity(test, train):
         models = {"_pretrained_": "an encoder", "bees": "an expert"}
         sets = {"test_datasets": {"bees": test}, "train_datasets": {"bees": train}}
-        return method._identity(ExpertPool(BaseModelPool(models, **sets)), model, ["bees"])
+        pool = ExpertPool(BaseModelPool(models, **sets))
+        return method._identity(pool, model, ["bees"], method._describe(model, ["bees"]))
 
     assert identity("a", "b") == identity("a", "c") != identity("b", "b")
 
 
 @pytest.mark.parametrize(
-    ("failure", "said"),
+    ("failure", "message"),
     [
         # what safetensors and the folder's own files say on a full disk, which no test can be given
         (SafetensorError("I/O error: No space left on device"), "No space left on device"),
@@ -532,150 +460,62 @@ def test_a_stopped_run_knows_its_images():
         (KeyboardInterrupt(), "stopped while saving the model; the same command goes on from step"),
     ],
 )
-def test_a_training_outlives_a_save_that_failed(failure, said, tmp_path, monkeypatch):
-    from fusion_bench_intervmerge.tinyclip import ensure_pool
-
-    pool = ensure_pool()
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / pool.name).symlink_to(pool)
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))  # states of its own
-
+def test_a_training_outlives_a_save_that_failed(failure, message, tmp_path, own_cache, monkeypatch):
     def run(name, *more):
-        command = ["method=intervmerge", "method.steps=3", "modelpool=clip-vit-tiny_TA8"]
-        command += [
-            "modelpool.tasks=[colours,counting]",
-            f"method.save_to={tmp_path / name}",
-            *more,
-        ]
-        in_process(*command, folder=tmp_path)
+        words = ["method=intervmerge", "method.steps=3", POOL, "modelpool.tasks=[colours,counting]"]
+        in_process(*words, f"method.save_to={tmp_path / name}", *more, folder=tmp_path)
         return tmp_path / name
 
     undisturbed = run("undisturbed", "method.resume=never")
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as broken:
 
-        def fail(*args):
+        def fail(*args, **kwargs):
             raise failure
 
-        patch.setattr("fusion_bench_intervmerge.model.artifact.Artifact.write", fail)
-        with pytest.raises((ConfigError, SystemExit)) as error:
+        broken.setattr(InterventionModel, "save_pretrained", fail)
+        with pytest.raises((OneLineError, SystemExit)) as error:
             run("saved")
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert "the same command goes on" in str(error.value) and not (tmp_path / "saved").exists()
     monkeypatch.setattr(loop._Trainer, "_step", None)  # no step is left to be done
     saved = run("saved")
     for file in (undisturbed / "interventions").iterdir():
         assert file.read_bytes() == (saved / "interventions" / file.name).read_bytes()
-    (story,) = json.loads((tmp_path / "log" / "intervmerge.json").read_text())["models"].values()
-    assert story["resumed_at"] == 3
-    assert not list((tmp_path / "cache" / "states").iterdir()), "the artifact stands"
-
-
-def test_a_live_pretrained_model_is_one_line():
-    from conftest import hf_tower
-    from fusion_bench import CLIPVisionModelPool
-
-    from fusion_bench_intervmerge.fusion.pools import ExpertPool
-
-    pool = ExpertPool(CLIPVisionModelPool({n: hf_tower().model for n in ("_pretrained_", "bees")}))
-    with pytest.raises(ConfigError, match=r"models\._pretrained_: is a live module"):
-        pool.tower("bees")
+    _, result = only_result(tmp_path / "log")
+    assert result["resumed_at"] == 3
+    assert not list((own_cache / "states").iterdir()), "the artifact stands"
 
 
 def test_agreement_is_shown_for_the_tasks_that_have_it():
-    from rich.console import Console
-
-    from fusion_bench_intervmerge.fusion.records import diagnosis_table as table
-
     bias = {"bias_before": 1.0, "bias_after": 0.5}
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(
-        table({"a": bias | {"agreement_before": 0.25, "agreement_after": 0.75}, "b": bias})
-    )
+    agreement = {"agreement_before": 0.25, "agreement_after": 0.75}
+    console.print(diagnosis_table({"a": bias | agreement, "b": bias}))
     shown = console.export_text()
     assert shown.count("75.0%") == 2, "of the task and of the average"
     assert [line.split()[-2] for line in shown.splitlines() if " b " in line] == ["-"]
 
 
-def test_experts_of_different_shape(tmp_path):
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
-    small |= {"num_attention_heads": 4, "image_size": 32, "patch_size": 8}
-    CLIPVisionModel(CLIPVisionConfig(**small)).save_pretrained(tmp_path / "narrow")
-    with pytest.raises(ConfigError, match=r"modelpool\.models\.letters: .*fc1\S* has shape \(128"):
-        in_process(
-            "method=intervmerge",
-            f"+modelpool.models.letters={tmp_path / 'narrow'}",
-            "modelpool=clip-vit-tiny_TA8",
-            folder=tmp_path,
-        )
-
-
-def test_the_command_ends_with_that_line(tmp_path):
-    log = tmp_path / "log"
-    given = ["method=intervmerge", "+method.stepss=5", f"path.log_dir={log}", *TINY, *QUIET]
-    done = fusion_bench(*given, cwd=tmp_path, check=False)
-    line = "method.stepss: no such setting, did you mean steps?; allowed: interventions, base,"
-    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
-    (told,) = [shown for shown in done.stderr.splitlines() if line in shown]
-    assert told.startswith(line)
-    # Hydra's own two lines stand around it (and on a GPU one of Lightning's); what FusionBench logs
-    # of it is in its file
-    lines = [shown for shown in done.stderr.splitlines() if shown and "CUDA device" not in shown]
-    assert len(lines) == 3
-    assert any("Traceback" in file.read_text() for file in log.glob("*.log"))
-
-
-def test_within_hydra_an_error_is_one_that_hydra_shows_as_a_line(tmp_path):
-    import pickle
-
-    from hydra.errors import CompactHydraException
-
-    with pytest.raises(ConfigError) as error:
-        in_process("method=intervmerge", "method.steps=a", *TINY, folder=tmp_path)
-    assert isinstance(error.value, CompactHydraException)
-    assert type(error.value.__cause__) is ConfigError  # what HYDRA_FULL_ERROR=1 shows
-    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)  # from a launcher
-
-
-def test_ctrl_c_is_one_line(tmp_path, monkeypatch):
-    from fusion_bench_intervmerge.data import Interrupted
-
-    told = "stopped after step 12 of 200; the same command goes on from there"
-
-    def stop(*args, **kwargs):
-        raise Interrupted(told)
-
-    monkeypatch.setattr("fusion_bench_intervmerge.fusion.algorithm.distill", stop)
-    with pytest.raises(SystemExit) as stopped:  # which Python shows as its message alone
-        in_process("method=intervmerge", "modelpool=clip-vit-tiny_TA8", folder=tmp_path)
-    assert stopped.value.code == told
-
-
-# -- in closed form --------------------------------------------------------------------------------
-
-
 def test_the_closed_form_spends_a_budget_and_is_refined(tmp_path):
     def run(name, *more):
-        command = ["method=intervmerge/closed_form", "method.budget=1000", "method.resume=never"]
-        command += ["modelpool=clip-vit-tiny_TA8", "modelpool.tasks=[colours,counting]"]
-        in_process(*command, f"method.save_to={tmp_path / name}", *more, folder=tmp_path)
-        model = InterventionModel.from_pretrained(tmp_path / name)
-        results = json.loads((tmp_path / "log" / "intervmerge.json").read_text())
-        (story,) = results["models"].values()
-        return model, story
+        words = ["method=intervmerge/closed_form", "method.budget=1000", "method.resume=never"]
+        words += [POOL, "modelpool.tasks=[colours,counting]", "method.data.images=40"]
+        in_process(*words, f"method.save_to={tmp_path / name}", *more, folder=tmp_path)
+        return InterventionModel.from_pretrained(tmp_path / name), only_result(tmp_path / "log")[1]
 
-    model, report = run("solved", "method.data.images=40")
-    assert report["extra_parameters"] == model.extra_parameters()["total"] == 7 * 129
-    assert report["images_seen"] == {"colours": 40, "counting": 40} and "losses" not in report
-    assert (report["method"], report["budget"]) == ("intervmerge_closed_form_b1000", 1000)
-    (images,) = report["images"]
+    model, result = run("solved")
+    assert result["extra_parameters"] == model.extra_parameters()["total"] == 7 * 129
+    assert result["images_seen"] == {"colours": 40, "counting": 40} and "losses" not in result
+    assert (result["method"], result["budget"]) == ("intervmerge_closed_form_b1000", 1000)
+    (images,) = result["images"]
     assert images["at_most"] == 40 and images["solved"] and "steps" not in images
-    assert all(row["bias_after"] < row["bias_before"] for row in report["features"].values())
-    refined, report = run("refined", "method.data.images=40", "method.steps=3")
-    assert refined.ranks() == model.ranks()
-    (images,) = report["images"]
+    assert all(row["bias_after"] < row["bias_before"] for row in result["features"].values())
+    refined, result = run("refined", "method.steps=3")
+    assert [refined.edits_of(t).ranks() for t in model.tasks] == [
+        model.edits_of(t).ranks() for t in model.tasks
+    ]
+    (images,) = result["images"]
     assert images["solved"] and (images["steps"], images["batch_size"]) == (3, 16)
-    assert len(report["losses"]["colours"]) == 3
+    assert len(result["losses"]["colours"]) == 3
     solved, trained = model.edits.state_dict(), refined.edits.state_dict()
     assert any(not torch.equal(solved[name], trained[name]) for name in solved)

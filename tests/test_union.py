@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import ROOT, compose, evaluating, in_process
 from conftest import hf_tower
 from fusion_bench.utils import instantiate
 from PIL import Image
-from test_command import compose, in_process
 from torch import nn
 
 from fusion_bench_intervmerge.config import ConfigError
+from fusion_bench_intervmerge.fusion.host import OneLineError
 from fusion_bench_intervmerge.fusion.union import Corrupted, Stream, StreamSettings, Tally, measure
 from fusion_bench_intervmerge.model.model import InterventionModel
 
-ROOT = Path(__file__).parents[1]
 UNIONS = sorted(p.stem for p in (ROOT / "config" / "taskpool").glob("[!_]*_union.yaml"))
 CPU = torch.device("cpu")
+THREE = ["digits", "counting", "gratings"]
 
 # Features are the images themselves: two classes of task ``a``, then three of ``b``.
 HEADS = {"a": lambda x: x[:, :2], "b": lambda x: x[:, 2:]}
@@ -30,12 +30,12 @@ def one_hot(*classes: int) -> torch.Tensor:
     return torch.eye(5)[list(classes)]
 
 
-class Told(nn.Module):
-    """Answers for the task that it is told, by nothing else than the image."""
+class Routed(nn.Module):
+    """Features are the images, whatever the task; the router's answers are given."""
 
-    def __init__(self, told=None):
+    def __init__(self, answers=None):
         super().__init__()
-        self.told, self.router = told, None if told is None else object()
+        self.answers, self.router = answers, None if answers is None else object()
 
     tasks = ("a", "b")
 
@@ -43,7 +43,7 @@ class Told(nn.Module):
         return images
 
     def route(self, images):
-        return self.told[: len(images)]
+        return self.answers[: len(images)]
 
     def extra_parameters(self):
         return {"total": 0}
@@ -56,31 +56,31 @@ def batch(classes, of, labels):
 def test_what_counts_as_right():
     # images of class 0 of a; 1 of a, that looks like 4; 0 of b; 2 of b; 2 of b
     stream = [0, 4, 2, 4, 4], [0, 0, 1, 1, 1], [0, 1, 0, 2, 2]
-    found = measure(Told(["a", "b", "a", "b", None]), HEADS, batch(*stream), CPU)
-    assert found["a"]["given"] == 0.5 and found["b"]["given"] == 1
-    assert found["a"]["routed"] == 0.5  # the second was taken for b
-    assert found["b"]["routed"] == pytest.approx(1 / 3)  # one taken for a, one refused
-    assert found["a"]["union"] == 0.5 and found["b"]["union"] == 1
-    assert found["a"]["routing"] == 0.5 and found["b"]["routing"] == pytest.approx(1 / 3)
-    assert found["confusion"] == {"a": {"a": 1, "b": 1}, "b": {"a": 1, "b": 1, "none": 1}}
-    assert found["average"]["given"] == 0.75
-    assert [found["a"]["accuracy"], found["b"]["accuracy"]] == [0.5, pytest.approx(1 / 3)]
+    report = measure(Routed(["a", "b", "a", "b", None]), HEADS, batch(*stream), CPU)
+    assert report["a"]["given"] == 0.5 and report["b"]["given"] == 1
+    assert report["a"]["routed"] == 0.5  # the second was taken for b
+    assert report["b"]["routed"] == pytest.approx(1 / 3)  # one taken for a, one refused
+    assert report["a"]["union"] == 0.5 and report["b"]["union"] == 1
+    assert report["a"]["routing"] == 0.5 and report["b"]["routing"] == pytest.approx(1 / 3)
+    assert report["confusion"] == {"a": {"a": 1, "b": 1}, "b": {"a": 1, "b": 1, "none": 1}}
+    assert report["average"]["given"] == 0.75
+    assert [report["a"]["accuracy"], report["b"]["accuracy"]] == [0.5, pytest.approx(1 / 3)]
 
 
 def test_a_model_that_asks_for_no_task_is_told_none():
-    found = measure(lambda x: x, HEADS, batch([0, 4, 2], [0, 0, 1], [0, 1, 0]), CPU)
-    assert found["average"] == {"accuracy": 0.75, "union": 0.75, "routing": 0.75}
-    assert found["confusion"] == {"a": {"a": 1, "b": 1}, "b": {"b": 1}}
+    report = measure(lambda x: x, HEADS, batch([0, 4, 2], [0, 0, 1], [0, 1, 0]), CPU)
+    assert report["average"] == {"accuracy": 0.75, "union": 0.75, "routing": 0.75}
+    assert report["confusion"] == {"a": {"a": 1, "b": 1}, "b": {"b": 1}}
 
 
 def test_a_model_without_a_router_has_the_number_of_the_task_given():
-    found = measure(Told(), HEADS, batch([0, 4, 2], [0, 0, 1], [0, 1, 0]), CPU)
-    assert found["average"] == {"accuracy": 0.75, "given": 0.75} and "confusion" not in found
+    report = measure(Routed(), HEADS, batch([0, 4, 2], [0, 0, 1], [0, 1, 0]), CPU)
+    assert report["average"] == {"accuracy": 0.75, "given": 0.75} and "confusion" not in report
 
 
 def test_a_task_that_was_not_seen_has_no_number():
-    found = measure(lambda x: x, HEADS, batch([2], [1], [0]), CPU)
-    assert set(found) == {"b", "average", "confusion"} and found["average"]["union"] == 1
+    report = measure(lambda x: x, HEADS, batch([2], [1], [0]), CPU)
+    assert set(report) == {"b", "average", "confusion"} and report["average"]["union"] == 1
     assert Tally(["a"]).images.tolist() == [0]
 
 
@@ -93,7 +93,7 @@ def test_the_stream_holds_every_image_once_in_mixed_order():
     assert stream.keys == Stream(data, seed=0).keys != Stream(data, seed=1).keys
 
 
-# -- spoilt images ---------------------------------------------------------------------------------
+# -- corrupted images ------------------------------------------------------------------------------
 
 
 def picture() -> Image.Image:
@@ -102,7 +102,7 @@ def picture() -> Image.Image:
 
 
 @pytest.mark.parametrize("corruption", ["noise", "blur"])
-def test_spoilt_images_are_the_same_every_time(corruption):
+def test_corrupted_images_are_the_same_every_time(corruption):
     data = [{"image": picture(), "label": 3}, (picture(), 4)]
     distances = []
     for severity in range(1, 6):
@@ -128,30 +128,27 @@ def test_every_named_pool_has_its_stream():
 
 @pytest.mark.parametrize("name", UNIONS)
 def test_the_stream_is_of_the_pools_own_tasks(name):
-    pool = name.removesuffix("_union")
-    config = compose(f"modelpool={pool}", f"taskpool={name}", "taskpool.corruption=noise")
-    plain = compose(f"modelpool={pool}", f"taskpool={pool}").taskpool
-    assert config.taskpool.test_datasets == plain.test_datasets
+    union = compose("taskpool.corruption=noise", config=f"taskpool/{name}").taskpool
+    plain = compose(config=f"taskpool/{name.removesuffix('_union')}").taskpool
+    assert union.test_datasets == plain.test_datasets
     family = "OpenCLIP" if name.startswith("openclip") else "CLIP"
-    assert config.taskpool._target_.endswith(f".union.Union{family}VisionModelTaskPool")
-    assert (config.taskpool.corruption, config.taskpool.severity) == ("noise", 3)
+    assert union._target_.endswith(f".union.Union{family}VisionModelTaskPool")
+    assert (union.corruption, union.severity) == ("noise", 3)
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("family", "override", "message"),
     [
-        ("corruption=rain", "taskpool.corruption: 'rain'; allowed: null, noise, blur"),
-        ("severity=6", "taskpool.severity: 6; allowed: a whole number, 1 to 5"),
-        ("stream_seed=-1", "taskpool.stream_seed: -1; allowed"),
+        ("clip", "corruption=rain", "taskpool.corruption: 'rain'; allowed: null, noise, blur"),
+        ("clip", "severity=6", "taskpool.severity: 6; allowed: a whole number, 1 to 5"),
+        ("openclip", "stream_seed=-1", "taskpool.stream_seed: -1; allowed"),
     ],
 )
-@pytest.mark.parametrize("family", ["clip", "openclip"])
-def test_a_setting_that_does_not_fit(family, override, said):
-    name = f"{family}-vit-tiny_TA8"
-    config = compose(f"modelpool={name}", f"taskpool={name}_union", f"taskpool.{override}")
+def test_a_setting_that_does_not_fit(family, override, message):
+    config = compose(f"taskpool.{override}", config=f"taskpool/{family}-vit-tiny_TA8_union")
     with pytest.raises(ConfigError) as error:
         instantiate(config.taskpool, _recursive_=False)
-    assert str(error.value).startswith(said)
+    assert str(error.value).startswith(message)
 
 
 def test_both_families_give_one_report(tmp_path, monkeypatch):
@@ -160,7 +157,7 @@ def test_both_families_give_one_report(tmp_path, monkeypatch):
     for family in ("clip", "openclip"):
         name = f"{family}-vit-tiny_TA8"
         more = ["taskpool.corruption=noise", "+taskpool.fast_dev_run=true"]
-        config = compose(f"modelpool={name}", f"taskpool={name}_union", *more)
+        config = compose(f"modelpool={name}", f"taskpool={name}_union", *more, *evaluating(*THREE))
         pool = instantiate(config.modelpool)
         task_pool = instantiate(config.taskpool, _recursive_=False)
         reports.append(task_pool.evaluate(pool.load_model("digits")))
@@ -185,12 +182,11 @@ def run(tmp_path_factory):
         "modelpool=clip-vit-tiny_TA8",
         "modelpool.tasks=[digits,counting,gratings]",
         "taskpool=clip-vit-tiny_TA8_union",
-        *(f"~taskpool.test_datasets.{task}" for task in
-          ("letters", "shapes", "positions", "colours", "textures")),
+        *evaluating(*THREE),
         "taskpool.dataloader_kwargs.batch_size=360",
         "fast_dev_run=true",
         folder=folder,
-    )  # fmt: skip
+    )
     return folder / "log"
 
 
@@ -226,7 +222,7 @@ def test_a_task_that_joins_is_routed_and_the_others_stay(run, tmp_path):
 def test_no_router_joins_a_model_whose_images_are_gone(tmp_path):
     sites = {"block": {"function": "nodireft", "tokens": "all", "init": "regression"}}
     InterventionModel(hf_tower(), [], sites).save_pretrained(tmp_path / "model")
-    with pytest.raises(ConfigError, match=r"router: .* has none, and its tasks' images"):
+    with pytest.raises(OneLineError, match=r"router: .* has none, and its tasks' images"):
         in_process(
             *QUICK,
             f"method.extend={tmp_path / 'model'}",

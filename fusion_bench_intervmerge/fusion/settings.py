@@ -1,4 +1,4 @@
-"""Settings of a whole repair, as ``method.KEY`` writes them."""
+"""Settings of a merge and its repair, as ``method.KEY`` sets them."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class MethodSettings(DistillSettings, SolveSettings, MergeSettings):
     """The settings of ``method=intervmerge``, ``surgery`` and ``surgery_v2``.
 
     Args:
-        storage: of the edits: ``float32``, ``float16``, or ``int8`` with a scale a row. They are
-            rounded once they are found, so that what is evaluated is what is saved.
-        router: what tells an image's task where nobody does, fitted on the same images: a name, or
+        storage: type of the saved edits: ``float32``, ``float16``, or ``int8`` with a scale per
+            row. They are rounded before they are evaluated.
+        router: names an image's task if nobody does; fitted on the same images. A name, or
             ``RouterSettings``.
         references: evaluate the merge, and the pretrained encoder if it is at hand, beside the
             repaired model; in the task pools of this package.
