@@ -41,7 +41,6 @@ def render(page: str) -> str:
         "stream": stream,
         "others": others,
         "presets": presets,
-        "pools": pools,
     }
 
     def fill(found: re.Match) -> str:
@@ -113,28 +112,6 @@ def presets() -> str:
     for name, file in method_files():
         rows.append([code(f"method={name}"), ticks(comment_above(file)), setting_list(file)])
     return table(["preset", "what it is", "what it sets"], rows)
-
-
-def pools() -> str:
-    rows = []
-    for file in sorted((CONFIG / "modelpool").glob("*.yaml")):
-        settings = load(file)
-        about = comment_above(file)
-        if not about:
-            models = next(
-                v for d in settings["defaults"] if isinstance(d, dict)
-                for k, v in d.items() if k.endswith("@models")
-            )  # fmt: skip
-            about = f"FusionBench's models `{models}`, Hugging Face."
-        ours = described(get_class(target(file))) if target(file) else {}
-        meaning = ours | comments(file)
-        own = [
-            code(f"modelpool.{k}={yaml_text(v)}")
-            + (f" {ticks(meaning[k])}" if k in meaning else "")
-            for k, v in leaves(settings)
-        ]
-        rows.append([code(file.stem), ticks(about), "; ".join(own) or "—"])
-    return table(["pool, and task pool", "what it is", "its own keys, and defaults"], rows)
 
 
 # -- reading configs -------------------------------------------------------------------------------
