@@ -39,6 +39,7 @@ from torch import Tensor
 from .config import ConfigError, whole
 from .data import (
     Datasets,
+    ImageStates,
     RepairSettings,
     RunFolder,
     choose_images,
@@ -49,7 +50,6 @@ from .data import (
 )
 from .encoders.base import ExpertLoaders, ResidualMap, VisionTower, check_expert
 from .files import atomic_file
-from .solving.sweep import ImageStates
 
 log = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ import hashlib
 import math
 import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -261,6 +262,51 @@ class ImageStore:
             both = known.new_empty(len(is_saved), *known.shape[1:])
             both[is_saved], both[~is_saved] = known, self.prepare(next(reader)).cpu()
             yield both
+
+
+class ImageStates:
+    """A task's images between two blocks: batches of states, replaced as the images move on.
+
+    What does not fit in memory is in temporary files, mapped into memory and removed with this
+    object.
+
+    Args:
+        room: bytes that may be held in memory.
+        device: where batches are computed.
+    """
+
+    def __init__(self, room: float, device: torch.device):
+        self._room, self._device = room, device
+        self._batches: list[Tensor] = []
+        self._mapped: dict[int, Tensor] = {}  # a batch's file, flat
+        self._folder = tempfile.TemporaryDirectory(prefix="states-")
+
+    def append(self, states: Tensor) -> None:
+        """Add a batch."""
+        index, count = len(self._batches), states.numel()
+        self._batches.append(states)
+        self._room -= count * states.element_size()
+        if self._room < 0:
+            path = str(Path(self._folder.name) / str(index))
+            self._mapped[index] = torch.from_file(path, shared=True, size=count, dtype=states.dtype)
+            self[index] = states
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (states.to(self._device) for states in self._batches)
+
+    def __setitem__(self, index: int, states: Tensor) -> None:
+        """Replace a batch by one of the same shape, or of fewer tokens."""
+        if index in self._mapped:
+            states = self._mapped[index][: states.numel()].view(states.shape).copy_(states)
+        self._batches[index] = states
+
+    def move(self, step: Callable[[Tensor], Tensor]) -> None:
+        """Replace every batch by what a step makes of it."""
+        for index, states in enumerate(self):
+            self[index] = step(states)
 
 
 def progress_bar(fabric: L.Fabric, name: str, total: int, done: int = 0) -> tqdm:

@@ -22,63 +22,20 @@ since nothing else is read there.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from ..data import Datasets, read_images
+from ..data import Datasets, ImageStates, read_images
 from ..encoders.base import VisionTower
 from ..interventions.functions import function_class
 from ..interventions.sites import SITES
 from ..model.model import InterventionModel
 from .regression import Moments, Regression
-
-
-class ImageStates:
-    """A task's images between two blocks: batches of states, replaced as the images move on.
-
-    What does not fit in memory is in temporary files that the system maps into memory, and that are
-    removed with this object; their pages are read and written once per block.
-
-    Args:
-        room: bytes that may be held in memory.
-        device: where batches are computed.
-    """
-
-    def __init__(self, room: float, device: torch.device):
-        self._room, self._device = room, device
-        self._batches: list[Tensor] = []
-        self._mapped: dict[int, Tensor] = {}  # a batch's file, flat
-        self._folder = tempfile.TemporaryDirectory(prefix="states-")
-
-    def append(self, states: Tensor) -> None:
-        """Add a batch."""
-        index, count = len(self._batches), states.numel()
-        self._batches.append(states)
-        self._room -= count * states.element_size()
-        if self._room < 0:
-            path = str(Path(self._folder.name) / str(index))
-            self._mapped[index] = torch.from_file(path, shared=True, size=count, dtype=states.dtype)
-            self[index] = states
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (states.to(self._device) for states in self._batches)
-
-    def __setitem__(self, index: int, states: Tensor) -> None:
-        """Replace a batch by one of the same shape, or of fewer tokens."""
-        if index in self._mapped:
-            states = self._mapped[index][: states.numel()].view(states.shape).copy_(states)
-        self._batches[index] = states
-
 
 Place = tuple[str, int]  # site, block
 
@@ -186,8 +143,7 @@ class Sweep:
                     states[index] = out
         self._place(site, block, moments)
         if leave and site == "block":
-            for index, state in enumerate(states):
-                states[index] = self.tower.tapped(site, block, state)
+            states.move(partial(self.tower.tapped, site, block))
         elif leave:
             self._move_on(self.tower, block, states)
 
@@ -251,8 +207,7 @@ class Sweep:
         return out, (seen[0] if seen else out)
 
     def _move_on(self, tower: VisionTower, block: int, states: ImageStates) -> None:
-        for index, state in enumerate(states):
-            states[index] = self._through(tower, block, state)[0]
+        states.move(lambda state: self._through(tower, block, state)[0])
 
     # -- what follows from the model ---------------------------------------------------------------
 
