@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .config import ConfigError, Flag, Fraction, Settings, shown
-from .encoders.base import VisionTower
+from .encoders.base import VisionTower, check_finite
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,12 @@ class TaskVector:
         """The task vector that leads from ``pretrained`` to ``expert``.
 
         Raises:
-            ConfigError: the two differ in a tensor's name or shape.
+            ConfigError: the two differ in a tensor's name or shape, or a weight is not finite.
         """
         shapes = {name: tensor.shape for name, tensor in pretrained.items()}
         if {name: tensor.shape for name, tensor in expert.items()} != shapes:
             raise ConfigError("modelpool", "an expert and the pretrained encoder differ in shape")
+        check_finite(expert, "modelpool")
         return cls({name: expert[name].detach() - t for name, t in pretrained.items()})
 
     def __add__(self, other: TaskVector) -> TaskVector:

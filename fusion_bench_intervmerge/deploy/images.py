@@ -17,7 +17,7 @@ MAX_RATIO = 100
 
 
 def decode_image(content: bytes) -> Image.Image:
-    """An image file's bytes as an upright RGB image; see ``to_rgb``.
+    """An image file's bytes as an upright RGB image; see ``upright``.
 
     Raises:
         ValueError: why it cannot be read, in one line. Its size is checked before its pixels are
@@ -31,20 +31,26 @@ def decode_image(content: bytes) -> Image.Image:
         raise ValueError(f"not an image ({', '.join(FORMATS)})") from None
     if image.width * image.height > MAX_PIXELS:
         raise ValueError("too many pixels")
-    if max(image.size) > MAX_RATIO * min(image.size):
-        raise ValueError(f"one side is more than {MAX_RATIO} times the other")
+    check_shape(image)
     try:
-        return to_rgb(ImageOps.exif_transpose(image))
+        return upright(image)
     except Exception:  # a decoder raises almost anything for bytes that are damaged
         raise ValueError("damaged") from None
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode in RGB.
+def check_shape(image: Image.Image) -> None:
+    """Raise ValueError if an image is so long that a processor would make it a huge one."""
+    if max(image.size) > MAX_RATIO * min(image.size):
+        raise ValueError(f"one side is more than {MAX_RATIO} times the other")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image of any mode in RGB, turned as its EXIF data say.
 
     Numbers of 16 bits (modes ``I`` and ``I;16``) are scaled to 8 bits; ``Image.convert`` would clip
     them. An alpha channel is left out, as CLIP's image processors do.
     """
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     return image.convert("RGB")

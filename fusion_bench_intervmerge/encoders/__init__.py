@@ -13,6 +13,7 @@ from torch import nn
 
 from ..config import ConfigError
 from . import dinov2, huggingface, openclip  # noqa: F401 - they define the families
+from .adapters import merge_adapters
 from .base import MissingProjectionError, VisionTower, check_expert
 
 
@@ -46,15 +47,17 @@ def as_tower(model: nn.Module, projection: nn.Linear | None = None) -> VisionTow
         model: a tower (returned as it is), or a model of a known family: Hugging Face's
             ``CLIPVisionModel`` (with ``projection``), ``CLIPVisionModelWithProjection`` or
             ``CLIPModel``; OpenCLIP's ``VisionTransformer``, or anything that holds one as
-            ``model.visual`` (FusionBench's ``ImageEncoder``) or ``visual``.
+            ``model.visual`` (FusionBench's ``ImageEncoder``) or ``visual``. Adapters of PEFT are
+            merged, into a copy.
         projection: CLIP's visual projection, for a ``CLIPVisionModel``.
 
     Raises:
         MissingProjectionError: the projection is missing.
-        TypeError: no tower is known for that class.
+        TypeError: no tower is known for that class, or an adapter that cannot be merged.
     """
     if isinstance(model, VisionTower):
         return model
+    model = merge_adapters(model)
     for family in families().values():
         if (tower := family.wrap(model, projection)) is not None:
             return tower

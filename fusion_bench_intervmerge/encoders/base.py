@@ -384,7 +384,20 @@ def check_expert(task: str, expert: VisionTower, merged: VisionTower) -> None:
             f"{name} has shape {shape}, the merged encoder's {wanted}",
             "experts of one architecture",
         )
-    for name, parameter in expert.mergeable().items():
-        if not parameter.isfinite().all():
+    check_finite(expert.mergeable(), f"modelpool.models.{task}")
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Make sure that weights are numbers.
+
+    Args:
+        tensors: by name.
+        where: the config key of their model, for errors.
+
+    Raises:
+        ConfigError: the first tensor with NaN or infinity.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
             problem = f"{name} has numbers that are not finite"
-            raise ConfigError(f"modelpool.models.{task}", problem, "finite weights")
+            raise ConfigError(where, problem, "finite weights")

@@ -72,7 +72,11 @@ class DINOv2Tower(VisionTower):
     def embed(self, images: Tensor) -> Tensor:
         states = self.model.embeddings(images)
         if states.shape[1] != self.num_tokens:
-            raise ValueError(f"images of {images.shape[-1]} pixels, not {self.image_size}")
+            given = images.shape[-1]
+            raise ValueError(
+                f"images of {given} pixels, not {self.image_size}: "
+                f"DINOv2Tower(model, image_size={given})"
+            )
         return states
 
     def block(self, index: int) -> Any:

@@ -16,6 +16,8 @@ from .base import MissingProjectionError, ResidualMap, Sizes, VisionTower, first
 
 # What transformers' CLIP models call themselves.
 _CLIP = ("clip", "clip_vision_model")
+# What version 4 nests in a ``CLIPVisionModel``; version 5 has none.
+_INNER = "CLIPVisionTransformer"
 
 
 class _Sizes(Sizes):
@@ -62,14 +64,11 @@ class HuggingFaceTower(VisionTower):
                 raise MissingProjectionError(
                     f"{type(model).__name__} needs CLIP's visual projection beside it"
                 )
-            return cls(model, copy.deepcopy(projection))
+            return cls(as_vision_model(model), copy.deepcopy(projection))
         whole: Any = model
         inner = whole.vision_model
-        if type(inner).__name__ == "CLIPVisionTransformer":  # version 4 nests it in the class
-            from transformers import CLIPVisionModel
-
-            nested, inner = inner, CLIPVisionModel(inner.config).eval()
-            inner.vision_model.load_state_dict(nested.state_dict())
+        if type(inner).__name__ == _INNER:
+            inner = as_vision_model(copy.deepcopy(inner)).eval()
         return cls(inner, copy.deepcopy(whole.visual_projection))
 
     @property
@@ -169,6 +168,19 @@ class HuggingFaceTower(VisionTower):
         own = {name: tensor for name, tensor in weights.items() if name.startswith(parts)}
         # position_ids: a constant that older releases kept among the weights
         super().load_weights({n: t for n, t in own.items() if not n.endswith("position_ids")})
+
+
+def as_vision_model(model: nn.Module) -> nn.Module:
+    """A ``CLIPVisionModel``: the model itself, or around the ``CLIPVisionTransformer`` it is."""
+    if type(model).__name__ != _INNER:
+        return model
+    inner: Any = model
+    with torch.device("cpu"):  # the import fails on the meta device
+        from transformers import CLIPVisionModel
+    with torch.device("meta"):
+        outer = CLIPVisionModel(inner.config)
+    outer.vision_model = inner
+    return outer.train(inner.training)
 
 
 def _takes_two_masks(layer: nn.Module) -> bool:

@@ -26,6 +26,7 @@ from ..files import write_json
 from ..model.model import InterventionModel
 from ..model.protocols import TaskConditionalModel
 from ..results import REFERENCES
+from .images import preprocessed
 
 
 class _NamedAfterwards(nn.Module):
@@ -227,6 +228,10 @@ class CLIPVisionModelTaskPool(Referenced, HostCLIPVisionModelTaskPool):
     def setup(self) -> None:
         """Load the CLIP, the datasets and the processor."""
         super().setup()
+        datasets: Any = self.test_datasets  # the loaders have them already
+        for task, data in datasets.items():
+            where = f"taskpool.test_datasets.{task}"
+            vars(data).update(vars(preprocessed(data.dataset, data.processor, where)))
         self._pretrained = self.clip_model.vision_model  # evaluating puts another in its place
 
     def evaluate(self, model: Any, name: str | None = None, **kwargs: Any) -> Json:

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fusion_bench import BaseModelPool
@@ -17,15 +18,18 @@ from fusion_bench.dataset import CLIPDataset
 from fusion_bench.models.hf_clip import HFCLIPClassifier
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
 from fusion_bench.tasks.clip_classification import get_classnames_and_templates
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.utils.data import Dataset
-from transformers import CLIPModel, CLIPProcessor
+from transformers import BaseImageProcessor, CLIPModel, CLIPProcessor
 
 from ..config import ConfigError, Json, check_task_name
 from ..distillation.loop import FeatureCache
 from ..encoders import as_tower
 from ..encoders.base import MissingProjectionError, VisionTower, check_expert
+from ..encoders.dinov2 import DINOv2Tower
+from .experts import checkpoint, load_model, warn_of_twins
+from .images import load_or_explain, preprocessed
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +38,11 @@ Head = Callable[[Tensor], Tensor]
 
 SPLITS = {"test": "test", "validation": "val", "train": "train"}  # as FusionBench calls them
 OFFLINE_POOL = "modelpool=clip-vit-mini_TA8 taskpool=clip-vit-mini_TA8 need no download"
+REACHABLE = f"a reachable id or a local folder; {OFFLINE_POOL}"
+WITH_IMAGES = (
+    "a pool with images, such as ours (modelpool=clip-vit-b32_TA8), or "
+    "+dataset/image_classification/{0}@modelpool.{0}_datasets=[{1},...]"
+)
 # FusionBench 0.2.33 names these data sets without their owner, which the hub no longer takes.
 OWNERS = {"mnist": "ylecun", "svhn": "ufldl-stanford"}
 
@@ -66,6 +75,7 @@ class ExpertPool:
             raise ConfigError("modelpool.models", "there are no experts", "one model per task")
         for index, task in enumerate(self.tasks):
             check_task_name(task, self.tasks[:index], "modelpool.models")
+        warn_of_twins(self.pool._models, self.tasks)
         self._projection: nn.Linear | None = None
         self._images: dict[tuple[str, str], CLIPDataset] = {}
         self.features = FeatureCache()  # for the next method on this pool
@@ -112,9 +122,12 @@ class ExpertPool:
         """
         try:
             try:
-                return as_tower(model)
+                tower = as_tower(model)
             except MissingProjectionError:
                 return as_tower(model, self._visual_projection())
+            if isinstance(tower, DINOv2Tower):  # its config may be of larger images
+                tower = DINOv2Tower(tower.model, self._image_size(), tower.pooling)
+            return tower
         except TypeError as error:
             raise ConfigError(where, str(error), "models of one CLIP architecture") from None
 
@@ -129,16 +142,20 @@ class ExpertPool:
             raise ConfigError("data.split", f"there is no split {split!r}", ", ".join(SPLITS))
         where = f"modelpool.{SPLITS[split]}_datasets.{task}"
         if task not in self._datasets(split):
-            raise ConfigError(where, f"the pool has no {split} images for this task")
+            problem = f"the pool has no {split} images for this task"
+            raise ConfigError(where, problem, WITH_IMAGES.format(SPLITS[split], self.tasks[0]))
         if (task, split) not in self._images:
-            items = _Items(getattr(self.pool, f"load_{SPLITS[split]}_dataset")(task), where)
-            if len(items):
-                items[0]  # a mistake in all of them is reported before the merge
-            self._images[task, split] = CLIPDataset(items, self._processor())
+            dataset = getattr(self.pool, f"load_{SPLITS[split]}_dataset")(task)
+            images = preprocessed(dataset, self._processor(), where)
+            if len(images):
+                images.dataset[0]  # a mistake in all of them is reported before the merge
+            self._images[task, split] = images
         return self._images[task, split]
 
     def head(self, task: str) -> Head | None:
-        """Zero-shot logits from image features (batch, projection_dim), not normalised.
+        """Logits from image features (batch, projection_dim), not normalised.
+
+        They are zero-shot, or of an image classifier its own head's.
 
         Returns:
             None for a task without a head in the pool, or whose class names FusionBench does not
@@ -148,6 +165,8 @@ class ExpertPool:
             if task not in (self.pool._classification_heads or {}):
                 return None
             return self.pool.load_classification_head(task).eval()
+        if not hasattr(self.pool, "load_clip_model"):
+            return getattr(self.pool.load_model(task).classifier, "head", None)
         try:
             get_classnames_and_templates(task)
         except ValueError:
@@ -166,13 +185,12 @@ class ExpertPool:
             FusionBench knows them. Keys that the pool does not tell are left out.
         """
         about: Json = {}
-        config = self.pool._models.get("_pretrained_")
-        if isinstance(config, Mapping):
-            config = config.get("pretrained_model_name_or_path")
-        if self.family == "huggingface" and isinstance(config, str):
-            about["base_model"] = config
-        images = getattr(self._processor(), "image_processor", None)
-        if images is not None:
+        base = checkpoint(self.pool._models.get("_pretrained_"))
+        if self.family == "huggingface" and base is not None:
+            about["base_model"] = base
+        processor = self._processor()
+        images = getattr(processor, "image_processor", processor)
+        if isinstance(images, BaseImageProcessor):
             about["preprocessor"] = json.loads(images.to_json_string())
         classes = {}
         for task in self.tasks:
@@ -200,6 +218,10 @@ class ExpertPool:
     def _processor(self) -> CLIPProcessor:
         openclip = hasattr(self.pool, "test_processor")
         return self.pool.test_processor if openclip else self.pool.load_processor()
+
+    def _image_size(self) -> int:
+        blank = preprocessed([(Image.new("RGB", (64, 64)), 0)], self._processor(), "processor")
+        return blank[0][0].shape[-1]
 
     def _visual_projection(self) -> nn.Linear | None:
         # Only Hugging Face's vision models come without their projection.
@@ -229,35 +251,6 @@ def zero_shot_head(clip: CLIPModel, processor: CLIPProcessor, task: str) -> Head
     return lambda features: normalize(features.float(), dim=-1).to(weights.device) @ weights.T
 
 
-class _Items(Dataset[Any]):
-    """A data set's items as ``{"image": ..., "label": ...}``; -1 stands for no label.
-
-    Args:
-        dataset: items are pairs of image and label, or mappings with ``image`` and perhaps
-            ``label``.
-        where: the data set's config key, for errors.
-
-    Raises:
-        ConfigError: an item cannot be read, or has no image.
-    """
-
-    def __init__(self, dataset: Sequence[Any], where: str):
-        self.dataset, self.where = dataset, where
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Json:
-        item = load_or_explain(lambda: self.dataset[index], f"{self.where}[{index}]")
-        if isinstance(item, (tuple, list)) and len(item) == 2:
-            item = {"image": item[0], "label": item[1]}
-        if not isinstance(item, dict) or "image" not in item:
-            given = ", ".join(map(str, item)) if isinstance(item, dict) else type(item).__name__
-            allowed = "items with `image` (and `label`), or pairs of both"
-            raise ConfigError(self.where, f"items hold {given}, and no image", allowed)
-        return {"label": -1, **item}
-
-
 # -- loading -------------------------------------------------------------------------------------
 
 
@@ -270,8 +263,12 @@ def checked_loads(pool: BaseModelPool) -> BaseModelPool:
     for name, group in LOADS.items():
         vars(pool).pop(name, None)  # from a copy of a copy
         if hasattr(pool, name):
-            load = partial(_load, getattr(pool, name), group, getattr(pool, f"_{group}", None))
-            setattr(pool, name, load)
+            load = getattr(pool, name)
+            if name == "load_model":
+                load = partial(load_model, pool, load)
+            elif name == "load_clip_model":
+                load = partial(_load_clip, pool, load)
+            setattr(pool, name, partial(_load, load, group, getattr(pool, f"_{group}", None)))
     return pool
 
 
@@ -283,28 +280,15 @@ def prepare_task_pool(program: object) -> None:
     """
     pool = getattr(program, "taskpool", None)
     if isinstance(pool, CLIPVisionModelTaskPool):
+        configs: Mapping[str, object] = pool._test_datasets
+        for name, config in configs.items():
+            _owned(config, f"taskpool.test_datasets.{name}")
         if not pool._is_setup:
-            load_or_explain(pool.setup, "taskpool")
-        for task, dataset in pool.test_datasets.items():
-            load_or_explain(lambda data=dataset: data[0], f"taskpool.test_datasets.{task}")  # type: ignore[misc]
-
-
-def load_or_explain(load: Callable[[], T], where: str, allowed: str = "") -> T:
-    """Load something that may be far away.
-
-    Raises:
-        ConfigError: it failed, for any reason: the errors of a hub, of file readers and of users'
-            own configs have no class in common.
-    """
-    try:
-        return load()
-    except ConfigError:
-        raise
-    except Exception as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        reason = message if len(message) <= 200 else f"{message[:197]}..."
-        allowed = allowed or f"a reachable id or a local folder; {OFFLINE_POOL}"
-        raise ConfigError(where, f"could not be loaded ({reason})", allowed) from error
+            load_or_explain(pool.setup, "taskpool", REACHABLE)
+        datasets: Any = pool.test_datasets
+        for name, dataset in datasets.items():
+            where = f"taskpool.test_datasets.{name}"
+            load_or_explain(partial(dataset.__getitem__, 0), where, REACHABLE)
 
 
 def _load(
@@ -313,13 +297,31 @@ def _load(
     name = args[0] if args and isinstance(args[0], str) else None
     where = f"modelpool.{group}" + (f".{name}" if name else "")
     config = configs.get(name) if isinstance(configs, Mapping) else None
-    allowed = _owner_needed(str(config)) if group.endswith("_datasets") else ""
-    return load_or_explain(lambda: load(*args, **kwargs), where, allowed)
+    allowed = _owned(config, where) if group.endswith("_datasets") else ""
+    return load_or_explain(lambda: load(*args, **kwargs), where, allowed or REACHABLE)
 
 
-def _owner_needed(config: str) -> str:
-    """The hub's name of a data set that a config names without its owner; else nothing."""
+def _load_clip(
+    pool: Any, load: Callable[..., CLIPModel], name: str, *args: object, **kwargs: object
+) -> CLIPModel:
+    """A whole CLIP; also of a config that calls a function of FusionBench's own for its encoder."""
+    config = pool._models[name]
+    if isinstance(config, Mapping) and "pretrained_model_name_or_path" not in config:
+        return CLIPModel.from_pretrained(checkpoint(config), *args, **kwargs)
+    return load(name, *args, **kwargs)
+
+
+def _owned(config: object, where: str) -> str:
+    """The hub's name of a data set that a config names without its owner; else nothing.
+
+    Raises:
+        ConfigError: a folder of that name would be read in its place.
+    """
     for name, owner in OWNERS.items():
-        if f"'{name}'" in config and "datasets.load_dataset" in config:
-            return f"the hub's {owner}/{name}, as in modelpool=clip-vit-b32_TA8 and our other pools"
+        if f"'{name}'" in str(config) and "datasets.load_dataset" in str(config):
+            allowed = f"the hub's {owner}/{name}, as in modelpool=clip-vit-b32_TA8 and our others"
+            if Path(name).is_dir():
+                problem = f"the folder {name} here would be read in place of the data set"
+                raise ConfigError(where, problem, allowed)
+            return allowed
     return ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from fusion_bench.dataset.clip_dataset import CLIPDataset
 from fusion_bench.models.open_clip import ImageClassifier
 from fusion_bench.taskpool.openclip_vision.openclip_taskpool import (
     OpenCLIPVisionModelTaskPool as HostOpenCLIPVisionModelTaskPool,
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader
 from ...config import ConfigError, Json
 from ..host import one_line
 from ..hosted import OneTask, Referenced, by_task, unseen_tasks
+from ..images import preprocessed
 from .pool import read_head
 
 
@@ -59,7 +59,8 @@ class OpenCLIPVisionModelTaskPool(Referenced, HostOpenCLIPVisionModelTaskPool):
             self.classifier_heads[task] = head.to(self.fabric.device)
             if isinstance(dataset, DictConfig):
                 dataset = instantiate(dataset)
-            self.test_datasets[task] = CLIPDataset(dataset, host.processor)
+            where = f"taskpool.test_datasets.{task}"
+            self.test_datasets[task] = preprocessed(dataset, host.processor, where)
             loader = DataLoader(self.test_datasets[task], **host._dataloader_kwargs)
             self.test_dataloaders[task] = self.fabric.setup_dataloaders(loader)
         self._is_setup = True
