@@ -27,7 +27,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import lightning as L
 import torch
@@ -115,13 +115,7 @@ def calibrate(
     """
     settings = CalibrationSettings.of(settings, keywords)
     fabric = fabric or L.Fabric(devices=1, accelerator="auto")
-    if not experts:
-        raise ConfigError("modelpool.models", "there are no experts", "one model per task")
-    for task in experts:
-        if task not in images:
-            raise ConfigError("modelpool", f"no images for task {task!r}")
-    check_expert("_pretrained_", pretrained, tower)
-    check_finite("_pretrained_", pretrained)
+    check_inputs(tower, pretrained, experts, images)
     weight = (tower.num_tokens - 1) / 2 if class_weight is None else class_weight
     calibrated = copy.deepcopy(tower).to(fabric.device).eval()
     expert = copy.deepcopy(calibrated)
@@ -133,24 +127,30 @@ def calibrate(
         expert.in_dtype(dtype),
         progress_bar(fabric, "calibrating", tower.num_blocks) as shown,
     ):
+        at = fabric.device
         streams = Streams(calibrated, expert, experts, images, settings, fabric, Path(folder))
+        streams.fill(settings.folds)
         solved = _Solved(states, fabric)
         for block in range(tower.num_blocks):
-            streams.enter(block)
-            tokens = token_weights(tower, block, weight).to(fabric.device)
-            anchors = tower.residual_maps(block), pretrained.residual_maps(block)
+            tokens = token_weights(tower, block, weight).to(at)
             for index, map_ in enumerate(calibrated.residual_maps(block)):
-                name, merged = f"{block}.{index}", anchors[0][index]
+                name, merged = f"{block}.{index}", tower.residual_maps(block)[index]
                 if solved.has(name):
-                    streams.move_experts(index)
+                    for task in streams.load_experts(block):
+                        streams.targets[task].move(expert.residual_maps(block)[index].add)
                 else:
-                    anchor = _anchor(merged, anchors[1][index], settings.anchor, fabric.device)
-                    sums = streams.sums(index, map_, anchor, tokens)
+                    first = pretrained.residual_maps(block)[index]
+                    anchor = (
+                        on_the_line(first.weight, merged.weight, settings.anchor).to(at),
+                        on_the_line(first.bias, merged.bias, settings.anchor).to(at),
+                    )
+                    sums = _sums(streams, map_, expert, (block, index), anchor, tokens)
                     solution, bias, ridge = sums.solve(settings.ridge, map_.scale)
                     log.info("block %d, map %d: ridge %.2g", block, index, ridge)
                     solved.add(name, *_written(map_.scale, merged, solution, bias))
                 solved.write(name, map_)
-                streams.move(map_)
+                for states_ in streams.states.values():
+                    states_.move(map_.add)
             solved.save(block)
             shown.update()
     for block in range(tower.num_blocks):  # in their own type now
@@ -159,16 +159,35 @@ def calibrate(
     return calibrated.to(tower.device)
 
 
-def _anchor(
-    merged: ResidualMap, pretrained: ResidualMap, anchor: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """W and b on the line through the pretrained and the merged ones, in float64."""
-    pairs = (merged.weight, pretrained.weight), (merged.bias, pretrained.bias)
-    weight, bias = (
-        a.to(device).double() + (anchor - 1) * (a.to(device).double() - b.to(device).double())
-        for a, b in pairs
-    )
-    return weight, bias
+def on_the_line(pretrained: Tensor, merged: Tensor, position: float) -> Tensor:
+    """Pretrained weights at position 0, merged ones at 1, to the bit; in float64."""
+    return merged.double() + (position - 1) * (merged.double() - pretrained.double())
+
+
+def _sums(
+    streams: Streams,
+    map_: ResidualMap,
+    expert: VisionTower,
+    place: tuple[int, int],
+    anchor: tuple[Tensor, Tensor],
+    tokens: Tensor,
+) -> Sums:
+    """The sums of a map's regression; the experts' own maps add to their streams."""
+    block, index = place
+    read = tokens.nonzero().squeeze(1)
+    shift = torch.zeros(anchor[0].shape[1], dtype=torch.float64, device=tokens.device)
+    if streams.fabric.is_global_zero:
+        shift += map_.reads(streams.first_batch())[:, read].double().mean(dim=(0, 1))
+    sums = Sums(streams.folds, *anchor, streams.fabric.broadcast(shift))
+    for task in streams.load_experts(block):
+        own = expert.residual_maps(block)[index]
+        streams.targets[task].move(own.add)
+        for fold, state, target in streams.batches(task):
+            x, y = map_.reads(state)[:, read], (target - state)[:, read]
+            if map_.scale is not None:
+                y = y / torch.where(map_.scale == 0, torch.inf, map_.scale)
+            sums.add(fold, x.flatten(0, 1), y.flatten(0, 1), tokens[read].repeat(len(x)))
+    return sums.gather(streams.fabric)
 
 
 def _written(
@@ -191,6 +210,28 @@ def token_weights(tower: VisionTower, block: int, class_weight: float) -> Tensor
     return weights
 
 
+def over_processes(fabric: L.Fabric, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Each tensor's sum over all processes."""
+    return tuple(cast(Tensor, fabric.all_reduce(t, reduce_op="sum")) for t in tensors)
+
+
+def check_inputs(
+    tower: VisionTower, pretrained: VisionTower, experts: ExpertLoaders, images: Datasets
+) -> None:
+    """Make sure that there are experts, images of each, and a pretrained encoder that fits.
+
+    Raises:
+        ConfigError: what is missing.
+    """
+    if not experts:
+        raise ConfigError("modelpool.models", "there are no experts", "one model per task")
+    for task in experts:
+        if task not in images:
+            raise ConfigError("modelpool", f"no images for task {task!r}")
+    check_expert("_pretrained_", pretrained, tower)
+    check_finite("_pretrained_", pretrained)
+
+
 def check_finite(name: str, tower: VisionTower) -> None:
     """Make sure that a model's weights are numbers.
 
@@ -210,8 +251,14 @@ class Streams:
     Args:
         calibrated: the encoder that is being calibrated.
         expert: a tower of the same architecture, whose blocks take the experts' weights.
-        experts, images, settings, fabric: as in ``calibrate``; each process takes its share.
+        experts, images, fabric: as in ``calibrate``.
+        settings: which images, and how they are read.
         folder: where the experts' blocks are kept.
+
+    Attributes:
+        folds: into how many folds the images are divided.
+        states, targets: task -> its images' streams, in batches of one fold each; each process has
+            its share of them.
     """
 
     def __init__(
@@ -220,56 +267,58 @@ class Streams:
         expert: VisionTower,
         experts: ExpertLoaders,
         images: Datasets,
-        settings: CalibrationSettings,
+        settings: RepairSettings,
         fabric: L.Fabric,
         folder: Path,
     ):
-        self._expert, self._settings, self._fabric = expert, settings, fabric
-        self._folder, self._block = folder, 0
-        data = settings.data
-        self._chosen = {
-            task: choose_images(task, len(images[task]), data, settings.seed) for task in experts
-        }
-        total = sum(len(chosen) for chosen in self._chosen.values())
-        self._folds = min(settings.folds, total)
+        self.fabric, self.folds = fabric, 1
+        self.states: dict[str, ImageStates] = {}
+        self.targets: dict[str, ImageStates] = {}
+        self._calibrated, self._expert, self._experts = calibrated, expert, experts
+        self._images, self._settings, self._folder = images, settings, folder
         self._fold: dict[str, list[int]] = {}  # of each batch
-        self._states: dict[str, ImageStates] = {}
-        self._targets: dict[str, ImageStates] = {}
-        room = data.cache_gb * 2**30 / (2 * len(experts))
-        size = max(16, min(256, 2**20 // (calibrated.num_tokens * calibrated.width)))
-        seen = 0
-        for task, load in experts.items():
-            self._states[task] = ImageStates(room, fabric.device)
-            self._targets[task] = ImageStates(room, fabric.device)
-            loaded = load()
-            check_expert(task, loaded, calibrated)
-            check_finite(task, loaded)
-            self._keep(task, loaded)
-            batches = list(self._batches(task, seen, size))
+
+    def fill(self, folds: int) -> None:
+        """Load each expert once, and read the images.
+
+        Args:
+            folds: into how many folds; fewer if there are not as many images.
+
+        Raises:
+            ConfigError: as in ``calibrate``.
+        """
+        data, seed, fabric = self._settings.data, self._settings.seed, self.fabric
+        chosen = {t: choose_images(t, len(self._images[t]), data, seed) for t in self._experts}
+        self.folds = min(folds, sum(map(len, chosen.values())))
+        room = data.cache_gb * 2**30 / (2 * len(chosen))
+        width = self._calibrated.num_tokens * self._calibrated.width
+        size, seen = max(16, min(256, 2**20 // width)), 0
+        for task, indices in chosen.items():
+            self._load(task)
+            batches = []  # the images of all tasks take turns in the folds
+            for fold in range(self.folds):
+                own = indices[(fold - seen) % self.folds :: self.folds]
+                starts = range(0, len(own), size)
+                batches += [(fold, [(task, i) for i in own[s : s + size]]) for s in starts]
+            seen += len(indices)
             mine = batches[fabric.global_rank :: fabric.world_size]
             self._fold[task] = [fold for fold, _ in mine]
+            states, targets = (ImageStates(room, fabric.device) for _ in range(2))
             keys = [batch for _, batch in mine]
-            for pixels in read_images(images, keys, data.num_workers):
+            for pixels in read_images(self._images, keys, data.num_workers):
                 if not pixels.isfinite().all():
-                    raise ConfigError("modelpool", f"an image of {task!r} has pixels that are NaN")
-                pixels = pixels.to(fabric.device, calibrated.dtype)
-                self._states[task].append(calibrated.embed(pixels))
-                self._targets[task].append(expert.embed(pixels))
-            seen += len(self._chosen[task])
+                    problem = f"an image of {task!r} has pixels that are not finite"
+                    raise ConfigError("modelpool", problem)
+                pixels = pixels.to(fabric.device, self._calibrated.dtype)
+                states.append(self._calibrated.embed(pixels))
+                targets.append(self._expert.embed(pixels))
+            self.states[task], self.targets[task] = states, targets
 
-    def _batches(
-        self, task: str, seen: int, size: int
-    ) -> Iterator[tuple[int, list[tuple[str, int]]]]:
-        """A task's batches, each of one fold; the images of all tasks take turns in the folds."""
-        keys = [(task, index) for index in self._chosen[task]]
-        for fold in range(self._folds):
-            own = keys[(fold - seen) % self._folds :: self._folds]
-            for start in range(0, len(own), size):
-                yield fold, own[start : start + size]
-
-    def _keep(self, task: str, loaded: VisionTower) -> None:
+    def _load(self, task: str) -> None:
         """Write an expert's blocks to its file, and take over what comes before them."""
-        expert = self._expert
+        loaded, expert = self._experts[task](), self._expert
+        check_expert(task, loaded, expert)
+        check_finite(task, loaded)
         expert.load_weights(loaded.weights())
         tensors = {
             f"{block}.{name}": tensor.contiguous()
@@ -278,56 +327,22 @@ class Streams:
         }
         save_file(tensors, self._folder / f"{task}.safetensors")
 
-    def enter(self, block: int) -> None:
-        """Go on with a block."""
-        self._block = block
-
-    def _experts(self, index: int) -> Iterator[tuple[str, ResidualMap]]:
-        """Each task with its expert's map; the one that was given before is gone then."""
-        block = self._expert.block(self._block)
-        for task in self._states:
+    def load_experts(self, block: int) -> Iterator[str]:
+        """Each task, while a block of ``expert`` has the weights of the task's expert."""
+        module = self._expert.block(block)
+        for task in self.states:
             with safe_open(self._folder / f"{task}.safetensors", framework="pt") as file:
-                weights = {n: file.get_tensor(f"{self._block}.{n}") for n in block.state_dict()}
-            block.load_state_dict(weights)
-            yield task, self._expert.residual_maps(self._block)[index]
+                names = module.state_dict()
+                module.load_state_dict({n: file.get_tensor(f"{block}.{n}") for n in names})
+            yield task
 
-    def move_experts(self, index: int) -> None:
-        """The experts' own maps add to their streams."""
-        for task, own in self._experts(index):
-            targets = self._targets[task]
-            for position, target in enumerate(targets):
-                targets[position] = own.add(target)
+    def batches(self, task: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """A task's batches: the fold, and the states in the calibrated encoder and the expert."""
+        return zip(self._fold[task], self.states[task], self.targets[task], strict=True)
 
-    def move(self, map_: ResidualMap) -> None:
-        """A map of the calibrated encoder adds to its streams."""
-        for states in self._states.values():
-            for position, state in enumerate(states):
-                states[position] = map_.add(state)
-
-    def sums(
-        self, index: int, map_: ResidualMap, anchor: tuple[Tensor, Tensor], tokens: Tensor
-    ) -> Sums:
-        """The sums of a map's regression; the experts' own maps add to their streams."""
-        read = tokens.nonzero().squeeze(1)
-        sums = Sums(self._folds, *anchor, self._near_mean(map_, anchor[0].shape[1], read))
-        for task, own in self._experts(index):
-            targets = self._targets[task]
-            pairs = zip(self._states[task], targets, self._fold[task], strict=True)
-            for position, (state, target, fold) in enumerate(pairs):
-                targets[position] = target = own.add(target)
-                x, y = map_.reads(state)[:, read], (target - state)[:, read]
-                if map_.scale is not None:
-                    y = y / torch.where(map_.scale == 0, torch.inf, map_.scale)
-                sums.add(fold, x.flatten(0, 1), y.flatten(0, 1), tokens[read].repeat(len(x)))
-        return sums.gather(self._fabric)
-
-    def _near_mean(self, map_: ResidualMap, inputs: int, read: Tensor) -> Tensor:
-        """The mean of what a map reads of the first batch, the same in every process."""
-        shift = torch.zeros(inputs, dtype=torch.float64, device=self._fabric.device)
-        if self._fabric.is_global_zero:
-            first = next(iter(next(iter(self._states.values()))))
-            shift += map_.reads(first)[:, read].double().mean(dim=(0, 1))
-        return self._fabric.broadcast(shift)
+    def first_batch(self) -> Tensor:
+        """Of the first task, in the first process."""
+        return next(iter(next(iter(self.states.values()))))
 
 
 class Sums:
@@ -375,9 +390,7 @@ class Sums:
 
     def gather(self, fabric: L.Fabric) -> Sums:
         """The sums over all processes' rows."""
-        if fabric.world_size > 1:
-            self.second = fabric.all_reduce(self.second, reduce_op="sum")  # type: ignore[assignment]
-            self.squares = fabric.all_reduce(self.squares, reduce_op="sum")  # type: ignore[assignment]
+        self.second, self.squares = over_processes(fabric, self.second, self.squares)
         return self
 
     def solve(

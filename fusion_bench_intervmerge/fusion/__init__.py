@@ -2,12 +2,15 @@
 
 from .algorithm import IntervMergeAlgorithm
 from .analyse import AnalyseInterventionModel
+from .calibrate import CalibrationAlgorithm, FeatCalAlgorithm
 from .comparison import ComparisonAlgorithm
 from .load import LoadInterventionModel
 
 __all__ = [
     "AnalyseInterventionModel",
+    "CalibrationAlgorithm",
     "ComparisonAlgorithm",
+    "FeatCalAlgorithm",
     "IntervMergeAlgorithm",
     "LoadInterventionModel",
 ]

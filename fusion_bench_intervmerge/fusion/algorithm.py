@@ -36,6 +36,7 @@ from ..model.router import RouterSettings
 from ..results import ImagesUsed, Result, Results
 from ..solving.fit_router import fit_router
 from ..solving.solve import budget_in_numbers, solve
+from .calibrate import images_of, nested_in
 from .host import (
     after_evaluation,
     check_task_pool,
@@ -98,6 +99,8 @@ class IntervMergeAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
         settings, host = split_settings(settings, interventions=interventions, base=base)
         super().__init__(**host)
         self.settings = MethodSettings.read(settings)
+        base_config = nested_in(self.settings.base, self.settings)
+        self.settings = self.settings.model_copy(update={"base": base_config})
         if RuntimeConstants.debug:  # fast_dev_run=true
             steps = min(self.settings.steps, 2)
             self.settings = self.settings.model_copy(update={"steps": steps})
@@ -390,6 +393,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
             base = "coefficients"
         else:
             base = "merged" if pool.pool.has_merged else base_name(self.settings.base)
+            used = [*([] if pool.pool.has_merged else images_of(self.settings.base)), *used]
         result = self._result(
             repaired,
             used,
