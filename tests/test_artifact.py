@@ -78,7 +78,7 @@ def test_the_tensors_in_a_file_are_the_formulas(tmp_path, images):
     model.save_pretrained(tmp_path / "m")
     edits = load_file(tmp_path / "m" / "interventions" / "ants.safetensors")
     assert {name.rpartition(".")[2] for name in edits} == {"R", "W1", "b"}
-    function = model.edits_of("ants")["attention"]["1"]
+    function = model.edits_of("ants")["attention 1"]
     assert torch.equal(edits["attention.1.R"], function.R)
     original = function.parametrizations.R.original
     assert (edits["attention.1.R"] - original).abs().max() > 0.1
@@ -121,7 +121,7 @@ def test_a_loaded_model_trains_as_the_saved_one(tmp_path, images):
     with torch.no_grad():
         for parameter in loaded.edits.parameters():
             parameter -= 0.1 * parameter.grad
-    R = loaded.edits_of("ants")["attention"]["0"].R
+    R = loaded.edits_of("ants")["attention 0"].R
     torch.testing.assert_close(R @ R.mT, torch.eye(3), rtol=0, atol=1e-5)
 
 

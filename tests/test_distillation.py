@@ -136,7 +136,7 @@ def test_surgery_follows_the_published_curve(golden, golden_tower):
     )
     with torch.no_grad():
         for name in ("down", "up"):
-            tensor = getattr(model.edits_of("a")["output"]["0"], name)
+            tensor = getattr(model.edits_of("a")["output 0"], name)
             tensor.copy_(golden[f"surgery.init.{name}"])
         before = model.encode(golden["encoder.images"][0], "a")
     assert relative(before, golden["surgery.features"]) < 1e-5

@@ -266,5 +266,5 @@ def test_half_precision_is_one_line(model, images):
         model.tower.to(torch.bfloat16)
         half = model.encode(images, ["ants"] * 6 + ["bees"] * 6)
     assert half.dtype == torch.bfloat16
-    assert model.edits_of("ants")["attention"]["0"].W1.dtype == torch.float32
+    assert model.edits_of("ants")["attention 0"].W1.dtype == torch.float32
     assert torch.allclose(half[:6].float(), full[:6], atol=0.05 * float(full.abs().max()))

@@ -95,11 +95,11 @@ def unequal(make_tower, function="loreft", activation=None):
     model = InterventionModel(make_tower(), TASKS, {"attention": settings, "output": settings})
     for rank, task in enumerate(TASKS, start=2):
         wider = build_function(function, 32, rank, activation=activation)
-        model.edits_of(task)["attention"]["1"] = wider
+        model.edits_of(task)["attention 1"] = wider
     model = perturbed(model)
-    del model.edits_of("bees")["attention"]["2"]
+    del model.edits_of("bees")["attention 2"]
     for task in TASKS:  # no edit of any task here
-        del model.edits_of(task)["attention"]["0"]
+        del model.edits_of(task)["attention 0"]
     return model
 
 

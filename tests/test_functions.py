@@ -135,7 +135,7 @@ def test_bf16_near_the_identity_costs_the_rounding_of_one_tensor(name, apart, mi
     z[..., ::2] = 0  # where the edit's own rounding can be seen
     names, expected, rounded = TASKS * 4 if mixed else ["bees"] * 12, [], []
     for task in TASKS:
-        function = model.edits_of(task)["attention"]["0"]
+        function = model.edits_of(task)["attention 0"]
         with torch.no_grad():
             second = function.R if name == "loreft" else function.W2
             function.W1.copy_(second + 0.01 * torch.randn(4, 32, generator=generator) / 32**0.5)
@@ -143,7 +143,7 @@ def test_bf16_near_the_identity_costs_the_rounding_of_one_tensor(name, apart, mi
     with torch.no_grad(), model.for_task(names, 12):
         found = model.tower.tapped("attention", 0, z.clone())
     for task, vector in zip(names, z, strict=True):
-        function = model.edits_of(task)["attention"]["0"]
+        function = model.edits_of(task)["attention 0"]
         for dtype, results in ((torch.float32, expected), (torch.bfloat16, rounded)):
             tensors = {n: t.detach().to(dtype).double() for n, t in function.tensors().items()}
             results.append(CLOSED_FORMS[name](vector.double(), **tensors))

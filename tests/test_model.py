@@ -41,7 +41,7 @@ SETTINGS = [
 def intervmerge(golden, model):
     with torch.no_grad():
         for block in range(4):
-            function = model.edits_of("a")["attention"][str(block)]
+            function = model.edits_of("a")[f"attention {block}"]
             init = {n: golden[f"encoder.init.block{block}.{n}"] for n in ("W1", "W2", "b", "b2")}
             function.W1.copy_(init["W1"])
             function.W2.copy_(init["W2"])
@@ -53,9 +53,9 @@ def surgery_v2(golden, model):
     with torch.no_grad():
         edits = model.edits_of("a")
         for name in ("down", "up"):
-            getattr(edits["output"]["0"], name).copy_(golden[f"surgery_v2.init.output.{name}"])
+            getattr(edits["output 0"], name).copy_(golden[f"surgery_v2.init.output.{name}"])
             for block in range(4):
-                tensor = getattr(edits["block"][str(block)], name)
+                tensor = getattr(edits[f"block {block}"], name)
                 tensor.copy_(golden[f"surgery_v2.init.block{block}.{name}"])
     return model
 

@@ -112,20 +112,20 @@ def test_gradients_reach_the_edit_and_what_it_read():
 
 
 def test_named_blocks():
-    resolve = {n: resolve_blocks(n, 12, "blocks") for n in ("every_4", "first_3", "last_3")}
+    resolve = {n: resolve_blocks(n, 12) for n in ("every_4", "first_3", "last_3")}
     assert resolve == {"every_4": [0, 4, 8], "first_3": [0, 1, 2], "last_3": [9, 10, 11]}
-    assert resolve_blocks("all", 5, "blocks") == [0, 1, 2, 3, 4]
-    assert resolve_blocks("middle_1", 12, "blocks") == [5]
-    assert resolve_blocks([8, 0, 4], 12, "blocks") == [0, 4, 8]
+    assert resolve_blocks("all", 5) == [0, 1, 2, 3, 4]
+    assert resolve_blocks("middle_1", 12) == [5]
+    assert resolve_blocks([8, 0, 4], 12) == [0, 4, 8]
 
 
 def test_named_tokens_are_the_papers_patch_positions():
-    assert resolve_tokens("first", 50, "") == slice(1, 2)
-    assert resolve_tokens("middle", 50, "") == slice(25, 26)
-    assert resolve_tokens("last", 50, "") == slice(49, 50)
-    assert resolve_tokens("patch", 50, "") == slice(1, 50)
-    assert resolve_tokens("all", 50, "") == slice(0, 50)
-    assert resolve_tokens([7, 0], 50, "").tolist() == [0, 7]
+    assert resolve_tokens("first", 50) == slice(1, 2)
+    assert resolve_tokens("middle", 50) == slice(25, 26)
+    assert resolve_tokens("last", 50) == slice(49, 50)
+    assert resolve_tokens("patch", 50) == slice(1, 50)
+    assert resolve_tokens("all", 50) == slice(0, 50)
+    assert resolve_tokens([7, 0], 50).tolist() == [0, 7]
 
 
 @pytest.mark.parametrize(

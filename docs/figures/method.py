@@ -19,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
 
+from fusion_bench_intervmerge.interventions.config import PartSettings
 from fusion_bench_intervmerge.interventions.functions import build_function
 from fusion_bench_intervmerge.interventions.placement import (
     resolve_blocks,
@@ -162,7 +163,7 @@ def placement() -> Figure:
     names = ("class", "first", "middle", "last", "patch", "all")
     for place, name in enumerate(names):
         left, top = 0.2 + 1.2 * (place % 3), 3.72 - 1.85 * (place // 3)
-        tokens = token_positions(resolve_tokens(name, SIDE**2 + 1, "tokens"))
+        tokens = token_positions(resolve_tokens(name, SIDE**2 + 1))
         step = 0.125
         cell(axes, left, top, step, 0 in tokens)
         for position in range(1, SIDE**2 + 1):
@@ -176,7 +177,7 @@ def placement() -> Figure:
     patterns = ("all", "every_2", "every_3", "first_3", "middle_1", "last_3", [0, 4, 8])
     for row, pattern in enumerate(patterns):
         y = 3.86 - 0.52 * row
-        chosen = resolve_blocks(pattern, BLOCKS, "blocks")
+        chosen = resolve_blocks(pattern, BLOCKS)
         label(axes, left, y + 0.1, str(pattern), ha="left", size=9.5, weight="bold")
         for block in range(BLOCKS):
             cell(axes, left + 0.95 + 0.175 * block, y, 0.175, block in chosen, height=0.2)
@@ -192,13 +193,13 @@ def placement() -> Figure:
 
     for block in range(BLOCKS):
         y = 3.78 - 0.19 * block
-        bar(y, resolve_part({"size": 64, "shift": True}, WIDTH, block, "part"))
+        bar(y, resolve_part(PartSettings(size=64, shift=True), WIDTH, block))
         if block in (0, 1, BLOCKS - 1):
             label(axes, left + 0.66, y + 0.07, f"block {block}", MUTED, ha="right", size=7.5)
     label(axes, left, 4.13, "{size: 64, shift: true}", ha="left", size=9.5, weight="bold")
     y = 0.72
     label(axes, left, y + 0.42, "[64, 320]", ha="left", size=9.5, weight="bold")
-    bar(y, resolve_part([64, 320], WIDTH, 0, "part"))
+    bar(y, resolve_part([64, 320], WIDTH, 0))
     label(axes, left + 0.66, y + 0.07, "every block", MUTED, ha="right", size=7.5)
     label(axes, left, 0.4, "The rest of the vector stays as it is.", MUTED, ha="left", size=8.5)
     return sheet

@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import Self
 
-from ..config import ConfigError, Count, Json, Settings, Size
+from ..config import ConfigError, Count, Json, Settings, Size, named
 from ..data import digest_of
 from ..interventions.config import InterventionConfig
 from ..interventions.placement import Placement
@@ -225,15 +225,15 @@ class VisionTower(nn.Module, ABC):
         fitted = {}
         for name, config in interventions.items():
             site = SITES[name]
-            fitted[name] = Placement.fit(
-                config,
-                width=self.width if site.has_tokens else self.projection_dim,
-                num_blocks=self.num_blocks,
-                num_tokens=self.num_tokens,
-                prefix_tokens=self.prefix_tokens,
-                site=site,
-                where=f"interventions.{name}",
-            )
+            with named(f"interventions.{name}"):
+                fitted[name] = Placement.fit(
+                    config,
+                    width=self.width if site.has_tokens else self.projection_dim,
+                    num_blocks=self.num_blocks,
+                    num_tokens=self.num_tokens,
+                    prefix_tokens=self.prefix_tokens,
+                    site=site,
+                )
             self.module(name, fitted[name].blocks[0])
         return fitted
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..config import named
 from ..data import generator_of
 from .config import InterventionConfig
 from .functions import Function, build_function
@@ -18,7 +19,7 @@ Ranks = Mapping[str, Mapping[str, int]]  # site -> block -> rank
 
 
 class Edits(nn.ModuleDict):
-    """One task's edits: site -> block -> function; a block without an edit is left out.
+    """One task's edits: ``"<site> <block>"`` -> function; a block without an edit is left out.
 
     Args:
         configs: site -> settings.
@@ -38,9 +39,9 @@ class Edits(nn.ModuleDict):
         seed: int,
         task: str,
     ):
-        generator = generator_of(seed, task)
-        super().__init__({site: nn.ModuleDict() for site in configs})
+        super().__init__()
         self._configs, self._placements = dict(configs), dict(placements)
+        generator = generator_of(seed, task)
         for site, config in configs.items():
             for block in placements[site].blocks:
                 if rank := ranks.get(site, {}).get(str(block)):
@@ -59,39 +60,37 @@ class Edits(nn.ModuleDict):
 
     def _build(self, site: str, rank: int, init: str, generator: torch.Generator) -> Function:
         config, placement = self._configs[site], self._placements[site]
-        return build_function(
-            config.function,
-            placement.width,
-            rank,
-            copies=placement.copies,
-            activation=config.activation,
-            init=init,
-            generator=generator,
-            where=f"interventions.{site}",
-        )
+        with named(f"interventions.{site}"):
+            return build_function(
+                config.function,
+                placement.width,
+                rank,
+                copies=placement.copies,
+                activation=config.activation,
+                init=init,
+                generator=generator,
+            )
 
     def at(self, site: str, block: int | str) -> Function | None:
         """The edit at a place; None if there is none."""
-        blocks = cast("nn.ModuleDict", self[site])
-        return cast(Function, blocks[str(block)]) if str(block) in blocks else None
+        return cast("Function | None", self._modules.get(f"{site} {block}"))
 
     def put(self, site: str, block: int | str, function: Function | None) -> None:
         """Replace the edit at a place; None: no edit there."""
-        blocks = cast("nn.ModuleDict", self[site])
-        if function is not None:
-            blocks[str(block)] = function
-        elif str(block) in blocks:
-            del blocks[str(block)]
+        if function is None:
+            self._modules.pop(f"{site} {block}", None)
+        else:
+            self[f"{site} {block}"] = function
 
     def places(self) -> Iterator[tuple[str, str, Function]]:
         """Site, block and function of every edit."""
-        for site, blocks in self.items():
-            for block, function in cast("nn.ModuleDict", blocks).items():
-                yield site, block, cast(Function, function)
+        for place, function in self.items():
+            site, block = place.split()
+            yield site, block, cast(Function, function)
 
     def ranks(self) -> dict[str, dict[str, int]]:
         """Site -> block -> rank."""
-        ranks: dict[str, dict[str, int]] = {site: {} for site in self}
+        ranks: dict[str, dict[str, int]] = {site: {} for site in self._configs}
         for site, block, function in self.places():
             ranks[site][block] = function.rank
         return ranks
@@ -110,32 +109,31 @@ class Edits(nn.ModuleDict):
             function.load({n: tensors[f"{site}.{block}.{n}"] for n in function.tensors()})
 
 
-class Stacked:
-    """The edits of several tasks at one place, applied to one batch in one go.
+def edit_together(
+    functions: Sequence[Function | None], ids: Tensor | None, vectors: Tensor
+) -> Tensor:
+    """Apply the edits of several tasks at one place to one batch.
 
     Args:
         functions: one per task; None for a task without an edit here. At least one has an edit.
         ids: for each image the index of its task; None if the images follow one another in equal
             groups, one per task.
+        vectors: (batch, chosen tokens, chosen width).
     """
-
-    def __init__(self, functions: Sequence[Function | None], ids: Tensor | None):
-        self._form = next(function for function in functions if function is not None)
-        self._count, self._mixed = len(functions), ids is not None
-        tensors = stacked(functions)
-        self._tensors = tensors if ids is None else {n: t[ids] for n, t in tensors.items()}
-
-    def __call__(self, vectors: Tensor) -> Tensor:
-        """Edit (batch, chosen tokens, chosen width); tensors have one leading entry per group."""
-        terms, copies = self._form.prepared(self._tensors, vectors.dtype), self._form.copies
-        grouped = vectors if self._mixed else vectors.unflatten(0, (self._count, -1))
-        if copies is not None:
-            grouped = grouped.unsqueeze(-2)
-            if not self._mixed:
-                terms = {name: term.unsqueeze(1) for name, term in terms.items()}
-        elif not self._mixed:
-            grouped = grouped.flatten(1, 2)
-        return self._form.edit(grouped, **terms).reshape(vectors.shape)
+    form = next(function for function in functions if function is not None)
+    tensors = stacked(functions)
+    if ids is None:
+        grouped = vectors.unflatten(0, (len(functions), -1))
+    else:
+        grouped, tensors = vectors, {name: tensor[ids] for name, tensor in tensors.items()}
+    terms = form.prepared(tensors, vectors.dtype)
+    if form.copies is not None:
+        grouped = grouped.unsqueeze(-2)
+        if ids is None:
+            terms = {name: term.unsqueeze(1) for name, term in terms.items()}
+    elif ids is None:
+        grouped = grouped.flatten(1, 2)
+    return form.edit(grouped, **terms).reshape(vectors.shape)
 
 
 def stacked(functions: Sequence[Function | None]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from ..config import ConfigError, named, shown
+from ..config import ConfigError, shown
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -403,8 +403,7 @@ class Constant(Function):
 
     def reset_parameters(self, generator: torch.Generator | None, identity: bool) -> None:
         # The identity either way: a free vector has no published start.
-        drawn = self._uniform(self.width, bound=1, generator=generator)
-        self.v = nn.Parameter(torch.zeros_like(drawn))
+        self.v = nn.Parameter(self._empty(self.width).zero_())
 
     def edit(self, z: Tensor, v: Tensor) -> Tensor:
         return z + v.unsqueeze(-2)
@@ -467,14 +466,12 @@ class Surgery(Function):
         return z - linear(linear(z, down).relu(), up)
 
 
-def function_class(name: str, where: str = "function") -> type[Function]:
-    """The class of a form by name.
-
-    Raises:
-        ConfigError: no form has that name.
-    """
+def function_class(name: str) -> type[Function]:
+    """The class of a form by name; a ConfigError if no form has it."""
     if name not in FUNCTIONS:
-        raise ConfigError(where, f"there is no function {name!r}", ", ".join(sorted(FUNCTIONS)))
+        raise ConfigError(
+            "function", f"there is no function {name!r}", ", ".join(sorted(FUNCTIONS))
+        )
     return FUNCTIONS[name]
 
 
@@ -487,7 +484,6 @@ def build_function(
     activation: str | None = None,
     init: str = "reference",
     generator: torch.Generator | None = None,
-    where: str = "interventions",
 ) -> Function:
     """One intervention function as a module: z (..., width) -> z (..., width).
 
@@ -499,18 +495,15 @@ def build_function(
         activation: ``None`` or one of ``ACTIVATIONS``, for the forms that take one.
         init: ``reference`` (the published start) or ``identity`` (starts at z' = z).
         generator: source of the initial values.
-        where: config key to name in errors.
 
     Raises:
         ConfigError: an unknown name, activation or init, a rank out of range, or a start or an
             activation that the form does not have.
     """
-    with named(where):
-        cls = function_class(name)
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= width:
-            problem = f"{rank!r} does not fit vectors of width {width}"
-            raise ConfigError("rank", problem, f"1 to {width}")
-        cls.check(activation, init)
-        return cls(
-            width, rank, copies=copies, activation=activation, init=init, generator=generator
+    cls = function_class(name)
+    if rank not in range(1, width + 1):
+        raise ConfigError(
+            "rank", f"{rank!r} does not fit vectors of width {width}", f"1 to {width}"
         )
+    cls.check(activation, init)
+    return cls(width, rank, copies=copies, activation=activation, init=init, generator=generator)

@@ -20,7 +20,7 @@ from .sites import SITES, Site
 Index = slice | Tensor
 
 
-def resolve_blocks(blocks: str | Sequence[int], num_blocks: int, where: str) -> list[int]:
+def resolve_blocks(blocks: str | Sequence[int], num_blocks: int) -> list[int]:
     """Block indices, ascending, that ``blocks`` names in an encoder of ``num_blocks``.
 
     Raises:
@@ -29,12 +29,11 @@ def resolve_blocks(blocks: str | Sequence[int], num_blocks: int, where: str) -> 
     patterns = "all, every_n, first_n, middle_n, last_n or a list of indices"
     allowed = f"{patterns}, for {num_blocks} blocks (0 to {num_blocks - 1})"
     if not isinstance(blocks, str):
-        return _positions(blocks, num_blocks, where, "block", allowed)
-    if blocks == "all":
-        return list(range(num_blocks))
-    match = re.fullmatch(r"(every|first|middle|last)_(\d+)", blocks)
+        return _positions(blocks, num_blocks, "blocks", "block", allowed)
+    pattern = "every_1" if blocks == "all" else blocks
+    match = re.fullmatch(r"(every|first|middle|last)_(\d+)", pattern)
     if not match or not 1 <= int(match[2]) <= num_blocks:
-        raise ConfigError(where, f"{blocks!r} does not name blocks", allowed)
+        raise ConfigError("blocks", f"{blocks!r} does not name blocks", allowed)
     pattern, count = match[1], int(match[2])
     if pattern == "every":
         return list(range(0, num_blocks, count))
@@ -43,15 +42,12 @@ def resolve_blocks(blocks: str | Sequence[int], num_blocks: int, where: str) -> 
     return list(range(start, start + count))
 
 
-def resolve_tokens(
-    tokens: str | Sequence[int], num_tokens: int, where: str, prefix_tokens: int = 1
-) -> Index:
+def resolve_tokens(tokens: str | Sequence[int], num_tokens: int, prefix_tokens: int = 1) -> Index:
     """Token positions as a slice if they are contiguous, else as an index tensor.
 
     Args:
         tokens: as in ``InterventionConfig``.
         num_tokens: of the encoder.
-        where: the config key, for errors.
         prefix_tokens: how many stand before the patches: the class token, and registers behind it.
 
     Raises:
@@ -68,9 +64,9 @@ def resolve_tokens(
     }
     allowed = f"{', '.join(named)} or a list of positions 0 to {num_tokens - 1}"
     if not isinstance(tokens, str):
-        return _index(_positions(tokens, num_tokens, where, "token position", allowed))
+        return _index(_positions(tokens, num_tokens, "tokens", "token position", allowed))
     if tokens not in named:
-        raise ConfigError(where, f"{tokens!r} does not name tokens", allowed)
+        raise ConfigError("tokens", f"{tokens!r} does not name tokens", allowed)
     return named[tokens]
 
 
@@ -78,7 +74,6 @@ def resolve_part(
     part: list[int] | list[list[int]] | PartSettings | None,
     width: int,
     block: int,
-    where: str,
     edited: Sequence[int] = (),
 ) -> Index:
     """Entries of the width that an edit in ``block`` touches.
@@ -87,7 +82,6 @@ def resolve_part(
         part: as in ``InterventionConfig``.
         width: of the site.
         block: index of the block.
-        where: the config key, for errors.
         edited: the blocks with an edit, ``block`` among them. ``size: even`` divides the width
             among them, and ``shift`` then goes by the place among them.
 
@@ -99,8 +93,8 @@ def resolve_part(
     if isinstance(part, PartSettings):
         even = part.size == "even"
         share = 1 / max(len(edited), 1) if even else part.size
-        size = _entries(share, width, f"{where}.size", 1, ", or even")
-        start = _entries(part.start, width, f"{where}.start", 0)
+        size = _entries(share, width, "part.size", 1, ", or even")
+        start = _entries(part.start, width, "part.start", 0)
         if part.shift:
             start += size * (edited.index(block) if even and edited else block)
         return _index([(start + offset) % width for offset in range(size)])
@@ -109,10 +103,10 @@ def resolve_part(
     for span in [part] if isinstance(part[0], int) else part:
         first, end = span
         if not 0 <= first < end <= width:
-            raise ConfigError(where, f"{span!r} lies outside the width {width}", allowed)
+            raise ConfigError("part", f"{span!r} lies outside the width {width}", allowed)
         entries.extend(range(first, end))
     if len(set(entries)) != len(entries):
-        raise ConfigError(where, "the spans overlap", allowed)
+        raise ConfigError("part", "the spans overlap", allowed)
     return _index(entries)
 
 
@@ -155,7 +149,6 @@ class Placement:
         num_tokens: int,
         prefix_tokens: int = 1,
         site: Site = SITES["block"],
-        where: str = "interventions",
     ) -> Placement:
         """Work out the placement in an encoder of these sizes.
 
@@ -163,25 +156,17 @@ class Placement:
             ConfigError: blocks, tokens or a part that do not exist there, or a rank beyond the
                 width of the part.
         """
-        blocks: list[int] = [0]
-        tokens: Index | None = None
-        if site.in_blocks:
-            blocks = resolve_blocks(config.blocks, num_blocks, f"{where}.blocks")
+        blocks = resolve_blocks(config.blocks, num_blocks) if site.in_blocks else [0]
+        tokens = None
         if site.has_tokens:
-            at = f"{where}.tokens"
-            tokens = resolve_tokens(config.tokens, num_tokens, at, prefix_tokens)
-        parts = {b: resolve_part(config.part, width, b, f"{where}.part", blocks) for b in blocks}
-        chosen_width = _length(parts[blocks[0]])
-        if config.rank > chosen_width:
-            problem = f"{config.rank} does not fit vectors of width {chosen_width}"
-            raise ConfigError(f"{where}.rank", problem, f"1 to {chosen_width}")
-        return cls(
-            blocks=blocks,
-            tokens=tokens,
-            parts=parts,
-            width=chosen_width,
-            copies=None if config.share_tokens or tokens is None else _length(tokens),
-        )
+            tokens = resolve_tokens(config.tokens, num_tokens, prefix_tokens)
+        parts = {block: resolve_part(config.part, width, block, blocks) for block in blocks}
+        chosen = _length(parts[blocks[0]])
+        if config.rank > chosen:
+            problem = f"{config.rank} does not fit vectors of width {chosen}"
+            raise ConfigError("rank", problem, f"1 to {chosen}")
+        copies = None if config.share_tokens or tokens is None else _length(tokens)
+        return cls(blocks, tokens, parts, chosen, copies)
 
     @property
     def class_token_only(self) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..config import Json, check_task_name
 from ..encoders.base import VisionTower, check_fit
 from ..interventions.config import InterventionConfig, read_interventions
-from ..interventions.edits import Edits, Stacked
+from ..interventions.edits import Edits, edit_together
 from ..interventions.placement import Placement
 from .artifact import Artifact, Storage, misfits_in, pack, size, unpack
 from .card import model_card
@@ -56,7 +56,7 @@ class Route:
         functions = [edits.at(site, block) for edits in self.edits]
         if self.without == (site, block) or all(function is None for function in functions):
             return z
-        edit = functions[0] if len(functions) == 1 else Stacked(functions, self.ids)
+        edit = functions[0] if len(functions) == 1 else partial(edit_together, functions, self.ids)
         assert edit is not None
         return self.placements[site].apply(z, block, edit)
 
