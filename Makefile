@@ -16,9 +16,10 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/fusion_bench method=intervmerge/compare modelpool=clip-vit-mini_TA8 \
-	  taskpool=clip-vit-mini_TA8 path.log_dir=$(RUN) \
-	  hydra/job_logging=intervmerge print_config=false print_function_call=false
+	@mkdir -p $(dir $(RUN))
+	@echo "Merging and repairing; FusionBench's own words go to $(RUN).txt"
+	$(BIN)/fusion_bench +experiment=quiet method=intervmerge/compare path.log_dir=$(RUN) \
+	  modelpool=clip-vit-mini_TA8 taskpool=clip-vit-mini_TA8 >$(RUN).txt
 	$(BIN)/intervmerge report $(RUN) --to $(RUN)/report
 
 check: lint types test

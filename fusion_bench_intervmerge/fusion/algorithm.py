@@ -36,9 +36,10 @@ from ..model.router import RouterSettings
 from ..results import ImagesUsed, Result, Results
 from ..solving.fit_router import fit_router
 from ..solving.solve import budget_in_numbers, solve
-from .calibrate import images_of, nested_in
+from .calibrate import images_of, nested_in, weights_method
 from .host import (
     after_evaluation,
+    attach,
     check_task_pool,
     has_task_pool,
     host_in_the_log,
@@ -168,11 +169,15 @@ class IntervMergeAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
     def repair(self, pool: Any, merged: VisionTower) -> InterventionModel:
         """Find edits for a merged encoder, which the model takes over.
 
-        If ``coefficients`` are set the merge is made anew, by these.
+        If ``coefficients`` are set the merge is made anew, by these; if the base calibrates, the
+        merge is calibrated first.
         """
         mixture = None
         if self.settings.coefficients is not None:
             merged, mixture = self.merge(pool)
+        elif (weights := weights_method(self.settings.base)) is not None:
+            attach(weights, self._program, self.fabric)
+            merged = weights.solve_weights(pool, merged)
         repaired = self._repair(pool, merged, mixture)
         # the features are large, and of no use to a comparison
         self._last = replace(repaired, done=replace(repaired.done, expert_features={}))
@@ -181,7 +186,8 @@ class IntervMergeAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
     def record(self, model: Any) -> Result:
         # the base among the settings is not the one that a comparison repaired
         last = replace(self._last, model=model, settings=self._last.settings | {"base": None})
-        return self._result(last, [self._images_used(solves(model))])
+        images = [*images_of(self.settings.base), self._images_used(solves(model))]
+        return self._result(last, images)
 
     def clear(self) -> None:
         self._last.done.clear()

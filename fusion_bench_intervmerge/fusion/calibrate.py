@@ -6,6 +6,7 @@ base of a repair: settings that are null are then the repair's, so that both see
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -19,9 +20,10 @@ from torch import nn
 
 from ..calibration import CalibrationSettings, calibrate
 from ..config import Json
-from ..data import RepairSettings, RunFolder
+from ..data import RepairSettings, RunFolder, choose_images
 from ..encoders.base import VisionTower
 from ..files import cache_root
+from ..model.protocols import Repair
 from ..results import ImagesUsed, Result, Results
 from .featcal import FeatCalSettings, featcal
 from .host import check_task_pool, host_in_the_log, one_line, plain, split_settings
@@ -35,7 +37,7 @@ from .settings import check_method
 ALONE: Json = {"split": "train", "images": 512}
 
 
-class WeightsAlgorithm(LightningFabricMixin, BaseAlgorithm):
+class WeightsAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
     """Merge experts, then replace weights of the merged encoder, from images of all tasks.
 
     Args:
@@ -75,37 +77,68 @@ class WeightsAlgorithm(LightningFabricMixin, BaseAlgorithm):
         """
         pool, settings = ExpertPool(modelpool), self.settings
         check_task_pool(self._program, pool.family, pool.tasks)
-        images = {task: pool.images(task, settings.data.split) for task in pool.tasks}
+        self.look_ahead(pool, pool.first_tower())
         merged, _ = merge_experts(pool, self.base, None, self.fabric, self._program)
-        used = self.images_used()
         if self.fabric.is_global_zero:
-            announce(f"{self.name.capitalize()}: {used[-1].in_words()}")
-        pretrained = pool.tower("_pretrained_")
-        experts = {task: partial(pool.tower, task) for task in pool.tasks}
-        states = self._states(pool, merged)
-        more = {"fabric": self.fabric, "states": states}
-        tower = type(self).solve(merged, pretrained, experts, images, settings, **more)
+            announce(f"{self.name.capitalize()}: {self.images_used()[-1].in_words()}")
+        model = self.repair(pool, merged)
         if self.fabric.is_global_zero:
-            if states is not None:
-                states.clear()
             base = "merged" if pool.pool.has_merged else base_name(self.base)
-            result = Result(
-                kind="merge",
-                base=base,
-                method=self.name,
-                seed=settings.seed,
-                settings={"base": self.base, **settings.to_dict()},
-                extra_parameters=0,
-                bytes=0,
-                labels=0,
-                needs_task=False,
-                passes=1.0,
-                images=used,
-            )
+            more = {"base": base, "settings": {"base": self.base, **settings.to_dict()}}
+            result = self.record(model).model_copy(update={"method": self.name, **more})
             Results(tasks=list(pool.tasks), models={f"{base}/{self.name}": result}).write(
                 self.log_dir
             )
-        return tower.library_model()
+        return model
+
+    def look_ahead(self, pool: Any, tower: VisionTower) -> None:
+        """Refuse images that are not found."""
+        for task in pool.tasks:
+            pool.images(task, self.settings.data.split)
+
+    def seeded(self, pool: Any) -> bool:
+        """A seed decides which images are taken, unless all are."""
+        return any(
+            len(choose_images(task, count, self.settings.data)) < count
+            for task in pool.tasks
+            for count in [len(pool.images(task, self.settings.data.split))]
+        )
+
+    def repair(self, pool: Any, merged: VisionTower) -> nn.Module:
+        """A merged encoder with other weights, as the pool's own models are."""
+        return self.solve_weights(pool, merged).library_model()
+
+    def solve_weights(self, pool: ExpertPool, merged: VisionTower) -> VisionTower:
+        """A merged encoder with other weights; solved once for all repairs of a comparison."""
+        run = self._identity(pool, merged)
+        if run not in pool.calibrated:
+            settings = self.settings
+            images = {task: pool.images(task, settings.data.split) for task in pool.tasks}
+            experts = {task: partial(pool.tower, task) for task in pool.tasks}
+            # nothing tells one live model from another
+            keep = not pool.pool.has_instance_models
+            states = RunFolder(cache_root() / "states" / run, run) if keep else None
+            pretrained = pool.tower("_pretrained_")
+            more = {"fabric": self.fabric, "states": states}
+            solved = type(self).solve(merged, pretrained, experts, images, settings, **more)
+            pool.calibrated[run] = solved
+            if states is not None and self.fabric.is_global_zero:
+                states.clear()
+        return copy.deepcopy(pool.calibrated[run])
+
+    def record(self, model: object) -> Result:
+        return Result(
+            kind="repair",
+            method=self.name,
+            seed=self.settings.seed,
+            settings=self.settings.to_dict(),
+            extra_parameters=0,
+            bytes=0,
+            labels=0,
+            needs_task=False,
+            passes=1.0,
+            images=self.images_used(),
+        )
 
     def images_used(self) -> list[ImagesUsed]:
         """The images that the weights are solved on, those of a nested base first."""
@@ -122,10 +155,8 @@ class WeightsAlgorithm(LightningFabricMixin, BaseAlgorithm):
             ),
         ]
 
-    def _states(self, pool: ExpertPool, merged: VisionTower) -> RunFolder | None:
-        """Where finished blocks are kept; nowhere for live models, which nothing tells apart."""
-        if pool.pool.has_instance_models:
-            return None
+    def _identity(self, pool: ExpertPool, merged: VisionTower) -> str:
+        """A digest of everything that the weights depend on."""
         facts = {
             "method": self.name,
             "settings": self.settings.to_dict(),
@@ -134,8 +165,7 @@ class WeightsAlgorithm(LightningFabricMixin, BaseAlgorithm):
             "precision": str(getattr(self.fabric._precision, "precision", "")),
             "processes": self.fabric.world_size,
         }
-        run = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
-        return RunFolder(cache_root() / "states" / run, run)
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
 
 
 class CalibrationAlgorithm(WeightsAlgorithm):
@@ -173,9 +203,15 @@ def nested_in(base: object, around: RepairSettings) -> object:
     return {**config, "data": {**data, **ours}, "seed": seed}
 
 
+def weights_method(base: object) -> WeightsAlgorithm | None:
+    """The method that a base's config is of, if it is one of these."""
+    if not isinstance(base, Mapping) or base.get("_target_") not in METHODS:
+        return None
+    method: WeightsAlgorithm = instantiate(base, _recursive_=False)
+    return method
+
+
 def images_of(base: object) -> list[ImagesUsed]:
     """The images that a base sees: none, unless it is one of these methods."""
-    if not isinstance(base, Mapping) or base.get("_target_") not in METHODS:
-        return []
-    used: list[ImagesUsed] = instantiate(base, _recursive_=False).images_used()
-    return used
+    method = weights_method(base)
+    return [] if method is None else method.images_used()

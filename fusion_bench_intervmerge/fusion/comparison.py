@@ -57,7 +57,8 @@ class ComparisonSettings(Settings):
     Args:
         bases: name -> config of a FusionBench method.
         methods: name -> config of a repair (``_target_``: a ``Repair``); its own ``base`` is not
-            used. A method with ``coefficients`` trains those of the merge that it repairs.
+            used, unless it calibrates: then it calibrates the merge. A method with
+            ``coefficients`` trains those of the merge that it repairs.
         rivals: name -> config of a FusionBench method, or of a repair, that starts from the
             experts, whatever merge is repaired beside it.
         coefficients: name of a base -> coefficients that reproduce it: ``granularity``, ``init``,
@@ -163,8 +164,12 @@ class ComparisonSettings(Settings):
         return own
 
     def _own(self, name: str) -> Json:
-        given = self.methods[name]
-        return {k: v for k, v in given.items() if k not in _NOT_SETTINGS}
+        given = {k: v for k, v in self.methods[name].items() if k not in _NOT_SETTINGS}
+        if "base" not in self.repair_class(name).Settings.model_fields:
+            given.pop("base", None)
+        if isinstance(data := given.get("data"), Mapping):  # null: the default, in every setting
+            given["data"] = {key: value for key, value in data.items() if value is not None}
+        return {key: value for key, value in given.items() if value is not None}
 
 
 class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):

@@ -79,6 +79,7 @@ class ExpertPool:
         self._projection: nn.Linear | None = None
         self._images: dict[tuple[str, str], CLIPDataset] = {}
         self.features = FeatureCache()  # for the next method on this pool
+        self.calibrated: dict[str, VisionTower] = {}  # likewise, by what their weights depend on
 
     @property
     def family(self) -> str:

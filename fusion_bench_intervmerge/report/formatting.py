@@ -8,15 +8,16 @@ from math import isnan, nan
 NONE = "—"
 # written in a configuration as here, but in lower case and with underscores
 _NAMES = """
-    AdaMerging, AdaMerging + Surgery, All tokens, Calibration, Closed form, Concrete, DARE,
-    DARE Ties, DOGE TA, DOP, EMR-Merging, Experts, FeatCal, Fisher Merging, IntervMerge, Iso-C,
-    Iso-CTS, layer-wise AdaMerging, MagMax, Model Stock, OPCM, Pretrained, PWE-MoE, RegMean,
+    AdaMerging, AdaMerging + Surgery, All tokens, Calibrated, Calibration, Closed form, Concrete,
+    DARE, DARE Ties, DOGE TA, DOP, EMR-Merging, Experts, FeatCal, Fisher Merging, IntervMerge,
+    Iso-C, Iso-CTS, layer-wise AdaMerging, MagMax, Model Stock, OPCM, Pretrained, PWE-MoE, RegMean,
     Singular Value Calibration, SMILE, sparse WEMoE, Surgery, TALL-masks, Task Arithmetic,
     task-wise AdaMerging, Ties-Merging, TSV-M, WEMoE, Weight Averaging, WUDI
 """
 _KNOWN = {re.sub(r"\W+", "_", name).lower(): name for name in re.split(r",\s+", _NAMES.strip())} | {
     "ada_svd": "AdaSVD",
     "fisher": "Fisher Merging",
+    "intervmerge_calibrated": "Calibrated",
     "intervmerge_closed_form": "Closed form",
     "rankone_moe": "Rank-one MoE",
     "regmean_plusplus": "RegMean++",

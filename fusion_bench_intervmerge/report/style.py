@@ -40,6 +40,8 @@ FAMILIES = {
     "closed_form": 1,
     "intervmerge_closed_form": 1,
     "calibration": 2,
+    "calibrated": 2,
+    "intervmerge_calibrated": 2,
     "surgery": 3,
     "surgery_v2": 4,
     "all_tokens": 5,
