@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
+import pickle
 import shutil
 import signal
 import tempfile
@@ -21,11 +23,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from typing_extensions import Self
 
-from .config import ConfigError, Fraction, Seed, Settings, whole
-from .files import PREFIX
+from .config import ConfigError, Fraction, Json, Seed, Settings, whole
+from .files import PREFIX, atomic_file
 
 if TYPE_CHECKING:
     import lightning as L
+
+log = logging.getLogger(__name__)
 
 # the type to compute in, by the beginning of Fabric's precision
 DTYPES = {
@@ -79,8 +83,8 @@ class RepairSettings(Settings):
             raise TypeError(f"settings as an object, and also by keyword: {', '.join(keywords)}")
         if settings is not None:
             return settings
-        own = {k: v for k, v in keywords.items() if k not in DataSettings.model_fields}
-        inner = {k: v for k, v in keywords.items() if k in DataSettings.model_fields}
+        inner = {key: keywords[key] for key in DataSettings.model_fields if key in keywords}
+        own = {key: value for key, value in keywords.items() if key not in inner}
         data = DataSettings.read(own.get("data", {}), "data").to_dict() | inner
         return cls.read(own | {"data": data})
 
@@ -346,6 +350,10 @@ class Interrupted(KeyboardInterrupt):
     """The user stopped the run; the message, one line, says what goes on from where."""
 
 
+# What torch raises for a file that it did not write, and what a file of other things breaks.
+_UNUSABLE = (AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+
+
 @dataclass
 class RunFolder:
     """Where a run keeps what it has done until its result is saved: the same call goes on from it.
@@ -363,6 +371,37 @@ class RunFolder:
     def file(self, name: str) -> Path:
         """Where the run keeps something of that name."""
         return self.path / f"state-{name}"
+
+    def save(self, name: str, state: Json) -> bool:
+        """Keep tensors and plain values under a name.
+
+        If that fails (a full disk, say), it is logged, and what was there stays.
+
+        Returns:
+            Whether they were written.
+        """
+        try:
+            with atomic_file(self.file(f"{name}.pt")) as temporary:
+                torch.save({"run": self.run, **state}, temporary)
+        except (ConfigError, OSError, RuntimeError) as error:
+            log.warning("%s was not kept: %s", name, error)
+            return False
+        return True
+
+    def load(self, name: str) -> Json | None:
+        """What was kept under a name; a file that is torn or of another run is logged and left."""
+        path = self.file(f"{name}.pt")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if state["run"] != self.run:
+                raise ValueError("it belongs to another run")
+        except FileNotFoundError:
+            return None
+        except (*_UNUSABLE, pickle.UnpicklingError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            log.warning("%s is not used: %s", path, reason)
+            return None
+        return cast(Json, state)
 
     def clear(self) -> None:
         """Remove the files, once the run's result is saved elsewhere."""

@@ -164,33 +164,25 @@ def distill(
     )
 
 
-class FeatureCache:
+class FeatureCache(dict[Hashable, Representations]):
     """Experts' representations in memory, for the next method that learns from the same images.
 
-    It is of one set of experts and images. Entries that were not used for longest make room.
+    It is of one set of experts and images. What comes first stays.
 
     Args:
         limit: bytes.
     """
 
     def __init__(self, limit: float = 2 * 2**30):
-        self._limit = limit
-        self._entries: dict[Hashable, Representations] = {}
-
-    def get(self, key: Hashable) -> Representations | None:
-        """An entry, if there is one."""
-        if key not in self._entries:
-            return None
-        self._entries[key] = self._entries.pop(key)  # the last to go
-        return self._entries[key]
+        super().__init__()
+        self._room = limit
 
     def put(self, key: Hashable, representations: Representations) -> None:
-        """Keep an entry, unless it alone is over the limit."""
-        self._entries[key] = representations
-        sizes = {k: sum(t.nbytes for t in entry.values()) for k, entry in self._entries.items()}
-        while sum(sizes.values()) > self._limit:
-            oldest = next(iter(sizes))
-            del sizes[oldest], self._entries[oldest]
+        """Keep an entry, if there is room."""
+        size = sum(tensor.nbytes for tensor in representations.values())
+        if size <= self._room:
+            self._room -= size
+            self[key] = representations
 
 
 class _Trainer:

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..config import ConfigError
 from ..data import RunFolder
-from ..files import atomic_file
 
 log = logging.getLogger(__name__)
-FILE = "training.pt"
-# What torch raises for a file that it did not write, and what a state of other things breaks.
-_UNUSABLE = (
-    OSError,
-    EOFError,
-    pickle.UnpicklingError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-)
+NAME = "training"
 
 
 @dataclass
@@ -48,26 +34,16 @@ def save_state(
     trained: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> bool:
-    """Replace the state; if that fails (a full disk, say), it is logged and the older one stays.
-
-    Returns:
-        Whether the state was written.
-    """
+    """Replace the state; see ``RunFolder.save``."""
     state = {
-        "run": folder.run,
         "step": progress.step,
         "losses": progress.losses.clone(),  # a view of all steps
         "trained": {name: tensor.detach().cpu() for name, tensor in trained.items()},
         "optimizer": optimizer.state_dict(),
     }
-    try:
-        with atomic_file(folder.file(FILE)) as temporary:
-            torch.save(state, temporary)
-    except (ConfigError, OSError, RuntimeError) as error:
-        log.warning("the state of step %d was not kept: %s", progress.step, error)
-        return False
-    folder.progress = f"the same command goes on from step {progress.step}"
-    return True
+    if saved := folder.save(NAME, state):
+        folder.progress = f"the same command goes on from step {progress.step}"
+    return saved
 
 
 @torch.no_grad()
@@ -78,7 +54,7 @@ def load_state(
     trained: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> Progress:
-    """Take over the state of this run; one that is torn or of another run is logged and left.
+    """Take over the state of this run; one that does not fit is logged and left.
 
     Args:
         folder: the run's.
@@ -90,24 +66,18 @@ def load_state(
     Returns:
         Where the run stands now.
     """
-    path = folder.file(FILE)
+    state = folder.load(NAME)
+    if state is None:
+        return start
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
         progress = Progress(state["step"], state["losses"])
-        if state["run"] != folder.run:
-            raise ValueError("it belongs to another run")
-        if not 0 < progress.step <= steps:
+        if not len(progress.losses) == progress.step <= steps:
             raise ValueError(f"it is of step {progress.step}, of {steps}")
         if _kinds(state["trained"]) != _kinds(trained):
             raise ValueError("its tensors are not those of this run")
-        if progress.losses.shape != (progress.step, *start.losses.shape[1:]):
-            raise ValueError("its losses are not those of this run")
         optimizer.load_state_dict(state["optimizer"])
-    except FileNotFoundError:
-        return start
-    except _UNUSABLE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        log.warning("%s is not used, and the training starts anew: %s", path, reason)
+    except (LookupError, ValueError) as error:
+        log.warning("%s is not used: %s", folder.path, error)
         return start
     for name, tensor in trained.items():
         tensor.copy_(state["trained"][name])

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import heapq
-import json
-import logging
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
 import lightning as L
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import ConfigError, whole
+from ..config import ConfigError, Json, whole
 from ..data import (
     Datasets,
     RepairSettings,
@@ -28,14 +25,12 @@ from ..data import (
     progress_bar,
 )
 from ..encoders.base import ExpertLoaders, check_expert
-from ..files import atomic_file
 from ..interventions.edits import Edits
 from ..interventions.functions import function_class
 from ..interventions.sites import SITES
 from ..model.model import InterventionModel
 from .sweep import Place, Sweep
 
-log = logging.getLogger(__name__)
 _MOST = 10**12
 _RANKS = Annotated[str, Field(pattern=r"^rank_[1-9]\d{0,5}$")]
 _ALLOWED = f"null, or a whole number, 1 to {_MOST}, or rank_R: as many as rank R at every place"
@@ -161,7 +156,7 @@ def solve(
             raise ConfigError("modelpool", f"no images for task {task!r}")
     chosen = {task: choose_images(task, len(images[task]), data, settings.seed) for task in experts}
     places = solved_places(model)
-    files = _Files(states, places, len(experts), writes=fabric.is_global_zero)
+    finished = _Finished(states, len(experts), writes=fabric.is_global_zero)
     started = time.perf_counter()
     home, dtype = model.tower.device, computing_dtype(fabric)
     weight = (model.tower.num_tokens - 1) / 2 if class_weight is None else class_weight
@@ -177,29 +172,41 @@ def solve(
             done.run(images, keys, data.num_workers, data.cache_gb * 2**30, shown.update)
         return done
 
+    def measured(task: str) -> Json:
+        state = {"gains": sweep(task, None).gains}
+        for place in places:  # at full rank they are large
+            model.edits_of(task).set_rank(*place, 0)
+        return state
+
+    def solved(task: str) -> Json:
+        done, edits = sweep(task, ranks[task]), model.edits_of(task)
+        return {
+            "gains": gains.get(task, done.gains),
+            "features": done.features,
+            "edits": {
+                place: (function.rank, {n: t.cpu() for n, t in function.tensors().items()})
+                for place in places
+                if (function := edits.at(*place)) is not None
+            },
+        }
+
     blocks = model.tower.num_blocks * len(chosen) * (1 if budget is None else 2)
     try:
         model.to(fabric.device)
         with interruptible("solving", states), progress_bar(fabric, "solving", blocks) as shown:
             same = {place: model.interventions[place[0]].rank for place in places}
-            ranks = {task: same for task in experts}
+            ranks = dict.fromkeys(experts, same)
             if budget is not None:
                 for task in experts:
-                    _, measured = files.read("measured", task)
-                    if measured is None:
-                        measured = sweep(task, None).gains
-                        files.write("measured", task, measured, {})
-                        for place in places:  # at full rank they are large
-                            model.edits_of(task).set_rank(*place, 0)
-                    gains[task] = measured
+                    gains[task] = finished.once("measured", task, measured)["gains"]
                 ranks = share_out(model, gains, budget)
             for task in experts:
-                solved = files.restore(task, model.edits_of(task))
-                if solved is None:
-                    done = sweep(task, ranks[task])
-                    solved = done.features, gains.get(task, done.gains)
-                    files.keep(task, model.edits_of(task), *solved)
-                features[task], gains[task] = solved
+                state = finished.once("solved", task, solved)
+                features[task], gains[task] = state["features"], state["gains"]
+                for place in places:
+                    rank, tensors = state["edits"].get(place, (0, {}))
+                    if function := model.edits_of(task).set_rank(*place, rank):
+                        function.load(tensors)
     finally:
         model.to(home)
     return Solution(
@@ -282,79 +289,29 @@ def _cost_of_a_rank(model: InterventionModel) -> dict[str, int]:
     }
 
 
-class _Files:
+class _Finished:
     """Finished tasks on disk: what they gain (``measured``), then their edits (``solved``).
 
     Args:
         folder: the run's; None: nothing is kept.
-        places: the solved places, in order.
         tasks: how many tasks the run has.
         writes: whether this process is the one that writes.
     """
 
-    def __init__(self, folder: RunFolder | None, places: Sequence[Place], tasks: int, writes: bool):
-        self._folder, self._places, self._tasks, self._writes = folder, places, tasks, writes
-        self._finished = {"measured": 0, "solved": 0}
+    def __init__(self, folder: RunFolder | None, tasks: int, writes: bool):
+        self._folder, self._tasks, self._writes = folder, tasks, writes
+        self._count: Counter[str] = Counter()
 
-    def restore(self, task: str, edits: Edits) -> tuple[Tensor, Gains] | None:
-        """Put solved edits back; the expert's features and the gains. None: not solved yet."""
-        tensors, gains = self.read("solved", task)
-        if gains is None:
-            return None
-        for (site, block), rank in zip(self._places, tensors["ranks"].tolist(), strict=True):
-            function = edits.set_rank(site, block, rank)
-            if function is not None:
-                start = f"edits.{site}.{block}."
-                function.load({name: tensors[start + name] for name in function.tensors()})
-        return tensors["features"], gains
-
-    def keep(self, task: str, edits: Edits, features: Tensor, gains: Gains) -> None:
-        functions = {place: edits.at(*place) for place in self._places}
-        ranks = [0 if function is None else function.rank for function in functions.values()]
-        tensors = {
-            f"edits.{site}.{block}.{name}": tensor.detach().cpu().contiguous()
-            for (site, block), function in functions.items()
-            if function is not None
-            for name, tensor in function.tensors().items()
-        }
-        tensors |= {"features": features, "ranks": torch.tensor(ranks)}
-        self.write("solved", task, gains, tensors)
-
-    def read(self, kind: str, task: str) -> tuple[dict[str, Tensor], Gains | None]:
-        """A file's tensors and gains; neither if there is no such file, or one of another run."""
+    def once(self, kind: str, task: str, make: Callable[[str], Json]) -> Json:
+        """A task's state on disk, or a new one, which is kept there."""
         if self._folder is None:
-            return {}, None
-        path = self._folder.file(f"{kind}-{task}.safetensors")
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if header["run"] != self._folder.run:
-                raise ValueError("it belongs to another run")
-            gains = dict(zip(self._places, json.loads(header["gains"]), strict=True))
-        except FileNotFoundError:
-            return {}, None
-        except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
-            log.warning("%s is not used: %s", path, error)
-            return {}, None
-        log.info("%s is %s already", task, kind)
-        self._count(kind)
-        return tensors, gains
-
-    def write(self, kind: str, task: str, gains: Gains, tensors: dict[str, Tensor]) -> None:
-        if self._folder is None or not self._writes:
-            return
-        header = {"run": self._folder.run, "gains": json.dumps(list(gains.values()))}
-        try:
-            with atomic_file(self._folder.file(f"{kind}-{task}.safetensors")) as temporary:
-                save_file(tensors, temporary, header)
-        except (ConfigError, SafetensorError, OSError) as error:
-            log.warning("task %s was not kept: %s", task, error)
-        else:
-            self._count(kind)
-
-    def _count(self, kind: str) -> None:
-        assert self._folder is not None
-        self._finished[kind] += 1
-        tasks = f"{self._finished[kind]} of {self._tasks} tasks are {kind}"
+            return make(task)
+        state = self._folder.load(f"{kind}-{task}")
+        if state is None:
+            state = make(task)
+            if not self._writes or not self._folder.save(f"{kind}-{task}", state):
+                return state
+        self._count[kind] += 1
+        tasks = f"{self._count[kind]} of {self._tasks} tasks are {kind}"
         self._folder.progress = f"{tasks}; the same command goes on from there"
+        return state

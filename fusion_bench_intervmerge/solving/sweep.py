@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import lightning as L
@@ -40,6 +41,7 @@ from .regression import Moments, Regression
 Place = tuple[str, int]  # site, block
 
 
+@dataclass
 class Sweep:
     """One task's images on their way through the repaired encoder and the expert.
 
@@ -57,23 +59,20 @@ class Sweep:
         features: the expert's image features, (images, projection_dim).
     """
 
-    def __init__(
-        self,
-        model: InterventionModel,
-        task: str,
-        expert: VisionTower,
-        places: Sequence[Place],
-        fabric: L.Fabric,
-        ridge: float | None,
-        class_weight: float,
-        ranks: Mapping[Place, int] | None,
-    ):
-        self.model, self.task, self.places, self.fabric = model, task, places, fabric
-        self.tower, self.device = model.tower, fabric.device
-        self.expert = expert.to(self.device).eval()
-        self.ridge, self.class_weight, self.ranks = ridge, class_weight, ranks
-        self.gains: dict[Place, list[float]] = {}
-        self.features: Tensor
+    model: InterventionModel
+    task: str
+    expert: VisionTower
+    places: Sequence[Place]
+    fabric: L.Fabric
+    ridge: float | None
+    class_weight: float
+    ranks: Mapping[Place, int] | None
+    gains: dict[Place, list[float]] = field(default_factory=dict)
+    features: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tower, self.device = self.model.tower, self.fabric.device
+        self.expert.to(self.device).eval()
 
     def run(
         self,
