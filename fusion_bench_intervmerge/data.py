@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol, cast
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 from typing_extensions import Self
 
@@ -164,30 +164,51 @@ class Schedule:
         self.rows: Tensor = rows[: steps * data.batch_size].view(steps, data.batch_size)
 
 
-class _Pixels(Dataset[Tensor]):
-    """Images of several tasks, addressed by (task, index); labels are left behind."""
+class _Pixels(Dataset["Tensor | ConfigError"]):
+    """Images of several tasks, addressed by (task, index); labels are left behind.
+
+    An image that cannot be read is its error: a worker process would send nothing but a trace.
+    """
 
     def __init__(self, datasets: Datasets):
         self.datasets = datasets
 
-    def __getitem__(self, key: ImageKey) -> Tensor:
-        item = self.datasets[key[0]][key[1]]
+    def __getitem__(self, key: ImageKey) -> Tensor | ConfigError:
+        try:
+            item = self.datasets[key[0]][key[1]]
+        except ConfigError as error:
+            return error
         return cast(Tensor, item[0] if isinstance(item, (tuple, list)) else item)
+
+
+def _collate(items: list[Tensor | ConfigError]) -> Tensor | ConfigError:
+    errors = [item for item in items if isinstance(item, ConfigError)]
+    return errors[0] if errors else default_collate(items)
 
 
 def read_images(
     datasets: Datasets, batches: Sequence[Sequence[ImageKey]], num_workers: int
 ) -> Iterator[Tensor]:
-    """Batches of images, decoded in worker processes ahead of their use."""
+    """Batches of images, decoded in worker processes ahead of their use.
+
+    Raises:
+        ConfigError: an image that cannot be read, as its data set says it.
+    """
     # A sampler that is a list of batches; DataLoader has no name for that but batch_sampler.
-    return iter(
-        DataLoader(
-            _Pixels(datasets),
-            batch_sampler=batches,  # type: ignore[arg-type]
-            num_workers=num_workers,
-            pin_memory=torch.cuda.is_available(),
-        )
+    loader = DataLoader(
+        _Pixels(datasets),
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=num_workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
     )
+    return map(_or_raise, iter(loader))
+
+
+def _or_raise(batch: Tensor | ConfigError) -> Tensor:
+    if isinstance(batch, ConfigError):
+        raise batch
+    return batch
 
 
 class ImageStore:

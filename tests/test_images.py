@@ -1,4 +1,7 @@
-"""Images as they come: every mode, either way up, one pixel high; and what is no image."""
+"""Images as they come: every mode, either way up, one pixel high; and what is no image.
+
+From files and requests first, then through the pools of FusionBench.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,12 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor
 
+from fusion_bench_intervmerge.config import ConfigError
+from fusion_bench_intervmerge.data import read_images
 from fusion_bench_intervmerge.deploy.images import decode_image, pixel_values
+from fusion_bench_intervmerge.fusion.hosted import CLIPVisionModelTaskPool
+from fusion_bench_intervmerge.fusion.images import preprocessed
+from fusion_bench_intervmerge.tinyclip import ensure_pool
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
 PROCESSOR = CLIPImageProcessor(
@@ -91,3 +99,59 @@ def test_the_pixels_are_the_processors():
 def test_what_is_no_image(content, said):
     with pytest.raises(ValueError, match=rf"\A{said}"):
         decode_image(content)
+
+
+# -- through FusionBench's pools -------------------------------------------------------------------
+
+
+class Files(list):
+    """A data set that opens files, as people write them; it does not turn what EXIF turns."""
+
+    def __getitem__(self, index):
+        return {"image": Image.open(io.BytesIO(super().__getitem__(index))), "label": 1}
+
+
+def every_kind():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.fromarray(PIXELS)
+    grey16 = np.arange(2000, dtype=np.uint16).reshape(40, 50) * 32
+    modes = {"L": "png", "LA": "png", "RGBA": "png", "P": "gif", "CMYK": "jpeg", "1": "bmp"}
+    return [
+        *(file(image.convert(mode), form) for mode, form in modes.items()),
+        file(Image.fromarray(grey16)),
+        file(image, exif=exif),
+        *(file(image.resize(size)) for size in ((50, 1), (50, 3), (3, 3), (1, 1), (1, 50))),
+    ]
+
+
+def test_pools_read_them_as_the_service_does():
+    folder = str(ensure_pool("clip-vit-tiny_TA8") / "pretrained")
+    files = every_kind()
+    taskpool = CLIPVisionModelTaskPool({"mnist": Files(files)}, processor=folder, clip_model=folder)
+    taskpool.setup()
+    images = preprocessed(Files(files), taskpool.processor, "modelpool.test_datasets.mnist")
+    wanted = pixel_values(taskpool.processor.image_processor, [decode_image(f) for f in files])
+    for dataset in (images, taskpool.test_datasets["mnist"]):
+        pixels, labels = zip(*[dataset[index] for index in range(len(files))], strict=True)
+        assert torch.equal(torch.stack(pixels), wanted) and set(labels) == {1}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_one_line_from_a_worker_too(workers):
+    files = Files([every_kind()[0], every_kind()[0][:60]])
+    images = preprocessed(files, PROCESSOR, "modelpool.test_datasets.mnist")
+    with pytest.raises(ConfigError, match=r"\Amodelpool.test_datasets.mnist\[1\]: .*; allowed: im"):
+        list(read_images({"mnist": images}, [[("mnist", 0)], [("mnist", 1)]], workers))
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        (Image.new("RGB", (500, 4)), "one side is more than 100 times the other"),
+        (PIXELS, "its image is a ndarray"),
+    ],
+)
+def test_pools_refuse_what_is_no_image_for_an_encoder(image, said):
+    with pytest.raises(ConfigError, match=said):
+        preprocessed([(image, 0)], PROCESSOR, "taskpool.test_datasets.mnist")[0]
