@@ -47,7 +47,9 @@ def tiny():
 
 def clip_pool(tiny, **models):
     models = {"_pretrained_": str(tiny / "pretrained"), **models}
-    return CLIPVisionModelPool(OmegaConf.create(models), processor=str(tiny / "pretrained"))
+    processor = {"_target_": "transformers.CLIPProcessor.from_pretrained"}
+    processor["pretrained_model_name_or_path"] = str(tiny / "pretrained")
+    return CLIPVisionModelPool(OmegaConf.create(models), processor=OmegaConf.create(processor))
 
 
 def lora(part, **options):
@@ -96,6 +98,7 @@ def test_adapters_are_experts_however_they_come(tiny, adapters):
     merged, _ = merge_experts(pool, SimpleAverageAlgorithm(), None, HOST)
     torch.testing.assert_close(merged.features(images), wanted)
     assert pool.about()["base_model"] == str(tiny / "pretrained")
+    assert pool.about()["preprocessor"]["crop_size"] == {"height": 32, "width": 32}
 
 
 def test_a_live_adapter_is_merged_into_a_copy():

@@ -297,7 +297,7 @@ def _load(
 ) -> T:
     name = args[0] if args and isinstance(args[0], str) else None
     where = f"modelpool.{group}" + (f".{name}" if name else "")
-    config = configs.get(name) if isinstance(configs, Mapping) else None
+    config = configs.get(name) if name and isinstance(configs, Mapping) else None
     allowed = _owned(config, where) if group.endswith("_datasets") else ""
     return load_or_explain(lambda: load(*args, **kwargs), where, allowed or REACHABLE)
 
