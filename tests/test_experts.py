@@ -27,6 +27,7 @@ from transformers import (
 
 from fusion_bench_intervmerge.config import ConfigError
 from fusion_bench_intervmerge.encoders import as_tower
+from fusion_bench_intervmerge.files import CACHE_VARIABLE
 from fusion_bench_intervmerge.fusion.algorithm import IntervMergeAlgorithm
 from fusion_bench_intervmerge.fusion.comparison import ComparisonAlgorithm
 from fusion_bench_intervmerge.fusion.merge import merge_experts
@@ -210,13 +211,14 @@ def test_a_folder_is_not_read_in_place_of_a_data_set(name, tiny, tmp_path, monke
 # -- DINOv2 ----------------------------------------------------------------------------------------
 
 
-def test_dinov2_classifiers_of_unequal_classes(tmp_path):
+def test_dinov2_classifiers_of_unequal_classes(tmp_path, monkeypatch):
     with _override_in_typing():
         from fusion_bench.modelpool import Dinov2ForImageClassificationPool
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 2}
     crop = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     models, processor = {}, BitImageProcessor(**crop)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     for index, (task, classes) in enumerate({"_pretrained_": 2, "ants": 3, "bees": 5}.items()):
         torch.manual_seed(index)
         config = Dinov2Config(**sizes, image_size=64, patch_size=8, num_labels=classes)
@@ -230,12 +232,14 @@ def test_dinov2_classifiers_of_unequal_classes(tmp_path):
         def load_test_dataset(self, name):
             return items
 
-    pool = ExpertPool(InMemory(OmegaConf.create(models), test_datasets={"ants": {}, "bees": {}}))
+    host = InMemory(OmegaConf.create(models), test_datasets={"ants": {}, "bees": {}})
+    pool = ExpertPool(host)
+    pixels = pool.images("bees", "test")[0][0][None]
+    site = {"block": {"function": "nodireft", "rank": 4, "init": "regression"}}
     for base in (SimpleAverageAlgorithm(), TaskArithmeticAlgorithm(0.3)):
-        merged, _ = merge_experts(pool, base, None, HOST)
-        assert merged.image_size == 32, "as the processor makes them"
-        model = IntervMergeAlgorithm({"attention": {}}, steps=1).repair(pool, merged)
-        pixels = pool.images("bees", "test")[0][0][None]
+        method = IntervMergeAlgorithm(site, base, steps=0, save_to=str(tmp_path / "saved"))
+        model = method.run(host)
+        assert model.tower.image_size == 32, "as the processor makes them"
         assert pool.head("bees")(model.encode(pixels, "bees")).shape == (1, 5)
         assert pool.head("ants")(model.encode(pixels, "ants")).shape == (1, 3)
 

@@ -75,7 +75,8 @@ class ExpertPool:
             raise ConfigError("modelpool.models", "there are no experts", "one model per task")
         for index, task in enumerate(self.tasks):
             check_task_name(task, self.tasks[:index], "modelpool.models")
-        warn_of_twins(self.pool._models, self.tasks)
+        if "load_model" not in vars(pool):  # for the first on this pool, not for a nested method
+            warn_of_twins(self.pool._models, self.tasks)
         self._projection: nn.Linear | None = None
         self._images: dict[tuple[str, str], CLIPDataset] = {}
         self.features = FeatureCache()  # for the next method on this pool
