@@ -13,7 +13,7 @@ from ..distillation.settings import DistillSettings
 from ..interventions.config import Interventions
 from ..merging import CoefficientSettings
 from ..model.artifact import Storage
-from ..model.router import RouterSettings, read_settings
+from ..model.router import RouterSettings
 from ..solving.solve import SolveSettings
 
 OPTIONAL_FOLDER = Field(description="null, or the path of a folder")
@@ -60,7 +60,7 @@ class MethodSettings(DistillSettings, SolveSettings, MergeSettings):
     storage: Storage = "float32"
     router: Annotated[
         RouterSettings | None,
-        BeforeValidator(lambda value: None if value is None else read_settings(value)),
+        BeforeValidator(lambda value: None if value is None else RouterSettings.read(value)),
     ] = None
     references: Flag = True
     save_to: Annotated[Folder | None, OPTIONAL_FOLDER] = None

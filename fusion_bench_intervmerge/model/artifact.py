@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,15 @@ COEFFICIENTS = "coefficients.safetensors"
 ROUTER = "router.safetensors"
 OWN = {CONFIG, "README.md", "merged", "interventions", COEFFICIENTS, ROUTER}
 # Settings in a file may be of any kind; whatever they break is the file's fault.
-_MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_MISFITS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
 
 Ranks = dict[str, dict[str, dict[str, Annotated[int, Field(ge=1)]]]]  # task -> site -> block
 Storage = Literal["float32", "float16", "int8"]
@@ -140,31 +148,33 @@ class Artifact:
         """Read a saved model.
 
         Raises:
-            ArtifactError: a file is missing, torn, of another format, or does not fit the others.
+            ArtifactError: a file is missing, torn, or of another format.
+            ValueError: one that does not fit the others, among other errors; see ``misfits_in``.
         """
-        with misfits_in(folder):
-            return cls._read(folder)
-
-    @classmethod
-    def _read(cls, folder: Path) -> Artifact:
         config = _read_config(folder)
-        known = _files_of(config.tasks)
-        for name in config.files:
-            if name not in known:
-                raise ArtifactError(f"{folder / CONFIG}: files: unknown: {name[:60]!r}")
-        # Each file is read once: what is used is what was checked, also while another saves there.
-        content = {name: _checked(folder / name, sha) for name, sha in config.files.items()}
+
+        def content(name: str) -> bytes:
+            """A file, which is read once: what is used is what was checked."""
+            if name not in config.files:
+                raise ArtifactError(f"{folder / CONFIG}: files: {name} is missing")
+            path = folder / name
+            if not path.is_file():
+                raise ArtifactError(f"{path}: missing")
+            content = path.read_bytes()
+            if config.files[name] != _digest(content):
+                meant = ", not the weights that the edits were trained on" * (name == MERGED)
+                why = "its digest differs from config.json's"
+                raise ArtifactError(f"{path}: torn or another file{meant} ({why})")
+            return content
 
         def tensors(name: str) -> dict[str, Tensor]:
-            if name not in content:
-                raise ArtifactError(f"{folder / CONFIG}: files: {name} is missing")
-            try:
-                return load(content.pop(name))
-            except SafetensorError as error:
-                raise ArtifactError(f"{folder / name}: not a safetensors file ({error})") from None
+            with misfits_in(folder / name):
+                return load(content(name))
 
         tower = tower_from_spec(config.tower)
         tower.load_weights(tensors(MERGED))
+        if MERGED_CONFIG in config.files:
+            content(MERGED_CONFIG)
         metadata, router = dict(config.metadata), None
         if COEFFICIENTS in config.files:
             metadata["coefficients"] = tensors(COEFFICIENTS)
@@ -248,18 +258,6 @@ def _read_config(folder: Path) -> Config:
     return read
 
 
-def _checked(path: Path, digest: str) -> bytes:
-    """A file's content, if it has the digest that config.json says."""
-    if not path.is_file():
-        raise ArtifactError(f"{path}: missing")
-    content = path.read_bytes()
-    if digest != _digest(content):
-        meant = ", not the weights that the edits were trained on" * path.match(MERGED)
-        why = "its digest differs from config.json's"
-        raise ArtifactError(f"{path}: torn or another file{meant} ({why})")
-    return content
-
-
 def _digest_of_config(config: Mapping[str, object]) -> str:
     """SHA-256 of config.json's content but for this digest, however it is laid out."""
     return _digest(json.dumps(config, sort_keys=True).encode())
@@ -267,11 +265,6 @@ def _digest_of_config(config: Mapping[str, object]) -> str:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _files_of(tasks: Sequence[str]) -> list[str]:
-    """The files that an artifact may have beside config.json and the model card."""
-    return [MERGED, MERGED_CONFIG, COEFFICIENTS, ROUTER, *map(_edits_file, tasks)]
 
 
 def _edits_file(task: str) -> str:
@@ -326,19 +319,15 @@ def unpack(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: a scale is missing, or does not fit.
     """
-    tensors, unused = {}, {name for name in packed if name.endswith(SCALE)}
+    tensors = {}
     for name, tensor in packed.items():
-        if name.endswith(SCALE):
-            continue
         if tensor.dtype == torch.int8:
             scale = packed.get(name + SCALE)
             if scale is None or scale.shape != (*tensor.shape[:-1], 1):
                 raise ValueError(f"{name} has no scale per row")
-            unused.remove(name + SCALE)
             tensor = tensor * scale
-        tensors[name] = tensor.float()
-    if unused:
-        raise ValueError(f"{min(unused)} scales no tensor")
+        if not name.endswith(SCALE):
+            tensors[name] = tensor.float()
     return tensors
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from huggingface_hub import ModelHubMixin
@@ -27,6 +27,10 @@ from .hub import hub_errors, local_folder
 from .prefix import Prefix, prefix_of
 from .router import Router, rows_of
 
+# of all images, or of each; None: the merged encoder
+Tasks: TypeAlias = "str | Sequence[str | None] | None"
+# what FusionBench asks of a model, and the tower has
+_OF_THE_TOWER = ("config", "device", "dtype", "train_preprocess", "val_preprocess")
 # A task may be called like a method of torch's modules (``train``), a module in them may not.
 _NAME = "task {}"
 
@@ -39,21 +43,21 @@ class Route:
     ``ids`` may be an input of the graph.
 
     Attributes:
-        edits: one per task that occurs in the batch; none for the merged encoder.
+        edits: one per task that occurs in the batch, None for the merged encoder.
         placements: by site.
         ids: for each image the index of its task's edits, (batch,), whole numbers. None: there is
             one task, or the images come in equal groups, one per task and in their order.
         without: a site and a block that stay unedited.
     """
 
-    edits: Sequence[Edits]
+    edits: Sequence[Edits | None]
     placements: Mapping[str, Placement]
     ids: Tensor | None = None
     without: tuple[str, int] | None = None
 
     def apply(self, site: str, block: int, z: Tensor) -> Tensor:
         """A site's tensor (batch, tokens, width), edited; z itself is left alone."""
-        functions = [edits.at(site, block) for edits in self.edits]
+        functions = [None if edits is None else edits.at(site, block) for edits in self.edits]
         if self.without == (site, block) or all(function is None for function in functions):
             return z
         edit = functions[0] if len(functions) == 1 else partial(edit_together, functions, self.ids)
@@ -119,14 +123,14 @@ class InterventionModel(nn.Module, ModelHubMixin):
         """The tasks that the model has edits for."""
         return [name.removeprefix(_NAME.format("")) for name in self.edits]
 
-    def encode(self, images: Tensor, task: str | Sequence[str] | None = None) -> Tensor:
+    def encode(self, images: Tensor, task: Tasks = None) -> Tensor:
         """Image features of the repaired encoder.
 
         Args:
             images: (batch, 3, image_size, image_size).
             task: the task of all images, or a list with the task of each image, in one forward
-                pass; ``auto``: the router finds the task of each image. ``None`` gives the merged
-                encoder's features, and so does ``auto`` for images of no known task.
+                pass; ``auto``: the router finds the task of each image, None for one of no known
+                task. ``None`` gives the merged encoder's features.
 
         Returns:
             (batch, projection_dim), after the visual projection, not normalised.
@@ -135,8 +139,13 @@ class InterventionModel(nn.Module, ModelHubMixin):
             ValueError: a task without edits, a list of another length than the batch, or ``auto``
                 without a router.
         """
-        if task == "auto":
-            return self._encode_routed(images)
+        if task == "auto":  # what no edit reaches is computed once
+            prefix, router = self.prefix(), self._known_router()
+            with self.for_task(None):
+                start = prefix.of(images)
+                tasks = router(self._rows(prefix, start))
+            with self.for_task(tasks):
+                return prefix.features(start)
         with self.for_task(task, len(images)):
             return self.tower.features(images)
 
@@ -283,8 +292,8 @@ class InterventionModel(nn.Module, ModelHubMixin):
         Raises:
             ArtifactError: what does not fit, in one line.
         """
-        saved = Artifact.read(local_folder(folder, **hub))
         with misfits_in(folder):
+            saved = Artifact.read(local_folder(folder, **hub))
             model = cls(saved.tower, [], saved.interventions, saved.seed)
             model.metadata, model.storage = saved.metadata, saved.storage
             for task, tensors in saved.edits.items():
@@ -294,8 +303,14 @@ class InterventionModel(nn.Module, ModelHubMixin):
                 check_fit(edits.tensors(), tensors, f"interventions/{task}.safetensors")
                 model.edits[_NAME.format(task)] = edits.to_empty(device=model.device)
                 edits.load(tensors)
-            if saved.router is not None:
-                model._take_router(saved.router)
+            if (router := saved.router) is not None:
+                side = model.tower.image_size
+                blank = torch.zeros(1, 3, side, side, device=model.device, dtype=model.dtype)
+                given, read = model.router_rows(blank).shape[1], len(router.reading.mean)
+                if given != read:
+                    problem = f"reads {read} numbers per image, the encoder gives {given}"
+                    raise ValueError(f"router.safetensors: {problem}")
+                model.router = router
         return model
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -316,17 +331,6 @@ class InterventionModel(nn.Module, ModelHubMixin):
             commit: Any = super().push_to_hub(repo_id, model_card_kwargs=card, **options)
             return str(commit.commit_url)
 
-    def _take_router(self, router: Router) -> None:
-        """Raises ValueError if the router reads another number of values than the encoder gives."""
-        side = self.tower.image_size
-        blank = torch.zeros(1, 3, side, side, device=self.device, dtype=self.dtype)
-        given, read = self.router_rows(blank).shape[1], len(router.reading.mean)
-        if given != read:
-            raise ValueError(
-                f"router.safetensors: reads {read} numbers per image, the encoder gives {given}"
-            )
-        self.router = router
-
     def _equal_ranks(self) -> dict[str, dict[str, int]]:
         """Site -> block -> the rank that its settings give every block."""
         return {
@@ -339,7 +343,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
     @contextmanager
     def for_task(
         self,
-        task: str | Sequence[str] | None,
+        task: Tasks,
         batch: int | None = None,
         without: tuple[str, int] | None = None,
     ) -> Iterator[None]:
@@ -354,7 +358,8 @@ class InterventionModel(nn.Module, ModelHubMixin):
             ValueError: a task without edits, or another number of tasks than of images.
         """
         if task is None or isinstance(task, str):
-            tasks, ids = [] if task is None else [task], None
+            tasks: list[str | None] = [task]
+            ids = None
         else:
             if batch is not None and len(task) != batch:
                 raise ValueError(
@@ -371,7 +376,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
     @contextmanager
     def for_tasks(
         self,
-        tasks: Sequence[str],
+        tasks: Sequence[str | None],
         ids: Tensor | None,
         without: tuple[str, int] | None = None,
     ) -> Iterator[None]:
@@ -382,7 +387,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
         ``model.tower.features(images)`` in ``model.for_tasks(model.tasks, ids)``.
 
         Args:
-            tasks: names of tasks, each once.
+            tasks: names of tasks, each once; None for the merged encoder.
             ids: for each image the index of its task in ``tasks``, (batch,), int64, on the model's
                 device; None: the images come in equal groups, one per task.
             without: as in ``for_task``.
@@ -390,7 +395,8 @@ class InterventionModel(nn.Module, ModelHubMixin):
         Raises:
             ValueError: a task without edits.
         """
-        route = Route([self.edits_of(task) for task in tasks], self.placements, ids, without)
+        edits = [None if task is None else self.edits_of(task) for task in tasks]
+        route = Route(edits, self.placements, ids, without)
         token = _ROUTES.set({**_ROUTES.get(), self.edits: route})
         try:
             yield
@@ -423,26 +429,6 @@ class InterventionModel(nn.Module, ModelHubMixin):
             )
         return self.router
 
-    def _encode_routed(self, images: Tensor) -> Tensor:
-        """Route and encode: what no edit reaches is computed once."""
-        prefix, router = self.prefix(), self._known_router()
-        with self.for_task(None):
-            start = prefix.of(images)
-            tasks = router(self._rows(prefix, start))
-        named = [task for task in tasks if task is not None]
-        if len(named) == len(tasks):
-            with self.for_task(named):
-                return prefix.features(start)
-        known = torch.tensor([task is not None for task in tasks], device=start.device)
-        with self.for_task(None):
-            merged = prefix.features(start[~known])
-        features = merged.new_empty(len(images), merged.shape[1])
-        features[~known] = merged
-        if named:
-            with self.for_task(named):
-                features[known] = prefix.features(start[known])
-        return features
-
     # -- as a module -------------------------------------------------------------------------------
 
     def forward(self, pixel_values: Tensor, *args: Any, task: Any = None, **kwargs: Any) -> Any:
@@ -464,34 +450,18 @@ class InterventionModel(nn.Module, ModelHubMixin):
                 "no task is named: use encode(images, task), and in FusionBench one of our task "
                 "pools; for_task(None) is the merged encoder"
             )
-        if route.edits and "output" in self.placements and not self.tower.gives_features:
+        edited = any(edits is not None for edits in route.edits)
+        if edited and "output" in self.placements and not self.tower.gives_features:
             raise ValueError(
                 "edits at the site 'output' come after the visual projection, which this "
                 "output comes before; use encode(images, task) for image features"
             )
         return self.tower(pixel_values, *args, **kwargs)
 
-    @property
-    def config(self) -> object:
-        """The tower's own configuration."""
-        return getattr(self.tower, "config", None)
-
-    @property
-    def device(self) -> torch.device:
-        return self.tower.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tower.dtype
-
-    @property
-    def train_preprocess(self) -> object:
-        """The images' preprocessing, of towers that have one (OpenCLIP)."""
-        return self.tower.train_preprocess
-
-    @property
-    def val_preprocess(self) -> object:
-        return self.tower.val_preprocess
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_THE_TOWER:
+            return getattr(self.tower, name)
+        return super().__getattr__(name)
 
 
 def _count(module: nn.Module) -> int:

@@ -10,8 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
+from typing_extensions import Self
 
 from ..config import Json, Settings, whole
+from ..encoders.base import check_fit
 
 # A number that varies less than this share of most others is a constant and its rounding.
 _CONSTANT = 1e-3
@@ -40,16 +42,10 @@ class RouterSettings(Settings):
         float | None, Field(ge=0, le=0.5, description="null, or a number in [0, 0.5]")
     ] = None
 
-
-def read_settings(value: object) -> RouterSettings:
-    """A router's name alone, or a mapping, or settings as they are.
-
-    Raises:
-        ConfigError: none of these, or a setting that does not fit.
-    """
-    if isinstance(value, RouterSettings):
-        return value
-    return RouterSettings.read({"name": value} if isinstance(value, str) else value)
+    @classmethod
+    def read(cls, value: object, where: str = "") -> Self:
+        """As ``Settings.read``; a router's name alone will do."""
+        return super().read({"name": value} if isinstance(value, str) else value, where)
 
 
 def rows_of(prefix: Tensor, num_tokens: int, prefix_tokens: int = 1) -> Tensor:
@@ -252,41 +248,21 @@ def read_router(
         ValueError: what does not fit, in one line.
     """
     settings = RouterSettings.read(config, "router")
-    groups: dict[str, Statistics] = {"reading": {}}
-    for key, tensor in tensors.items():
-        group, _, name = key.rpartition(".")
-        groups.setdefault(group, {})[name] = tensor.float()
-    directions = groups["reading"].get("directions", torch.empty(0))
-    dims, size = directions.shape if directions.ndim == 2 else (0, 0)
-    _check("reading", groups["reading"], {"mean": (dims,), "directions": (dims, size)})
-    router = Router(Reading(**groups.pop("reading")), settings)
-    shapes: dict[str, tuple[int, ...]] = {
-        "count": (),
-        "mean": (size,),
-        "scatter": (size * (size + 1) // 2,),
-        "quantiles": (QUANTILES,),
-    }
+    dims, size = tensors["reading.directions"].shape
+    own = {"count": (), "mean": (size,), "scatter": (size * (size + 1) // 2,)}
+    own["quantiles"] = (QUANTILES,)
     # in the model's order, which the file does not keep
-    for task in tasks:
-        if f"tasks.{task}" in groups:
-            _check(f"tasks.{task}", groups[f"tasks.{task}"], shapes)
-            router.by_task[task] = groups.pop(f"tasks.{task}")
-    for group in groups:
-        raise ValueError(f"{group} belongs to none of the model's tasks")
-    if not router.tasks:
+    known = [task for task in tasks if f"tasks.{task}.count" in tensors]
+    shapes: dict[str, tuple[int, ...]] = {f"tasks.{t}.{n}": own[n] for t in known for n in own}
+    shapes |= {"reading.mean": (dims,), "reading.directions": (dims, size)}
+    expected = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    check_fit(expected, tensors, "the router")
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} has numbers that are not finite")
+    if not known:
         raise ValueError("it knows no task")
+    reading = Reading(tensors["reading.mean"], tensors["reading.directions"])
+    router = Router(reading, settings)
+    router.by_task = {t: {n: tensors[f"tasks.{t}.{n}"] for n in own} for t in known}
     return router
-
-
-def _check(
-    group: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Raises ValueError: a tensor is missing, unknown, of another shape, or not finite."""
-    if tensors.keys() != shapes.keys():
-        raise ValueError(f"{group} has {sorted(tensors)}, expected {sorted(shapes)}")
-    for name, shape in shapes.items():
-        if tensors[name].shape != shape:
-            found = tuple(tensors[name].shape)
-            raise ValueError(f"{group}.{name} has shape {found}, expected {shape}")
-        if not tensors[name].isfinite().all():
-            raise ValueError(f"{group}.{name} has numbers that are not finite")

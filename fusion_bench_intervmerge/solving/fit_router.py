@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config import ConfigError, named
 from ..data import Datasets, DataSettings, choose_images, read_images
 from ..model.model import InterventionModel
-from ..model.router import Reading, Router, RouterSettings, read_settings
+from ..model.router import Reading, Router, RouterSettings
 
 BATCH = 64
 
@@ -46,7 +46,7 @@ def fit_router(
     """
     with named("router"):
         router = model.router if settings is None else None
-        chosen = read_settings({} if settings is None else settings)
+        chosen = RouterSettings.read({} if settings is None else settings)
         chosen = chosen if router is None else router.settings
         if not images:
             raise ConfigError("", "there are no images", "images of one task or more")
@@ -56,18 +56,13 @@ def fit_router(
             available = len(data)
             if available < 2:
                 raise ConfigError("images", f"task {task!r} has {available}", "2 or more")
-            found = choose_images(task, available, DataSettings(images=chosen.images), seed)
-            keys = [(task, index) for index in found]
+            indices = choose_images(task, available, DataSettings(images=chosen.images), seed)
+            keys = [(task, index) for index in indices]
             batches = [keys[start : start + BATCH] for start in range(0, len(keys), BATCH)]
-            rows[task] = torch.cat(
-                [
-                    model.router_rows(batch.to(model.device))
-                    for batch in read_images({task: data}, batches, num_workers)
-                ]
-            )
+            read = read_images({task: data}, batches, num_workers)
+            rows[task] = torch.cat([model.router_rows(batch.to(model.device)) for batch in read])
         if router is None:
-            reading = Reading.fit(torch.cat(list(rows.values())), chosen.dims)
-            router = Router(reading, chosen)
+            router = Router(Reading.fit(torch.cat(list(rows.values())), chosen.dims), chosen)
         for task, own in rows.items():
             router.add(task, own)
     model.router = router
