@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 import types
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from conftest import dinov2_tower, hf_tower
 from fusion_bench.method import SimpleAverageAlgorithm, TaskArithmeticAlgorithm
 from fusion_bench.modelpool import CLIPVisionModelPool
+from fusion_bench.models.linearized.vision_model import linearize_lora_model_
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -114,6 +116,13 @@ def test_a_live_adapter_is_merged_into_a_copy():
     assert list(as_tower(injected, tower.projection).mergeable()) == list(merged.mergeable())
 
 
+def test_a_linearised_adapter_is_refused():
+    tower = hf_tower()
+    model = linearize_lora_model_(lora(tower.model))
+    with pytest.raises(TypeError, match="its PEFT adapter cannot be merged"):
+        as_tower(model, tower.projection)
+
+
 def test_an_adapter_of_something_else(tiny, tmp_path):
     lora(nn.ModuleDict({"q_proj": nn.Linear(4, 4), "fc1": nn.Linear(4, 4)})).save_pretrained(
         tmp_path
@@ -178,9 +187,23 @@ def test_a_checkpoint_whose_names_have_a_prefix(tiny, tmp_path, prefix):
     weights = load_file(tmp_path / "model.safetensors")
     renamed = {prefix + name: tensor for name, tensor in weights.items()}
     save_file(renamed, tmp_path / "model.safetensors", {"format": "pt"})
+    nested = {"_target_": f"{LOADS}fft_vision_model_hf", "model_name": str(tmp_path)}
+    line = told(ExpertPool(clip_pool(tiny, digits=nested)).tower, "digits")
+    assert f"its names begin with {prefix}" in line
     line = told(ExpertPool(clip_pool(tiny, digits=str(tmp_path))).tower, "digits")
     assert "lacks vision_model.embeddings.class_embedding and" in line
     assert f"its names begin with {prefix}; allowed: the names without {prefix}" in line
+
+
+def test_a_pretrained_model_without_its_projection(tiny, tmp_path):
+    folder = shutil.copytree(tiny / "pretrained", tmp_path / "encoder")
+    weights = load_file(folder / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    models = {"_pretrained_": str(folder), "digits": str(tiny / "experts" / "digits")}
+    line = told(ExpertPool(clip_pool(tiny, **models)).tower, "digits")
+    assert line.startswith(f"modelpool.models._pretrained_: {folder} lacks visual_projection.wei")
+    assert line.endswith("allowed: the id or the folder of a whole CLIP")
 
 
 def test_files_and_twins(tiny, tmp_path, caplog):

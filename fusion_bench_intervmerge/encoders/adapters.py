@@ -15,7 +15,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     its layers, as transformers does.
 
     Raises:
-        TypeError: adapters that are not weights which could be added, such as prompts.
+        TypeError: adapters that are no change of the weights: prompts, linearised ones.
     """
     if not _has_adapters(model):
         return model
@@ -28,7 +28,8 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
 
 def _has_adapters(model: nn.Module) -> bool:
-    return any(type(module).__module__.startswith("peft.") for module in model.modules())
+    ours = ("peft.", "fusion_bench.models.linearized.")  # the latter is a tangent, not weights
+    return any(type(module).__module__.startswith(ours) for module in model.modules())
 
 
 def _merged(module: Any) -> nn.Module:
@@ -39,6 +40,7 @@ def _merged(module: Any) -> nn.Module:
         if merged is not child:
             setattr(module, name, merged)
     if hasattr(module, "get_base_layer") and hasattr(module, "merge"):
-        module.merge()
+        if not getattr(module, "disable_adapters", False):
+            module.merge()
         return module.get_base_layer()
     return module

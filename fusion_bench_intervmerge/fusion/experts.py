@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fusion_bench import BaseModelPool
 from fusion_bench.modelpool import CLIPVisionModelPool
 from fusion_bench.utils.modelscope import resolve_repo_path
 from torch import nn
+from transformers import CLIPModel, PreTrainedModel
 
 from ..config import ConfigError
 from ..encoders.adapters import merge_adapters
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 # Where FusionBench's configs of a model name a checkpoint, beside transformers' own key.
 NAMES = ("pretrained_model_name_or_path", "model_name", "base_model_name", "config_path")
 FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+WHOLE = "the id or the folder of a whole CLIP"
 FOLDER = "a folder that CLIPVisionModel.save_pretrained wrote, an adapter's folder, or a hub id"
 
 
@@ -75,7 +78,7 @@ def load_model(
         model = _adapted(pool, load, str(name), folder, where)
     elif isinstance(pool, CLIPVisionModelPool) and _takes_from_pretrained(config):
         model, info = load(name, *args, output_loading_info=True, **kwargs)
-        _check_whole(config, info, where)
+        _check_whole(config, info, where, FOLDER)
     else:
         model = load(name, *args, **kwargs)
     try:
@@ -87,8 +90,36 @@ def load_model(
         if isinstance(config, nn.Module):
             model = copy.deepcopy(model)  # a live module is the user's
         model.classifier = OwnHead(head)
+    if isinstance(model, PreTrainedModel) and _is_the_hosts(config):
+        kind: Any = type(model)
+        info = _loading_info(kind, str(checkpoint(config)))
+        missing = set(info["missing_keys"]) & model.state_dict().keys()  # not of a head
+        _check_whole(config, {**info, "missing_keys": missing}, where, FOLDER)
     check_finite(model.state_dict(), where)
     return model
+
+
+def load_clip(
+    pool: Any, load: Callable[..., Any], name: str, *args: object, **kwargs: object
+) -> CLIPModel:
+    """A pool's whole CLIP; also if its config calls a function of FusionBench's own.
+
+    Args:
+        pool, args, kwargs: as in ``load_model``.
+        load: the pool's method ``load_clip_model``.
+        name: the model's, ``_pretrained_``.
+
+    Raises:
+        ConfigError: a checkpoint that lacks tensors.
+    """
+    config, where = pool._models[name], f"modelpool.models.{name}"
+    if isinstance(config, Mapping) and NAMES[0] not in config:
+        if checkpoint(config) is None:
+            raise ConfigError(where, "names no checkpoint", WHOLE)
+        load, name = CLIPModel.from_pretrained, str(checkpoint(config))
+    clip, info = load(name, *args, output_loading_info=True, **kwargs)
+    _check_whole(config, info, where, WHOLE)
+    return clip
 
 
 def checkpoint(config: object) -> str | None:
@@ -119,7 +150,19 @@ def _takes_from_pretrained(config: Any) -> bool:
     return isinstance(config, str)
 
 
-def _check_whole(config: object, info: Mapping[str, Any], where: str) -> None:
+def _is_the_hosts(config: Any) -> bool:
+    """Whether FusionBench loads a model by itself, without a word of what its checkpoint lacks."""
+    if not isinstance(config, Mapping) or config.get("pretrained") is False:
+        return False
+    return str(config.get("_target_", "fusion_bench.")).startswith("fusion_bench.")
+
+
+@cache
+def _loading_info(kind: Any, name: str) -> dict[str, Any]:
+    return kind.from_pretrained(name, output_loading_info=True)[1]
+
+
+def _check_whole(config: object, info: Mapping[str, Any], where: str, allowed: str) -> None:
     """Refuse a checkpoint whose missing tensors transformers would draw at random."""
     missing, others = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if not missing:
@@ -132,7 +175,7 @@ def _check_whole(config: object, info: Mapping[str, Any], where: str) -> None:
             where, f"{problem}: its names begin with {prefix}", f"the names without {prefix}"
         )
     problem += f"; it has {others[0]}{_more(others)}" if others else ""
-    raise ConfigError(where, problem, FOLDER)
+    raise ConfigError(where, problem, allowed)
 
 
 def _more(names: list[str]) -> str:

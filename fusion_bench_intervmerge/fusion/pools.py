@@ -28,7 +28,7 @@ from ..distillation.loop import FeatureCache
 from ..encoders import as_tower
 from ..encoders.base import MissingProjectionError, VisionTower, check_expert
 from ..encoders.dinov2 import DINOv2Tower
-from .experts import checkpoint, load_model, warn_of_twins
+from .experts import checkpoint, load_clip, load_model, warn_of_twins
 from .images import load_or_explain, preprocessed
 
 log = logging.getLogger(__name__)
@@ -269,7 +269,7 @@ def checked_loads(pool: BaseModelPool) -> BaseModelPool:
             if name == "load_model":
                 load = partial(load_model, pool, load)
             elif name == "load_clip_model":
-                load = partial(_load_clip, pool, load)
+                load = partial(load_clip, pool, load)
             setattr(pool, name, partial(_load, load, group, getattr(pool, f"_{group}", None)))
     return pool
 
@@ -301,16 +301,6 @@ def _load(
     config = configs.get(name) if name and isinstance(configs, Mapping) else None
     allowed = _owned(config, where) if group.endswith("_datasets") else ""
     return load_or_explain(lambda: load(*args, **kwargs), where, allowed or REACHABLE)
-
-
-def _load_clip(
-    pool: Any, load: Callable[..., CLIPModel], name: str, *args: object, **kwargs: object
-) -> CLIPModel:
-    """A whole CLIP; also of a config that calls a function of FusionBench's own for its encoder."""
-    config = pool._models[name]
-    if isinstance(config, Mapping) and "pretrained_model_name_or_path" not in config:
-        return CLIPModel.from_pretrained(checkpoint(config), *args, **kwargs)
-    return load(name, *args, **kwargs)
 
 
 def _owned(config: object, where: str) -> str:
