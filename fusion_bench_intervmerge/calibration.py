@@ -26,6 +26,7 @@ import copy
 import logging
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -54,6 +55,8 @@ from .files import atomic_file
 log = logging.getLogger(__name__)
 
 RIDGES = tuple(10 ** (exponent / 2) for exponent in range(4, -9, -1))  # 100 to 1e-4
+START = 1e-2  # where the search for a ridge starts
+SKETCH = 128  # random directions of the outputs in which ridges are compared
 PANEL = 512  # columns of a product of which only the upper triangle is needed
 FILE = "calibration.safetensors"
 TINY, EPSILON = 1e-300, torch.finfo(torch.float64).eps
@@ -360,7 +363,6 @@ class Sums:
     Attributes:
         second: (folds, inputs + 1, inputs + 1 + outputs), of [x, 1]' [x, 1, y]; its lower triangle
             is not complete.
-        squares: (folds, outputs), of y^2.
     """
 
     def __init__(self, folds: int, weight: Tensor, bias: Tensor, shift: Tensor):
@@ -368,7 +370,6 @@ class Sums:
         outputs, inputs = weight.shape
         self._output_at_shift = weight @ shift + bias
         self.second = weight.new_zeros(folds, inputs + 1, inputs + 1 + outputs)
-        self.squares = weight.new_zeros(folds, outputs)
 
     def add(self, fold: int, x: Tensor, y: Tensor, weights: Tensor) -> None:
         """Take in rows.
@@ -386,11 +387,10 @@ class Sums:
         for start in range(0, inputs, PANEL):
             stop = min(start + PANEL, inputs)
             self.second[fold, start:stop, start:] += rows[:, start:stop].T @ rows[:, start:]
-        self.squares[fold] += rows[:, inputs:].double().square().sum(dim=0)
 
     def gather(self, fabric: L.Fabric) -> Sums:
         """The sums over all processes' rows."""
-        self.second, self.squares = over_processes(fabric, self.second, self.squares)
+        (self.second,) = over_processes(fabric, self.second)
         return self
 
     def solve(
@@ -404,26 +404,56 @@ class Sums:
         """
         total = self.second.sum(dim=0)
         if ridge is None:
-            errors = self._errors(total, torch.ones_like(self.bias) if scale is None else scale)
-            ridge = RIDGES[int(errors.argmin())]  # the largest of equals
+            ridge = self._best_ridge(total, scale)
         weight, bias = _Ridge(total, self.weight).solve(ridge)
         return weight, self._output_at_shift + bias - weight @ self.shift, ridge
 
-    def _errors(self, total: Tensor, scale: Tensor) -> Tensor:
-        """(ridges), the squared distance over all rows to what the other folds' solutions give."""
-        errors = total.new_zeros(len(RIDGES))
+    def _best_ridge(self, total: Tensor, scale: Tensor | None) -> float:
+        """The one whose solutions are closest to the rows of the folds that they have not seen.
+
+        The distance falls and then rises with the ridge: its minimum is found downhill. It is
+        compared in ``SKETCH`` random directions of the outputs, if there are more of them.
+        """
         if len(self.second) == 1:
-            return errors
-        for second, squares in zip(self.second, self.squares, strict=True):
-            rest, inputs = _Ridge(total - second, self.weight), len(second)
-            gram, cross = second[:, :inputs], second[:, inputs:]
-            gram = gram.triu() + gram.triu(1).T
-            for index, ridge in enumerate(RIDGES):
-                weight, bias = rest.solve(ridge)
+            return RIDGES[0]
+        outputs, inputs = self.weight.shape
+        directions = torch.eye(outputs, dtype=torch.float64)
+        if outputs > SKETCH:
+            generator = torch.Generator().manual_seed(0)
+            directions = torch.randn(outputs, SKETCH, dtype=torch.float64, generator=generator)
+        directions = directions.to(total.device)
+        if scale is not None:
+            directions *= scale.double().unsqueeze(1)
+        anchor = directions.T @ self.weight
+        folds = []
+        for second in self.second:
+            seen, left = (
+                torch.cat([s[:, : inputs + 1], s[:, inputs + 1 :] @ directions], dim=1)
+                for s in (total - second, second)
+            )
+            folds.append((_Ridge(seen, anchor), left))
+
+        @cache
+        def distance(index: int) -> float:
+            """But for what does not depend on the ridge."""
+            result = 0.0
+            for solver, left in folds:
+                weight, bias = solver.solve(RIDGES[index])
                 both = torch.cat([weight.T, bias.unsqueeze(0)])
-                error = squares - (both * (2 * cross - gram @ both)).sum(dim=0)
-                errors[index] += error @ scale.double().square()
-        return errors
+                gram, cross = symmetric(left[:, : inputs + 1]), left[:, inputs + 1 :]
+                result += float((both * (gram @ both - 2 * cross)).sum())
+            return result
+
+        best = RIDGES.index(START)
+        for step in (-1, 1):  # the larger of equals
+            while 0 <= best + step < len(RIDGES) and distance(best + step) < distance(best):
+                best += step
+        return RIDGES[best]
+
+
+def symmetric(upper: Tensor) -> Tensor:
+    """A symmetric matrix from its upper triangle."""
+    return upper.triu() + upper.triu(1).mT
 
 
 class _Ridge:
@@ -431,10 +461,9 @@ class _Ridge:
 
     def __init__(self, second: Tensor, anchor: Tensor):
         inputs = len(second) - 1
-        count = second[-1, -1 - len(anchor)].clamp_min(TINY)
+        count = second[-1, inputs].clamp_min(TINY)
         self._mean_x, self._mean_y = second[:-1, inputs] / count, second[-1, inputs + 1 :] / count
-        gram = second[:-1, :inputs]
-        gram = gram.triu() + gram.triu(1).T
+        gram = symmetric(second[:-1, :inputs])
         self._gram = gram - count * torch.outer(self._mean_x, self._mean_x)
         cross = second[:-1, inputs + 1 :] - count * torch.outer(self._mean_x, self._mean_y)
         self._missing = cross - self._gram @ anchor.T
