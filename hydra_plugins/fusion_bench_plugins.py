@@ -35,6 +35,31 @@ class FusionBenchPlugins(SearchPathPlugin):
             return
         from importlib.metadata import entry_points
 
+        _store_configs()
         for plugin in entry_points(group="fusion_bench.plugins"):
             search_path.append(provider=plugin.name, path=f"pkg://{plugin.value}")
         search_path.append(provider="fusion_bench", path=f"pkg://{HOST_CONFIG}")
+
+
+# A method's settings are checked by its class, which says what was meant by a mistyped one. So they
+# are open to Hydra: `method.KEY=VALUE` needs no `+` for a key that a preset does not list. What is
+# below these keys are other methods' settings, which Hydra checks.
+SETTINGS = {"repair": ["base"], "saved": []}
+
+
+def _store_configs() -> None:
+    """Store ``settings/NAME``, last in the defaults of a method's config, and Hydra's callback.
+
+    The settings hold nothing but OmegaConf's flags, which YAML cannot express.
+    """
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import DictConfig
+
+    store = ConfigStore.instance()
+    for name, closed in SETTINGS.items():
+        content = {key: DictConfig({}, flags={"struct": True}) for key in closed}
+        store.store(group="settings", name=name, node=DictConfig(content, flags={"struct": False}))
+    hydra = store.load("hydra/config.yaml")
+    target = "hydra_plugins.intervmerge_before_runs.BeforeRuns"
+    hydra.node.callbacks["intervmerge"] = {"_target_": target}
+    store.store(group="hydra", name="config", node=hydra.node, provider=hydra.provider)

@@ -38,7 +38,7 @@ def test_what_was_saved_is_what_is_loaded(make_tower, images, sites, tmp_path):
             assert torch.equal(again.encode(images, task), model.encode(images, task))
         again.fold().save_pretrained(tmp_path / "folded")
         folded = InterventionModel.from_pretrained(tmp_path / "folded")
-        assert torch.equal(folded.encode(images, "cats"), model.encode(images, "cats"))
+        assert relative(folded.encode(images, "cats"), model.encode(images, "cats")) < 1e-6
 
 
 def test_the_folder_is_plain_files(tmp_path):

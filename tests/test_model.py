@@ -159,11 +159,12 @@ def test_a_tasks_start_depends_on_its_name_and_the_seed_alone(images):
 
 
 @pytest.mark.parametrize("sites", SETTINGS)
-def test_folding_changes_no_bit(make_tower, images, sites):
+def test_folding_changes_no_features(make_tower, images, sites):
     model = perturbed(InterventionModel(make_tower(), TASKS, sites))
     folded = model.fold()
     with torch.no_grad():
-        assert torch.equal(folded.encode(images, "ants"), model.encode(images, "ants"))
+        # not to the bit: some releases of torch multiply by a parameter in another way
+        assert relative(folded.encode(images, "ants"), model.encode(images, "ants")) < 1e-6
         assert relative(folded.encode(images, TASKS * 4), model.encode(images, TASKS * 4)) < 1e-6
     extra = model.extra_parameters()
     assert folded.extra_parameters()["total"] == extra["folded"] <= extra["total"]

@@ -30,6 +30,9 @@ Output: TypeAlias = "Tensor | tuple[Tensor, ...]"  # of a module
 AfterBlock = Callable[[int, Tensor], None]  # takes a block's index and its output states
 ExpertLoaders = Mapping[str, "Callable[[], VisionTower]"]  # task -> what loads its expert
 
+# Of transformers' configs, what says who wrote them: 4.48 to 4.50 would load another attention.
+OF_THE_LIBRARY = ("transformers_version", "_attn_implementation_autoset")
+
 
 class MissingProjectionError(TypeError):
     """A vision model that comes without CLIP's visual projection."""

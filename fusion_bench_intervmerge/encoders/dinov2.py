@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import Json, Settings, Size
-from .base import ResidualMap, Sizes, VisionTower, first
+from .base import OF_THE_LIBRARY, ResidualMap, Sizes, VisionTower, first
 
 
 class _Sizes(Sizes):
@@ -114,7 +114,7 @@ class DINOv2Tower(VisionTower):
 
     def spec(self) -> Json:
         config = self.config.to_diff_dict()
-        config = {k: v for k, v in config.items() if k not in ("transformers_version", "id2label")}
+        config = {k: v for k, v in config.items() if k not in (*OF_THE_LIBRARY, "id2label")}
         config["model_type"] = self.config.model_type
         own = {"image_size": self.image_size, "pooling": self.pooling}
         return {"family": self.family, "config": config, **own}

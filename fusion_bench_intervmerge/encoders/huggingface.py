@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import Json, Settings, Size
-from .base import MissingProjectionError, ResidualMap, Sizes, VisionTower, first
+from .base import OF_THE_LIBRARY, MissingProjectionError, ResidualMap, Sizes, VisionTower, first
 
 # What transformers' CLIP models call themselves.
 _CLIP = ("clip", "clip_vision_model")
@@ -134,7 +134,7 @@ class HuggingFaceTower(VisionTower):
         config = self.config.to_diff_dict()
         return {
             "family": self.family,
-            "vision_config": {k: v for k, v in config.items() if k != "transformers_version"},
+            "vision_config": {k: v for k, v in config.items() if k not in OF_THE_LIBRARY},
             "projection_dim": self.projection_dim,
         }
 

@@ -1,0 +1,98 @@
+"""Where a command runs and what it is given: one line each, before anything is lost."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+from test_command import compose
+
+from hydra_plugins.intervmerge_before_runs import BeforeRuns, check_folder, check_pool
+
+
+# -- settings need no plus, and a mistyped one reaches the method --------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "method=intervmerge method.interventions.mlp.rank=2 method.router.images=5",
+        "method=intervmerge method.coefficients.train=false method.stepss=3",
+        "method=intervmerge/closed_form method.interventions.block.part.size=8",
+        "method=intervmerge/closed_form method.interventions.output.rank=2",
+        "method=intervmerge/adamerging method.coefficients.dtype=bfloat16",
+        "method=surgery_v2 method.interventions.attention.rank=1",
+        "method=intervmerge/load method.path=a method.fol=true",
+    ],
+)
+def test_a_setting_needs_no_plus(words):
+    *_, last = words.split()
+    key, _, value = last.partition("=")
+    assert str(OmegaConf.select(compose(*words.split()), key)).lower() == value
+
+
+@pytest.mark.parametrize("preset", ["", "/adamerging", "/closed_form"])
+def test_a_base_methods_settings_are_hydras_to_check(preset):
+    with pytest.raises(ConfigCompositionException, match="scaling_factr"):
+        compose(f"method=intervmerge{preset}", "method.base.scaling_factr=1")
+
+
+# -- before a run --------------------------------------------------------------------------------
+
+
+def line(call, *args):
+    with pytest.raises(SystemExit) as stopped:
+        call(*args)
+    assert "\n" not in str(stopped.value)
+    return str(stopped.value)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    told = line(check_folder, tmp_path / "file" / "run", "path.log_dir")
+    assert told.startswith(f"path.log_dir: {tmp_path}/file/run cannot be written (Not a directory)")
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    def full(**kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    assert "cannot be written (No space left on device)" in line(check_folder, tmp_path, "a")
+
+
+@pytest.mark.parametrize(
+    ("pool", "message"),
+    [
+        ("HuggingFaceGPT2ClassificationPool", "holds models of another kind; allowed: pools of"),
+        ("Seq2SeqLMPool", "holds models of another kind"),
+        ("ResNetForImageClassificationPool", "holds models of another kind"),
+        ("ConvNextForImageClassificationPool", "holds models of another kind"),
+        pytest.param(
+            "OpenCLIPVisionModelPool",
+            "cannot import name 'override' from 'typing'",
+            marks=pytest.mark.skipif(sys.version_info >= (3, 12), reason="typing has it there"),
+        ),
+    ],
+)
+def test_a_pool_of_no_use(pool, message):
+    told = line(check_pool, f"fusion_bench.modelpool.{pool}")
+    assert told.startswith(f"modelpool: {pool}") and message in told
+    if pool.startswith("OpenCLIP"):
+        assert "modelpool=openclip-vit-b32_TA8" in told
+
+
+def test_pools_of_use_and_other_methods_pass(tmp_path):
+    check_pool("fusion_bench.modelpool.CLIPVisionModelPool")
+    check_pool("mine.Pool")
+    config = OmegaConf.create(
+        {"method": {"_target_": "fusion_bench.A"}, "modelpool": {"_target_": "fusion_bench.B"}}
+    )
+    BeforeRuns().on_job_start(config=config)
+
+
+def test_hydra_calls_it():
+    callbacks = compose("method=intervmerge", return_hydra_config=True).hydra.callbacks
+    assert callbacks.intervmerge._target_.endswith("BeforeRuns")
