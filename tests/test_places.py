@@ -11,7 +11,6 @@ from test_command import compose
 
 from hydra_plugins.intervmerge_before_runs import BeforeRuns, check_folder, check_pool
 
-
 # -- settings need no plus, and a mistyped one reaches the method --------------------------------
 
 
