@@ -39,7 +39,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from fusion_bench_intervmerge.distillation.loop import distill
 from fusion_bench_intervmerge.encoders import as_tower
 from fusion_bench_intervmerge.encoders.base import VisionTower
-from fusion_bench_intervmerge.merging import Mixture, TaskVector
+from fusion_bench_intervmerge.merging import Mixture, task_vector
 from fusion_bench_intervmerge.model.model import InterventionModel
 
 SIZES = {
@@ -108,7 +108,7 @@ class Setting:
 
     def vectors(self):
         for name in self.names:
-            yield TaskVector.between(self.expert(name).mergeable(), self.theta0)
+            yield task_vector(self.expert(name).mergeable(), self.theta0)
 
     def model(self) -> InterventionModel:
         return InterventionModel(copy.deepcopy(self.pretrained), self.names, self.sites)

@@ -354,16 +354,6 @@ def computing_dtype(fabric: L.Fabric) -> torch.dtype:
     return DTYPES[precision.partition("-")[0]]
 
 
-def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors: names, shapes, types, bytes."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        sha.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-    return sha.hexdigest()
-
-
 # -- a run that may be stopped ---------------------------------------------------------------------
 
 

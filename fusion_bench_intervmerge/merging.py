@@ -8,7 +8,6 @@ of the IntervMerge paper).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,45 +17,31 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .config import ConfigError, Flag, Fraction, Settings, shown
-from .encoders.base import VisionTower, check_finite
+from .encoders.base import VisionTower
+
+TaskVector = Mapping[str, Tensor]  # by the parameter's name, in ``named_parameters()`` order
 
 
-@dataclass(frozen=True)
-class TaskVector:
+def task_vector(expert: TaskVector, pretrained: TaskVector) -> TaskVector:
     """tau = theta - theta0, one tensor per parameter (arXiv 2212.04089, section 2).
 
-    Attributes:
-        tensors: by the parameter's name, in ``named_parameters()`` order.
+    Raises:
+        ConfigError: the two differ in a tensor's name or shape.
     """
+    shapes = {name: tensor.shape for name, tensor in pretrained.items()}
+    if {name: tensor.shape for name, tensor in expert.items()} != shapes:
+        raise ConfigError("modelpool", "an expert and the pretrained encoder differ in shape")
+    return {name: expert[name].detach() - tensor for name, tensor in pretrained.items()}
 
-    tensors: Mapping[str, Tensor]
 
-    @classmethod
-    def between(cls, expert: Mapping[str, Tensor], pretrained: Mapping[str, Tensor]) -> TaskVector:
-        """The task vector that leads from ``pretrained`` to ``expert``.
+def trim(vector: TaskVector, keep: float) -> TaskVector:
+    """The share ``keep`` of the entries that are largest in magnitude; the others are 0.
 
-        Raises:
-            ConfigError: the two differ in a tensor's name or shape, or a weight is not finite.
-        """
-        shapes = {name: tensor.shape for name, tensor in pretrained.items()}
-        if {name: tensor.shape for name, tensor in expert.items()} != shapes:
-            raise ConfigError("modelpool", "an expert and the pretrained encoder differ in shape")
-        check_finite(expert, "modelpool")
-        return cls({name: expert[name].detach() - t for name, t in pretrained.items()})
-
-    def __add__(self, other: TaskVector) -> TaskVector:
-        return TaskVector({name: t + other.tensors[name] for name, t in self.tensors.items()})
-
-    def trim(self, keep: float) -> TaskVector:
-        """Keep the share ``keep`` of the entries that are largest in magnitude; the others are 0.
-
-        The first step of Ties-Merging (arXiv 2306.01708, section 4).
-        """
-        flat = torch.cat([tensor.flatten() for tensor in self.tensors.values()]).abs()
-        threshold = flat.kthvalue(max(1, flat.numel() - int(keep * flat.numel()))).values
-        return TaskVector(
-            {name: torch.where(t.abs() >= threshold, t, 0.0) for name, t in self.tensors.items()}
-        )
+    The first step of Ties-Merging (arXiv 2306.01708, section 4).
+    """
+    flat = torch.cat([tensor.flatten() for tensor in vector.values()]).abs()
+    threshold = flat.kthvalue(max(1, flat.numel() - int(keep * flat.numel()))).values
+    return {name: torch.where(t.abs() >= threshold, t, 0.0) for name, t in vector.items()}
 
 
 Granularity = Literal["task", "layer"]
@@ -66,15 +51,15 @@ _INIT = "a number in [0, 1], mean, base, or a file"
 def _check_init(value: object) -> object:
     """A number in [0, 1], (nested) lists of numbers, or a name or path."""
     value = str(value) if isinstance(value, Path) else value
-    if isinstance(value, str):
-        fits = bool(value.strip()) and "\0" not in value
-    elif isinstance(value, list):
-        try:
+    try:
+        if isinstance(value, str):
+            fits = bool(value.strip()) and "\0" not in value
+        elif isinstance(value, list):
             fits = bool(torch.tensor(value, dtype=torch.float64).isfinite().all())
-        except (TypeError, ValueError):
-            fits = False
-    else:
-        fits = isinstance(value, (int, float)) and value is not True and 0 <= value <= 1
+        else:
+            fits = isinstance(value, (int, float)) and value is not True and 0 <= value <= 1
+    except (TypeError, ValueError):
+        fits = False
     if not fits:
         raise ConfigError("", shown(value), _INIT)
     return value
@@ -174,9 +159,6 @@ class Mixture(nn.Module):
         coefficients: (tasks) or (tasks, tensors).
         dtype: in which the task vectors are kept; bfloat16 halves their memory. They are mixed in
             fp32 at least.
-
-    Raises:
-        ConfigError: coefficients of a shape that does not fit.
     """
 
     def __init__(
@@ -191,14 +173,8 @@ class Mixture(nn.Module):
         self.theta0 = {name: tensor.detach().clone() for name, tensor in pretrained.items()}
         self.tau = {n: torch.empty(tasks, t.numel(), dtype=dtype) for n, t in pretrained.items()}
         for task, vector in enumerate(task_vectors):
-            for name, tensor in vector.tensors.items():
+            for name, tensor in vector.items():
                 self.tau[name][task] = tensor.flatten()
-        if coefficients.shape not in ((tasks,), (tasks, len(self.tau))):
-            raise ConfigError(
-                "coefficients.init",
-                f"coefficients of shape {tuple(coefficients.shape)} do not fit",
-                f"({tasks},) or ({tasks}, {len(self.tau)}): tasks, parameter tensors",
-            )
         self.coefficients = nn.Parameter(coefficients.detach().clone().float())
 
     @torch.no_grad()
@@ -284,14 +260,14 @@ def mix(
         The mixture; it holds no weights if the coefficients are not to be trained.
 
     Raises:
-        ConfigError: an expert of another shape, or coefficients that do not fit.
+        ConfigError: an expert of another shape.
     """
     settings = settings or CoefficientSettings()
     theta0 = {name: p.detach().clone() for name, p in pretrained.mergeable().items()}
-    vectors = (TaskVector.between(expert.mergeable(), theta0) for expert in experts)
-    ties = settings.task_vectors == "ties"
-    trimmed = (vector.trim(settings.keep) if ties else vector for vector in vectors)
-    mixture = Mixture(theta0, trimmed, coefficients, getattr(torch, settings.dtype))
+    vectors = (task_vector(expert.mergeable(), theta0) for expert in experts)
+    if ties := settings.task_vectors == "ties":
+        vectors = (trim(vector, settings.keep) for vector in vectors)
+    mixture = Mixture(theta0, vectors, coefficients, getattr(torch, settings.dtype))
     if ties:
         mixture.elect_signs()
     mixture.write(pretrained)

@@ -27,7 +27,7 @@ from fusion_bench_intervmerge.data import DataSettings, Interrupted, RunFolder, 
 from fusion_bench_intervmerge.distillation import loop
 from fusion_bench_intervmerge.distillation.loop import DistillationError, FeatureCache, distill
 from fusion_bench_intervmerge.distillation.settings import DistillSettings, TripleStepAdam
-from fusion_bench_intervmerge.merging import Mixture, TaskVector, mix
+from fusion_bench_intervmerge.merging import Mixture, mix, task_vector
 from fusion_bench_intervmerge.model.model import InterventionModel
 
 WORKER = Path(__file__).parent / "distill_worker.py"
@@ -286,7 +286,7 @@ def test_trained_coefficients_follow_autograd(experts, datasets, granularity):
     tower = hf_tower(dtype=torch.float64)
     theta0 = {name: p.detach().clone() for name, p in tower.mergeable().items()}
     vectors = [
-        TaskVector.between(hf_tower(s, 0.05, torch.float64).mergeable(), theta0)
+        task_vector(hf_tower(s, 0.05, torch.float64).mergeable(), theta0)
         for s in range(1, len(TASKS) + 1)
     ]
     shape = (3,) if granularity == "task" else (3, len(theta0))
@@ -305,7 +305,7 @@ def test_trained_coefficients_follow_autograd(experts, datasets, granularity):
     used = coefficients.clamp(0, 1)
     used = used if used.dim() == 2 else used[:, None].expand(-1, len(theta0))
     weights = {
-        f"model.{name}": theta0[name] + sum(used[t, i] * vectors[t].tensors[name] for t in range(3))
+        f"model.{name}": theta0[name] + sum(used[t, i] * vectors[t][name] for t in range(3))
         for i, name in enumerate(tower.mergeable())
     }
 

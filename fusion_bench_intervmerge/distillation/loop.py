@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Hashable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -129,8 +129,7 @@ def distill(
         if task not in images:
             raise ConfigError("modelpool", f"no images for task {task!r}")
     trainer = _Trainer(model, list(experts), images, settings, mixture, fabric)
-    with ExitStack() as stack:
-        stack.enter_context(trainer.on_device())
+    with trainer.on_device():
         trained = trainer.trained()
         if not trained:
             raise ConfigError(
@@ -290,38 +289,36 @@ class _Trainer:
         """The experts' representations of every image seen, one expert in memory at a time."""
         targets = {}
         total = sum(len(schedule.unique) for schedule in self.schedules.values())
+        # On a CPU the widest tensors should be small enough for freed memory to be kept.
+        at_once = 32 if self.fabric.device.type == "cpu" else 64
         with progress_bar(self.fabric, "experts' features", total) as shown:
             for task in self.tasks:
                 seen, split = self.schedules[task].unique, self.settings.data.split
                 key = (task, split, tuple(seen), self.fabric.device, self.dtype, self.settings.loss)
-                found = None if cache is None else cache.get(key)
-                if found is None:
-                    found = self._read_expert(task, experts[task]())
-                    if cache is not None:
-                        cache.put(key, found)
-                else:
-                    for _ in self._images(task):  # the loop starts from them
+                images = self.store.read(task, at_once)  # the loop starts from what it saves
+                targets[task] = {} if cache is None else cache.get(key, {})
+                if targets[task]:
+                    for _ in images:
                         pass
-                targets[task] = found
+                else:
+                    targets[task] = self._read_expert(task, experts[task](), images)
+                    if cache is not None:
+                        cache.put(key, targets[task])
                 shown.update(len(seen))
         return targets
 
-    def _read_expert(self, task: str, expert: VisionTower) -> Representations:
+    def _read_expert(
+        self, task: str, expert: VisionTower, batches: Iterator[Tensor]
+    ) -> Representations:
         check_expert(task, expert, self.model.tower)
         expert = expert.to(self.fabric.device).eval()
         parts: list[Representations] = []
         with torch.no_grad(), expert.in_dtype(self.dtype), expert.cheap_to_train():
-            for images in self._images(task):
+            for images in batches:
                 pixels = images.to(self.fabric.device, self.dtype)
-                found = self.loss.read(partial(_expert_features, expert, pixels))
-                parts.append({name: tensor.cpu() for name, tensor in found.items()})
+                part = self.loss.read(partial(_expert_features, expert, pixels))
+                parts.append({name: tensor.cpu() for name, tensor in part.items()})
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    def _images(self, task: str) -> Iterator[Tensor]:
-        """A task's images, batch by batch, while the store keeps what the loop starts from."""
-        # On a CPU the widest tensors should be small enough for freed memory to be kept.
-        at_once = 32 if self.fabric.device.type == "cpu" else 64
-        return self.store.read(task, at_once)
 
     # -- the loop ----------------------------------------------------------------------------------
 

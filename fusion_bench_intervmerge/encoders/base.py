@@ -7,6 +7,7 @@ edit the tensor of a site, hook on to the site's *tap*, which the tensor goes th
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,7 +22,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import Self
 
 from ..config import ConfigError, Count, Json, Settings, Size, named
-from ..data import digest_of
 from ..interventions.config import InterventionConfig
 from ..interventions.placement import Placement
 from ..interventions.sites import SITES
@@ -309,7 +309,12 @@ class VisionTower(nn.Module, ABC):
 
     def digest(self) -> str:
         """SHA-256 of all weights: names, shapes, types, bytes."""
-        return digest_of(self.weights())
+        sha = hashlib.sha256()
+        for name, tensor in sorted(self.weights().items()):
+            sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            flat = tensor.detach().cpu().contiguous().flatten()
+            sha.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        return sha.hexdigest()
 
     @contextmanager
     def in_dtype(self, dtype: torch.dtype) -> Iterator[None]:

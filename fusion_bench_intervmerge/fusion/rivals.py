@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..config import ConfigError, Settings
 from ..encoders.base import VisionTower
-from ..merging import TaskVector
+from ..merging import task_vector
 from ..model.protocols import Repair, TaskConditionalModel
 from ..results import Result, Results
 from .host import check_task_pool, host_in_the_log, one_line, split_settings
@@ -283,13 +283,13 @@ class TallMasks(Rival):
 
     def repair(self, pool: Any, merged: VisionTower) -> nn.Module:
         theta0 = {n: p.detach() for n, p in pool.tower("_pretrained_").mergeable().items()}
-        vectors = [TaskVector.between(pool.tower(t).mergeable(), theta0) for t in pool.tasks]
-        total = sum(vectors[1:], vectors[0])
+        vectors = [task_vector(pool.tower(t).mergeable(), theta0) for t in pool.tasks]
+        total = {name: sum(vector[name] for vector in vectors) for name in theta0}
         towers = {}
         for task, vector in zip(pool.tasks, vectors, strict=True):
             towers[task] = pool.tower("_pretrained_")
             for name, parameter in towers[task].mergeable().items():
-                own, all_ = vector.tensors[name], total.tensors[name]
+                own, all_ = vector[name], total[name]
                 mask = own.abs() >= self.settings.threshold * (all_ - own).abs()
                 parameter.data += mask * all_
         self._bytes = Storage(models=1, bits=1).bytes(count(merged), len(pool.tasks))

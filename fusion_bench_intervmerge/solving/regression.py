@@ -127,14 +127,14 @@ class Regression:
 
     def affine(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """W1 (groups, rank, k), W2 (groups, rank, k) with orthonormal rows, b (groups, rank)."""
-        directions = self._affine_spectrum[1][..., :rank]
+        directions = self._affine[1][..., :rank]
         W1 = self.slope_along(directions).mT
         b = (directions.mT @ self.mean_y.unsqueeze(-1) - W1 @ self.mean_x.unsqueeze(-1)).squeeze(-1)
         return W1, directions.mT.contiguous(), b
 
     def affine_gains(self) -> Tensor:
         """(groups, k), what each further rank of an affine edit takes off the distance."""
-        return self._affine_spectrum[0]
+        return self._affine[0]
 
     def constant(self) -> Tensor:
         """v (groups, k)."""
@@ -184,7 +184,7 @@ class Regression:
         return ridges[scores.flip(-1).argmin(dim=-1).neg() - 1]  # the largest of equals
 
     @cached_property
-    def _affine_spectrum(self) -> tuple[Tensor, Tensor]:
+    def _affine(self) -> tuple[Tensor, Tensor]:
         values, _, turned, inverse = self._ridge_solution
         weighted = (values * inverse.square()).unsqueeze(-1) * turned
         return _spectrum(turned.mT @ weighted + _outer(self.mean_y, self.mean_y))
