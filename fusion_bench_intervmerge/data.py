@@ -110,14 +110,8 @@ def generator_of(seed: int, *purpose: str) -> torch.Generator:
 def choose_images(task: str, available: int, data: DataSettings, seed: int = 0) -> list[int]:
     """Indices of the images that may be seen, in random order.
 
-    They follow from (seed, task, number of images) alone, so that every method sees the same ones;
-    a smaller share is the beginning of a larger one.
-
-    Args:
-        task: the task's name.
-        available: how many images the split has.
-        data: what share of them (Table 8 of the paper), and at most how many.
-        seed: any integer.
+    They follow from (seed, task, number of images ``available``) alone, so that every method sees
+    the same ones; a smaller share (Table 8 of the paper) is the beginning of a larger one.
 
     Raises:
         ConfigError: there are no images.
@@ -132,21 +126,11 @@ class Schedule:
     """One task's images, step by step.
 
     It follows from (seed, task, number of images) alone: every method sees the same images at a
-    seed, whatever other tasks there are.
-
-    Args:
-        task: the task's name.
-        num_images: how many images the task's split has.
-        steps: number of steps; with 0, ``unique`` has every image that may be seen.
-        data: which images may be seen, and how many per step.
-        seed: any integer.
+    seed, whatever other tasks there are. Without steps, ``unique`` has all that may be seen.
 
     Attributes:
         unique: dataset indices of the images seen, in the order of their first use.
         rows: (steps, batch_size), positions in ``unique``.
-
-    Raises:
-        ConfigError: there are no images.
     """
 
     def __init__(self, task: str, num_images: int, steps: int, data: DataSettings, seed: int = 0):
@@ -218,8 +202,7 @@ class ImageStore:
     beyond it are read again whenever they are needed.
 
     Args:
-        datasets: task -> dataset of (pixel values, ...) or pixel values.
-        schedules: task -> schedule.
+        datasets, schedules: by task.
         prepare: images (batch, 3, height, width) -> states (batch, ...).
         limit: bytes of states that may be saved in memory, over all tasks.
         num_workers: worker processes that decode images.
@@ -238,10 +221,9 @@ class ImageStore:
         self._saved: dict[str, Tensor] = {}
 
     def read(self, task: str, batch_size: int) -> Iterator[Tensor]:
-        """Read a task's images once, in the order of their first use, and save their states.
+        """A task's images (batch, 3, height, width), in the order of their first use.
 
-        Yields:
-            Images (batch, 3, height, width).
+        Their states are saved.
         """
         unique = self.schedules[task].unique
         starts = range(0, len(unique), batch_size)
@@ -262,11 +244,8 @@ class ImageStore:
     def states(self, plan: Sequence[Mapping[str, Tensor]]) -> Iterator[Tensor]:
         """States for one forward pass after another, once every task's images were read.
 
-        Args:
-            plan: for each pass task -> rows (positions in that task's ``unique``).
-
-        Yields:
-            (images of the pass, ...) in the order of the plan's tasks and rows.
+        The plan has for each pass task -> rows (positions in that task's ``unique``); states come
+        in the order of its tasks and rows.
         """
         missing = [
             [
@@ -384,12 +363,9 @@ class RunFolder:
         return self.path / f"state-{name}"
 
     def save(self, name: str, state: Json) -> bool:
-        """Keep tensors and plain values under a name.
+        """Keep tensors and plain values under a name; whether that was possible.
 
-        If that fails (a full disk, say), it is logged, and what was there stays.
-
-        Returns:
-            Whether they were written.
+        If not (a full disk, say), it is logged, and what was there stays.
         """
         try:
             with atomic_file(self.file(f"{name}.pt")) as temporary:

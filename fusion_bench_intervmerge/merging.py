@@ -94,14 +94,13 @@ def initial_coefficients(
     tensors: int,
     granularity: Granularity,
 ) -> Tensor:
-    """Coefficients from a number, a tensor, or a file that FusionBench's AdaMerging saved.
+    """Coefficients (tasks,) or, by layer, (tasks, tensors).
 
     Args:
         init: a number for all, ``mean`` (one over the number of tasks: Weight Averaging), a tensor
-            or nested list, or a path: ``.pt`` (shape (tasks,) or (tasks, tensors)) or
-            ``.safetensors`` (an artifact's).
+            or nested list, or a path: ``.pt`` (as AdaMerging saves them) or ``.safetensors`` (an
+            artifact's).
         tasks, tensors: the expected sizes.
-        granularity: ``task`` or ``layer``.
 
     Raises:
         ConfigError: the file is missing or of another kind, or the shape does not fit.
@@ -247,17 +246,10 @@ def mix(
     coefficients: Tensor,
     settings: CoefficientSettings | None = None,
 ) -> Mixture:
-    """Merge experts by coefficients.
+    """Merge experts by coefficients, (tasks) or (tasks, tensors), into ``pretrained``.
 
-    Args:
-        pretrained: what the experts started from; the merged weights are written into it.
-        experts: one at a time is in memory.
-        coefficients: where they start, (tasks) or (tasks, tensors).
-        settings: which task vectors, how they are kept, and whether the coefficients are to be
-            trained; ``CoefficientSettings()`` by default.
-
-    Returns:
-        The mixture; it holds no weights if the coefficients are not to be trained.
+    One expert at a time is in memory. The mixture holds no weights if the coefficients are not to
+    be trained.
 
     Raises:
         ConfigError: an expert of another shape.

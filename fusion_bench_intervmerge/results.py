@@ -133,11 +133,7 @@ class Results(Settings):
 
 
 def parse_results(content: object, where: str) -> Results:
-    """Check the results that a file holds.
-
-    Args:
-        content: the file's JSON value.
-        where: the file, for errors.
+    """Check the JSON value of a file, which errors call ``where``.
 
     Raises:
         ConfigError: another version, or what does not fit, in one line.

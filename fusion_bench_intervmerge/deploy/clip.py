@@ -99,10 +99,7 @@ def from_base(
 ) -> T:
     """Load a part of the CLIP that a model started from, by its id or folder.
 
-    Args:
-        load: takes the id or folder.
-        model: its metadata may name the CLIP.
-        clip: the id or folder, if the metadata do not.
+    The model's metadata name it if ``clip`` does not.
 
     Raises:
         ConfigError: no CLIP is known, or it is not found.
@@ -133,13 +130,7 @@ def _tower_of(clip: Any, family: str) -> VisionTower:
 
 
 class SiteEdit(nn.Module):
-    """One task's edit at one site of one block.
-
-    Args:
-        placement: of the site.
-        block: index of the block.
-        function: the edit; it is copied.
-    """
+    """A copy of one task's edit at one site of one block."""
 
     def __init__(self, placement: Placement, block: int, function: Function):
         super().__init__()

@@ -159,12 +159,8 @@ class Graph(nn.Module):
 class TaskEdits(nn.Module):
     """The edits of several tasks in one place; each image's task picks its tensors.
 
-    The tensors stay fp32: rounding them only after their sums are formed loses less.
-
-    Args:
-        placement: of the site.
-        site, block: where.
-        functions: one per task; None for a task without an edit there.
+    The tensors stay fp32: rounding them only after their sums are formed loses less. They are
+    stacked once, not in every run as ``InterventionModel.for_tasks`` would.
     """
 
     def __init__(

@@ -54,17 +54,14 @@ def load_state(
     trained: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> Progress:
-    """Take over the state of this run; one that does not fit is logged and left.
+    """Take over the state of this run, in place; one that does not fit is logged and left.
 
     Args:
         folder: the run's.
         start: where the run stands without a state.
         steps: of the whole run.
-        trained: tensors by name, written in place.
+        trained: tensors by name.
         optimizer: of these tensors, before its first step.
-
-    Returns:
-        Where the run stands now.
     """
     state = folder.load(NAME)
     if state is None:

@@ -220,11 +220,7 @@ class VisionTower(nn.Module, ABC):
         raise ConfigError(f"interventions.{site}", f"{self.family} encoders have no such site")
 
     def placements(self, interventions: Mapping[str, InterventionConfig]) -> dict[str, Placement]:
-        """Site -> where its edits act in this encoder.
-
-        Raises:
-            ConfigError: settings that do not fit, or a site that towers of this family do not have.
-        """
+        """Site -> where its edits act in this encoder; a ConfigError of what does not fit."""
         fitted = {}
         for name, config in interventions.items():
             site = SITES[name]
@@ -362,11 +358,7 @@ def through(tap: nn.Module, module: nn.Module, args: object, output: Output) -> 
 
 
 def check_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], what: str) -> None:
-    """Compare names and shapes with those that are needed.
-
-    Raises:
-        ValueError: the first difference, in one line.
-    """
+    """A ValueError, one line, of the first difference from the names and shapes in ``own``."""
     missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)
     for problem, names in (("lacks", missing), ("has unknown", unknown), ("has misshapen", shapes)):
@@ -376,12 +368,7 @@ def check_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], what: st
 
 
 def check_expert(task: str, expert: VisionTower, merged: VisionTower) -> None:
-    """Make sure that an expert has the merged encoder's architecture.
-
-    Raises:
-        ConfigError: the first parameter of another shape, or that one of them lacks, or that is
-            not finite.
-    """
+    """A ConfigError unless an expert has the merged encoder's parameters, and they are finite."""
     own = {name: tuple(p.shape) for name, p in merged.mergeable().items()}
     theirs = {name: tuple(p.shape) for name, p in expert.mergeable().items()}
     if own != theirs:
@@ -396,15 +383,7 @@ def check_expert(task: str, expert: VisionTower, merged: VisionTower) -> None:
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Make sure that weights are numbers.
-
-    Args:
-        tensors: by name.
-        where: the config key of their model, for errors.
-
-    Raises:
-        ConfigError: the first tensor with NaN or infinity.
-    """
+    """A ConfigError of the first tensor with NaN or infinity."""
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             problem = f"{name} has numbers that are not finite"

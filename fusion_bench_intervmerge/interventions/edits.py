@@ -21,11 +21,7 @@ Ranks = Mapping[str, Mapping[str, int]]  # site -> block -> rank
 class Edits(nn.ModuleDict):
     """One task's edits: ``"<site> <block>"`` -> function; a block without an edit is left out.
 
-    Args:
-        configs: site -> settings.
-        placements: site -> where.
-        ranks: of the edits.
-        seed, task: decide the starting values.
+    ``seed`` and ``task`` decide the starting values.
 
     Raises:
         ConfigError: a rank that does not fit, or a start that the form does not have.

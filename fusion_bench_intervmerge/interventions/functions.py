@@ -34,8 +34,7 @@ class ClosedForms(Protocol):
     """What a form may ask for when it is solved instead of trained; ``solving.Regression``.
 
     Tensors have a leading entry per token position with ``copies``, else a leading 1; k is the
-    width.
-    Gains (_, k) are what each further rank takes off the mean squared distance.
+    width. Gains (_, k) are what each further rank takes off the mean squared distance.
     """
 
     def affine(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,14 +108,8 @@ class Function(nn.Module, ABC):
     ``edit`` so that the same formula serves one task (tensors as stored), one edit per
     token position, and a batch of images of different tasks (tensors gathered per image).
 
-    Args:
-        width: k, the number of entries of a vector that the function sees.
-        rank: r, the number of directions it works along.
-        copies: how many independent edits live in one module (one per token position);
-            their tensors have this many leading entries. ``None`` for a single one.
-        activation: name from ``ACTIVATIONS`` applied between down and up, if the form has one.
-        init: ``reference`` draws the published initial values, ``identity`` starts at z' = z.
-        generator: source of the initial values; the global one when ``None``.
+    Arguments are those of ``build_function``; k is the width, r the rank. With ``copies`` the
+    tensors have that many leading entries.
     """
 
     name: ClassVar[str]
@@ -150,11 +143,7 @@ class Function(nn.Module, ABC):
 
     @classmethod
     def check(cls, activation: str | None, init: str) -> None:
-        """Check that the form has such an activation and such a start.
-
-        Raises:
-            ConfigError: it does not, or nothing has that name.
-        """
+        """A ConfigError if the form has no such activation or start."""
         if activation not in (None, *ACTIVATIONS):
             raise ConfigError("activation", shown(activation), f"null, {', '.join(ACTIVATIONS)}")
         if activation is not None and not cls.takes_activation:

@@ -45,10 +45,7 @@ def resolve_blocks(blocks: str | Sequence[int], num_blocks: int) -> list[int]:
 def resolve_tokens(tokens: str | Sequence[int], num_tokens: int, prefix_tokens: int = 1) -> Index:
     """Token positions as a slice if they are contiguous, else as an index tensor.
 
-    Args:
-        tokens: as in ``InterventionConfig``.
-        num_tokens: of the encoder.
-        prefix_tokens: how many stand before the patches: the class token, and registers behind it.
+    ``prefix_tokens`` stand before the patches: the class token, and registers behind it.
 
     Raises:
         ConfigError: an unknown name or a position that does not exist.
@@ -78,12 +75,8 @@ def resolve_part(
 ) -> Index:
     """Entries of the width that an edit in ``block`` touches.
 
-    Args:
-        part: as in ``InterventionConfig``.
-        width: of the site.
-        block: index of the block.
-        edited: the blocks with an edit, ``block`` among them. ``size: even`` divides the width
-            among them, and ``shift`` then goes by the place among them.
+    ``size: even`` divides the width among the ``edited`` blocks, and ``shift`` then goes by the
+    place among them.
 
     Raises:
         ConfigError: a span outside the width, or overlapping spans.
@@ -150,11 +143,10 @@ class Placement:
         prefix_tokens: int = 1,
         site: Site = SITES["block"],
     ) -> Placement:
-        """Work out the placement in an encoder of these sizes.
+        """The placement in an encoder of these sizes.
 
         Raises:
-            ConfigError: blocks, tokens or a part that do not exist there, or a rank beyond the
-                width of the part.
+            ConfigError: what does not exist there, or a rank beyond the width of the part.
         """
         blocks = resolve_blocks(config.blocks, num_blocks) if site.in_blocks else [0]
         tokens = None

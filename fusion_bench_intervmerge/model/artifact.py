@@ -97,11 +97,7 @@ class Artifact:
     storage: Storage
 
     def write(self, folder: Path, card: str) -> None:
-        """Write it to a folder; a saved model there is replaced as a whole.
-
-        Args:
-            folder: where to.
-            card: the model card, Markdown.
+        """Write it to a folder, with a model card; a saved model there is replaced as a whole.
 
         Raises:
             ConfigError: the folder cannot be written to, or holds something else than a saved
@@ -290,10 +286,6 @@ def pack(tensors: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]:
     under the tensor's name with ``.scale`` behind it; a vector is one row. s is rounded up to 16
     binary digits, so that s times a whole number is exact: packing what was unpacked changes
     nothing.
-
-    Args:
-        tensors: in float32, by name.
-        storage: ``float32``, ``float16`` or ``int8``.
 
     Raises:
         ValueError: a number too large for half precision.

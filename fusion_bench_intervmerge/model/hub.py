@@ -17,12 +17,9 @@ def is_hub_id(name: str) -> bool:
 
 
 def local_folder(name: str | Path, **options: Any) -> Path:
-    """The folder of a saved model, fetched from the hub if the name is one of its ids.
+    """The folder of that name; if there is none, it is an id of the hub, and fetched from there.
 
-    Args:
-        name: a folder, or the id of a model if there is no such folder.
-        options: ``revision``, ``token``, ``cache_dir``, ``force_download`` and ``local_files_only``
-            of ``huggingface_hub.snapshot_download``.
+    Options are those of ``huggingface_hub.snapshot_download``.
 
     Raises:
         ArtifactError: the hub has no such model, or is not reached.
@@ -38,11 +35,7 @@ def local_folder(name: str | Path, **options: Any) -> Path:
 
 @contextmanager
 def hub_errors(problem: str) -> Iterator[None]:
-    """Raise the errors of the hub's library as one line.
-
-    Raises:
-        ArtifactError: the problem, and the library's reason.
-    """
+    """Raise the errors of the hub's library as an ``ArtifactError`` of one line."""
     try:
         yield
     except (OSError, ValueError) as error:  # HTTP errors, no connection, no such file or id

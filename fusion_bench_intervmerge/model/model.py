@@ -151,16 +151,10 @@ class InterventionModel(nn.Module, ModelHubMixin):
 
     @torch.no_grad()
     def route(self, images: Tensor) -> list[str | None]:
-        """The task of each image, as the router sees it; ``fit_router`` gives a model one.
+        """The task of each image (batch, 3, image_size, image_size), as the router sees it.
 
-        Args:
-            images: (batch, 3, image_size, image_size).
-
-        Returns:
-            A task for each image; None for images of no known task, if the router has a threshold.
-
-        Raises:
-            ValueError: the model has no router.
+        None is an image of no known task, if the router has a threshold. ``fit_router`` gives a
+        model a router; ValueError if it has none.
         """
         return self._known_router()(self.router_rows(images))
 
@@ -214,11 +208,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
     def store_as(self, storage: Storage) -> None:
         """Round the edits to a type that takes fewer bytes, in which they are saved.
 
-        Args:
-            storage: ``float32``, ``float16``, or ``int8`` with a scale per row.
-
-        Raises:
-            ValueError: a number too large for half precision.
+        ``int8`` has a scale per row. ValueError: a number too large for half precision.
         """
         for task in self.tasks:
             edits = self.edits_of(task)
@@ -258,8 +248,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
         Args:
             folder: where to; a saved model there is replaced.
             config: not used; ``huggingface_hub`` gives it.
-            model_card_kwargs: ``name``, the model's name on the model card; the folder's name if
-                not given.
+            model_card_kwargs: ``name``, for the model card; by default the folder's.
 
         Raises:
             ConfigError: the folder cannot be written to.
@@ -282,12 +271,10 @@ class InterventionModel(nn.Module, ModelHubMixin):
     def from_pretrained(  # type: ignore[override]
         cls, folder: str | Path, **hub: object
     ) -> InterventionModel:
-        """Read an artifact.
+        """Read an artifact from a folder, or by its id on the hub, ``owner/model``.
 
-        Args:
-            folder: a folder, or an id on the hub, ``owner/model``.
-            hub: for the hub: ``revision``, ``token``, ``cache_dir``, ``force_download``,
-                ``local_files_only``.
+        ``hub`` may have ``revision``, ``token``, ``cache_dir``, ``force_download`` and
+        ``local_files_only``.
 
         Raises:
             ArtifactError: what does not fit, in one line.
@@ -314,14 +301,10 @@ class InterventionModel(nn.Module, ModelHubMixin):
         return model
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Put the artifact on the hub; ``intervmerge push`` adds what other programs need.
+        """Put the artifact on the hub as ``owner/model``; the address of the commit.
 
-        Args:
-            repo_id: ``owner/model``; it is created if it does not exist.
-            options: as ``huggingface_hub.ModelHubMixin.push_to_hub`` takes them.
-
-        Returns:
-            The address of the commit.
+        Options are those of ``huggingface_hub.ModelHubMixin.push_to_hub``. ``intervmerge push``
+        adds what other programs need.
 
         Raises:
             ArtifactError: the hub refuses, or is not reached.
@@ -382,9 +365,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
     ) -> Iterator[None]:
         """Apply several tasks' edits in every forward pass inside, as a ``Route`` says.
 
-        It takes no value from ``ids``, so a forward pass with it can be traced: see
-        ``torch.export.export(strict=False)`` of a module whose ``forward(images, ids)`` calls
-        ``model.tower.features(images)`` in ``model.for_tasks(model.tasks, ids)``.
+        ``torch.export.export(strict=False)`` can trace a forward pass in it.
 
         Args:
             tasks: names of tasks, each once; None for the merged encoder.

@@ -34,12 +34,7 @@ class Prefix(ABC):
 
     @abstractmethod
     def features(self, prefix: Tensor, after_block: AfterBlock | None = None) -> Tensor:
-        """Image features (batch, projection_dim) from what ``of`` gave, or from rows of it.
-
-        Args:
-            prefix: (batch, ...).
-            after_block: as ``VisionTower.features_from`` takes it.
-        """
+        """Image features (batch, projection_dim) from what ``of`` gave, or from rows of it."""
 
     def states(self, prefix: Tensor) -> Tensor:
         """What a router reads of images: tokens (batch, any, width), or their image features."""

@@ -239,13 +239,10 @@ def read_router(
 ) -> Router:
     """The router of which these are ``Router.config`` and ``Router.tensors``.
 
-    Args:
-        config: its settings.
-        tensors: by name.
-        tasks: of the model.
+    Tasks are the model's.
 
     Raises:
-        ValueError: what does not fit, in one line.
+        ValueError, LookupError: what does not fit, in one line.
     """
     settings = RouterSettings.read(config, "router")
     dims, size = tensors["reading.directions"].shape

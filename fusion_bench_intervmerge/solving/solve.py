@@ -261,13 +261,7 @@ def share_out(
 
 
 def budget_in_numbers(budget: int | str | None, model: InterventionModel, tasks: int) -> int | None:
-    """A budget in parameters: ``rank_4`` is what rank 4 at every solved place takes.
-
-    Args:
-        budget: as ``SolveSettings`` has it.
-        model: whose edits are solved.
-        tasks: how many are solved.
-    """
+    """A budget in parameters: ``rank_4`` is what rank 4 takes at every solved place and task."""
     if not isinstance(budget, str):
         return budget
     costs = _cost_of_a_rank(model)

@@ -84,11 +84,8 @@ class Sweep:
     ) -> None:
         """Solve every place, inside the model's ``for_task``.
 
-        Args:
-            images, num_workers: as in ``solve``.
-            keys: the images: task and index.
-            room: bytes of memory for the images' states.
-            after_block: called when all images have left a block.
+        ``room`` are the bytes of memory for the images' states; ``after_block`` is called when all
+        images have left a block.
         """
         for place in self.places:
             self.model.edits_of(self.task).set_rank(*place, 0)
