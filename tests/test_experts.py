@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import shutil
 import types
@@ -107,13 +106,25 @@ def test_adapters_are_experts_however_they_come(tiny, adapters):
 def test_a_live_adapter_is_merged_into_a_copy():
     tower = hf_tower()
     model = lora(tower.model)
-    injected = copy.deepcopy(hf_tower().model)
-    injected.add_adapter(model.peft_config["default"])
     names = [name for name, _ in model.named_parameters()]
-    merged = as_tower(model, tower.projection)
-    assert list(merged.mergeable()) == list(hf_tower().mergeable())
+    wanted = list(hf_tower().mergeable())
+    assert list(as_tower(model, tower.projection).mergeable()) == wanted
     assert names == [name for name, _ in model.named_parameters()]
-    assert list(as_tower(injected, tower.projection).mergeable()) == list(merged.mergeable())
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["post_layernorm"]}])
+def test_an_adapter_that_transformers_put_in(options):
+    tower = hf_tower()
+    tower.model.add_adapter(lora(hf_tower().model, **options).peft_config["default"])
+    images = torch.randn(2, 3, 32, 32)
+    wanted = tower.projection(tower.model.eval()(images).pooler_output)
+    merged = as_tower(tower.model, tower.projection)
+    assert list(merged.mergeable()) == list(hf_tower().mergeable())
+    torch.testing.assert_close(merged.features(images), wanted)
+    assert not torch.allclose(wanted, hf_tower().features(images), atol=1e-3)
+    tower.model.disable_adapters()
+    off = as_tower(tower.model, tower.projection).features(images)
+    torch.testing.assert_close(off, hf_tower().features(images))
 
 
 def test_a_linearised_adapter_is_refused():

@@ -35,6 +35,10 @@ def _has_adapters(model: nn.Module) -> bool:
 def _merged(module: Any) -> nn.Module:
     if hasattr(module, "merge_and_unload"):
         return module.merge_and_unload()
+    if hasattr(module, "unload_and_optionally_merge_module"):  # trained whole beside the adapter
+        return module.unload_and_optionally_merge_module(
+            merge=True, safe_merge=False, adapter_names=None
+        )
     for name, child in module.named_children():
         merged = _merged(child)
         if merged is not child:
