@@ -146,13 +146,6 @@ def change(folder, **entries):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("found", [1, 99])
-def test_another_format(folder, found):
-    change(folder, format=found)
-    with pytest.raises(ArtifactError, match=f"format {found}; this version reads format 2"):
-        InterventionModel.from_pretrained(folder)
-
-
 def test_other_merged_weights(folder):
     path = folder / "merged" / "model.safetensors"
     weights = load_file(path)
@@ -183,12 +176,6 @@ def test_edits_of_another_shape(folder):
         InterventionModel.from_pretrained(folder)
 
 
-def test_settings_that_do_not_fit_the_tower(folder):
-    change(folder, interventions={"attention": {"blocks": [7]}})
-    with pytest.raises(ArtifactError, match="there is no block 7"):
-        InterventionModel.from_pretrained(folder)
-
-
 # -- nothing is believed that is not what was saved ------------------------------------------------
 
 
@@ -204,10 +191,7 @@ def edit_by_hand(folder, *path_and_value):
     "change",
     [
         ("tower", "vision_config", "layer_norm_eps", 1e-4),
-        ("tower", "vision_config", "num_attention_heads", 8),
         ("interventions", "attention", "tokens", "last"),
-        ("interventions", "attention", "part", {"size": 32, "start": 3}),
-        ("seed", 1),
         ("tasks", TASKS[::-1]),
     ],
     ids=lambda change: change[-2],
@@ -219,22 +203,6 @@ def test_a_setting_that_was_changed_later(folder, change):
     edit_by_hand(folder, *change)
     with pytest.raises(ArtifactError, match=r"config\.json: changed since it was saved"):
         InterventionModel.from_pretrained(folder)
-
-
-def test_swapped_task_files_and_another_trainings_edits(folder, tmp_path):
-    ants, bees = (folder / "interventions" / f"{task}.safetensors" for task in ("ants", "bees"))
-    kept = ants.read_bytes()
-    ants.write_bytes(bees.read_bytes())
-    with pytest.raises(ArtifactError, match=r"ants\.safetensors: torn or another file"):
-        InterventionModel.from_pretrained(folder)
-    perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}})).save_pretrained(
-        tmp_path / "other"
-    )
-    ants.write_bytes((tmp_path / "other" / "interventions" / "ants.safetensors").read_bytes())
-    with pytest.raises(ArtifactError, match=r"ants\.safetensors: torn or another file"):
-        InterventionModel.from_pretrained(folder)
-    ants.write_bytes(kept)
-    InterventionModel.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o007])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +25,7 @@ from fusion_bench_intervmerge.config import ConfigError
 from fusion_bench_intervmerge.data import DataSettings, Interrupted, RunFolder, Schedule
 from fusion_bench_intervmerge.distillation import loop
 from fusion_bench_intervmerge.distillation.loop import DistillationError, FeatureCache, distill
-from fusion_bench_intervmerge.distillation.settings import DistillSettings, TripleStepAdam
+from fusion_bench_intervmerge.distillation.settings import TripleStepAdam
 from fusion_bench_intervmerge.merging import Mixture, mix, task_vector
 from fusion_bench_intervmerge.model.model import InterventionModel
 
@@ -67,21 +66,6 @@ def test_tasks_and_seeds_have_schedules_of_their_own():
     assert len({tuple(s) for s in schedules}) == 4
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"steps": -1}, "steps: -1"),
-        ({"batch_size": 0}, "data.batch_size: 0"),
-        ({"fraction": 0}, "data.fraction: 0; allowed: a fraction in (0, 1]"),
-        ({"fraction": 1.5}, "data.fraction: 1.5"),
-        ({"images": 0}, "data.images: 0; allowed: null, or a whole number, 1 to"),
-    ],
-)
-def test_settings_that_cannot_be(given, message):
-    with pytest.raises(ConfigError, match="^" + re.escape(message)):
-        DistillSettings.of(None, given)
-
-
 def test_a_task_without_images_has_no_schedule():
     with pytest.raises(ConfigError, match="task 'ants' has no images"):
         Schedule("ants", 0, 1, DataSettings())
@@ -98,8 +82,8 @@ class PublishedOrder:
         self.rows = torch.stack([torch.arange(8) + 8 * (step % 6) for step in range(steps)])
 
 
-def published(model, golden, golden_tower, loss="output"):
-    """The losses of the published training; it has to move every number and help every batch."""
+def check_against_published(model, golden, golden_tower, names, loss="output"):
+    """Losses and features; the training has to move every number and help every batch."""
     start = {name: p.detach().clone() for name, p in model.edits.named_parameters()}
     # The published runs went through their batches in order; ours are shuffled by design.
     with pytest.MonkeyPatch.context() as patch:
@@ -116,18 +100,16 @@ def published(model, golden, golden_tower, loss="output"):
     for name, parameter in model.edits.named_parameters():
         assert (parameter - start[name]).abs().max() > 5e-3, name
     assert (losses[-6:] < 0.95 * losses[:6]).all()
-    return losses
+    assert relative(losses, golden[f"{names}.losses"]) < 1e-4
+    with torch.no_grad():
+        trained = model.encode(golden["encoder.images"][0], "a")
+    assert relative(trained, golden[f"{names}.features.trained"]) < 1e-4
+    assert acts(golden["encoder.features.plain"], trained)
 
 
 def test_intervmerge_follows_the_published_curve(golden, golden_tower):
     start = InterventionModel(golden_tower("merged"), ["a"], {"attention": {"rank": 3}})
-    model = intervmerge(golden, start)
-    losses = published(model, golden, golden_tower)
-    assert relative(losses, golden["encoder.losses"]) < 1e-4
-    with torch.no_grad():
-        trained = model.encode(golden["encoder.images"][0], "a")
-    assert relative(trained, golden["encoder.features.trained"]) < 1e-4
-    assert acts(golden["encoder.features.plain"], trained)
+    check_against_published(intervmerge(golden, start), golden, golden_tower, "encoder")
 
 
 def test_surgery_follows_the_published_curve(golden, golden_tower):
@@ -140,12 +122,7 @@ def test_surgery_follows_the_published_curve(golden, golden_tower):
             tensor.copy_(golden[f"surgery.init.{name}"])
         before = model.encode(golden["encoder.images"][0], "a")
     assert relative(before, golden["surgery.features"]) < 1e-5
-    losses = published(model, golden, golden_tower)
-    assert relative(losses, golden["surgery.losses"]) < 1e-4
-    with torch.no_grad():
-        trained = model.encode(golden["encoder.images"][0], "a")
-    assert relative(trained, golden["surgery.features.trained"]) < 1e-4
-    assert acts(golden["encoder.features.plain"], trained)
+    check_against_published(model, golden, golden_tower, "surgery")
 
 
 def test_surgery_v2_follows_the_published_curve(golden, golden_tower):
@@ -154,12 +131,7 @@ def test_surgery_v2_follows_the_published_curve(golden, golden_tower):
         "block": {"function": "surgery", "rank": 3, "tokens": "all"},
     }
     model = surgery_v2(golden, InterventionModel(golden_tower("merged"), ["a"], sites))
-    losses = published(model, golden, golden_tower, loss="blocks")
-    assert relative(losses, golden["surgery_v2.losses"]) < 1e-4
-    with torch.no_grad():
-        trained = model.encode(golden["encoder.images"][0], "a")
-    assert relative(trained, golden["surgery_v2.features.trained"]) < 1e-4
-    assert acts(golden["encoder.features.plain"], trained)
+    check_against_published(model, golden, golden_tower, "surgery_v2", loss="blocks")
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
@@ -254,15 +226,6 @@ def test_images_that_are_kept_are_read_once(experts):
     model = InterventionModel(hf_tower(), ["ants"], {"attention": {}})
     distill(model, {"ants": experts["ants"]}, {"ants": Counting()}, steps=10, batch_size=4)
     assert Counting.reads == 10
-
-
-def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(experts, datasets):
-    def trained(seed):
-        model = InterventionModel(hf_tower(), TASKS, {"attention": {}}, seed=seed)
-        return distill(model, experts, datasets, steps=5, batch_size=4, seed=seed).losses
-
-    assert torch.equal(trained(0), trained(0))
-    assert not torch.equal(trained(0), trained(1))
 
 
 def test_a_task_is_added_without_touching_the_others(experts, datasets, images):
@@ -360,11 +323,8 @@ def test_lower_precision_comes_close_and_leaves_the_merged_weights_alone(
 
 def plain_double_training(model, experts, datasets, steps, mixture):
     """The same training, written out in float64 with nothing but autograd."""
-    model, mixture = copy.deepcopy(model).double(), copy.deepcopy(mixture)
-    moving = list(model.edits.parameters())
-    if mixture is not None:
-        mixture.coefficients.data = mixture.coefficients.data.double()
-        moving.append(mixture.coefficients)
+    model, mixture = copy.deepcopy(model).double(), copy.deepcopy(mixture).double()
+    moving = [*model.edits.parameters(), mixture.coefficients]
     optimizer = torch.optim.Adam(moving, lr=3e-3)
     targets = {}
     with torch.no_grad():
@@ -373,26 +333,22 @@ def plain_double_training(model, experts, datasets, steps, mixture):
     schedules = {t: Schedule(t, len(datasets[t]), steps, DataSettings(batch_size=4)) for t in TASKS}
     for step in range(steps):
         optimizer.zero_grad()
-        if mixture is not None:
-            mixture.write(model.tower)
-            for parameter in model.tower.mergeable().values():
-                parameter.requires_grad_(True)
+        mixture.write(model.tower)
+        for parameter in model.tower.mergeable().values():
+            parameter.requires_grad_(True)
         for task, schedule in schedules.items():
             images = torch.tensor(schedule.unique)[schedule.rows[step]]
             found = model.encode(datasets[task][images].double(), task)
             (found - targets[task][images]).abs().mean().backward()
-        if mixture is not None:
-            mixture.collect_gradient(model.tower)
+        mixture.collect_gradient(model.tower)
         optimizer.step()
     return [parameter.detach() for parameter in moving]
 
 
-@pytest.mark.parametrize("with_mixture", [False, True])
-def test_64_true_trains_in_double_precision(experts, datasets, with_mixture):
+def test_64_true_trains_in_double_precision(experts, datasets):
     sites, run = {"attention": {"function": "loreft", "rank": 2}}, {"steps": 6, "batch_size": 4}
-    tower, mixture = hf_tower(), None
-    if with_mixture:
-        mixture = mix(tower, (experts[task]() for task in TASKS), torch.full((3,), 0.3))
+    tower = hf_tower()
+    mixture = mix(tower, (experts[task]() for task in TASKS), torch.full((3,), 0.3))
     single = InterventionModel(tower, TASKS, sites)
     expected = plain_double_training(single, experts, datasets, 6, mixture)
     errors = []
@@ -400,7 +356,7 @@ def test_64_true_trains_in_double_precision(experts, datasets, with_mixture):
         model, mixed = copy.deepcopy(single), copy.deepcopy(mixture)
         fabric = L.Fabric(accelerator="cpu", devices=1, precision=precision)
         distill(model, experts, datasets, fabric=fabric, mixture=mixed, **run)
-        found = [*model.edits.parameters(), *([mixed.coefficients] if mixed else [])]
+        found = [*model.edits.parameters(), mixed.coefficients]
         assert all(p.dtype == torch.float32 for p in found)
         errors.append(max(relative(a.double(), b) for a, b in zip(found, expected, strict=True)))
     # at the end the numbers are rounded to fp32 once
@@ -440,10 +396,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(experts, 
     assert all(torch.isfinite(p).all() for p in model.edits.parameters())
 
 
-def test_unknown_loss_and_missing_images(experts, datasets):
+def test_missing_images(experts, datasets):
     model = InterventionModel(hf_tower(), TASKS, {"attention": {}})
-    with pytest.raises(ConfigError, match="loss: 'l2'; allowed: output, blocks"):
-        distill(model, experts, datasets, steps=1, loss="l2")
     with pytest.raises(ConfigError, match="no images for task 'cats'"):
         distill(model, experts, {t: datasets[t] for t in TASKS[:2]}, steps=1)
 

@@ -12,8 +12,6 @@ import pytest
 import torch
 import yaml
 from conftest import TASKS, acts, hf_tower, perturbed, relative
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from open_clip.transformer import VisionTransformer
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -168,17 +166,6 @@ def test_folding_changes_no_features(make_tower, images, sites):
         assert relative(folded.encode(images, TASKS * 4), model.encode(images, TASKS * 4)) < 1e-6
     extra = model.extra_parameters()
     assert folded.extra_parameters()["total"] == extra["folded"] <= extra["total"]
-
-
-@given(names=st.lists(st.sampled_from(TASKS), min_size=1, max_size=12))
-@settings(max_examples=20, deadline=None)
-def test_any_mixture_of_tasks(names):
-    model = perturbed(InterventionModel(hf_tower(), TASKS, {"attention": {}}))
-    images = torch.randn(len(names), 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        mixed = model.encode(images, names)
-        for row, (image, task) in enumerate(zip(images, names, strict=True)):
-            assert relative(mixed[row], model.encode(image[None], task)[0]) < 1e-5
 
 
 # -- the parameter table of the paper ------------------------------------------------------------

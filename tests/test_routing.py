@@ -218,12 +218,7 @@ def spoilt(change):
         (lambda t, c: t.update({"reading.mean": torch.zeros(3)}), "has misshapen reading.mean"),
         (lambda t, c: t.update({"tasks.dogs.mean": torch.zeros(3)}), "has unknown tasks.dogs.mean"),
         (lambda t, c: t.pop("tasks.bees.mean"), "lacks tasks.bees.mean"),
-        (
-            lambda t, c: t.update({"tasks.bees.mean": torch.zeros(9)}),
-            "has misshapen tasks.bees.mean",
-        ),
         (lambda t, c: t["tasks.bees.mean"].fill_(torch.nan), "tasks.bees.mean has numbers"),
-        (lambda t, c: c["router"].update(name="nearest"), "router.name: 'nearest'"),
         (lambda t, c: c["router"].update(treshold=1), "treshold: no such setting"),
         (
             lambda t, c: t.update(
@@ -248,7 +243,6 @@ def test_a_router_that_does_not_fit_is_refused_in_one_line(change, said, tmp_pat
     [
         ("oracle", "router.name: 'oracle'; allowed: gaussian"),
         (5, "router: 5; allowed: a mapping"),
-        ({"images": 1}, "router.images: 1; allowed: a whole number, 2 or more"),
         ({"threshold": 2.0}, "router.threshold: 2.0; allowed: null, or a number in [0, 0.5]"),
         ({"treshold": 0.1}, "router.treshold: no such setting, did you mean threshold?"),
     ],
@@ -256,7 +250,7 @@ def test_a_router_that_does_not_fit_is_refused_in_one_line(change, said, tmp_pat
 def test_a_setting_that_does_not_fit(settings, said):
     with pytest.raises(ConfigError) as error:
         fitted(settings=settings)
-    assert str(error.value).startswith(said.replace("2 or more", "2 to 1000000000"))
+    assert str(error.value).startswith(said)
 
 
 def test_images_that_do_not_fit():

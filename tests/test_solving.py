@@ -77,17 +77,6 @@ def test_the_affine_solution_is_dense_reduced_rank_regression(rows, rank, ridge)
     torch.testing.assert_close(W2[0] @ W2[0].T, torch.eye(rank, dtype=torch.float64))
 
 
-def test_at_full_rank_and_without_ridge_it_is_least_squares(rows):
-    x, y, weights = rows
-    W1, W2, b = Regression(streamed(*rows), 0.0).affine(WIDTH)
-    ones = torch.ones(ROWS, 1, dtype=x.dtype)
-    root = weights[0].sqrt().unsqueeze(1)
-    X = torch.cat([x[0], ones], dim=1)
-    B = torch.linalg.lstsq(X * root, y[0] * root).solution
-    added = (x @ W1.mT + b.unsqueeze(1)) @ W2
-    torch.testing.assert_close(added[0], X @ B, rtol=1e-8, atol=1e-8)
-
-
 def test_without_ridge_directions_in_which_nothing_varies_take_no_part(rows):
     x, y, weights = rows
     x = torch.cat([x[..., :-1], torch.full_like(x[..., -1:], 5.0)], dim=-1)
@@ -208,7 +197,7 @@ def bias(model, experts, datasets, task):
         return (model.encode(images, task) - wanted).square().mean().item()
 
 
-@pytest.mark.parametrize("tower", [hf_tower, openclip_tower, dinov2_tower])
+@pytest.mark.parametrize("tower", [hf_tower, dinov2_tower])
 @pytest.mark.parametrize(
     "sites",
     [
