@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import struct
+import types
 import zlib
 
 import numpy as np
@@ -20,6 +21,7 @@ from fusion_bench_intervmerge.data import read_images
 from fusion_bench_intervmerge.deploy.images import decode_image, pixel_values
 from fusion_bench_intervmerge.fusion.hosted import CLIPVisionModelTaskPool
 from fusion_bench_intervmerge.fusion.images import preprocessed
+from fusion_bench_intervmerge.fusion.pools import prepare_task_pool
 from fusion_bench_intervmerge.tinyclip import ensure_pool
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
@@ -135,6 +137,14 @@ def test_pools_read_them_as_the_service_does():
     for dataset in (images, taskpool.test_datasets["mnist"]):
         pixels, labels = zip(*[dataset[index] for index in range(len(files))], strict=True)
         assert torch.equal(torch.stack(pixels), wanted) and set(labels) == {1}
+
+
+def test_an_evaluation_without_labels_is_refused_beforehand():
+    folder = str(ensure_pool("clip-vit-tiny_TA8") / "pretrained")
+    items = [{"image": Image.fromarray(PIXELS)}]
+    pool = CLIPVisionModelTaskPool({"mnist": items}, processor=folder, clip_model=folder)
+    with pytest.raises(ConfigError, match=r"\Ataskpool.test_datasets.mnist: its images have no"):
+        prepare_task_pool(types.SimpleNamespace(taskpool=pool))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

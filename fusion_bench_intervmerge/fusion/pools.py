@@ -290,7 +290,9 @@ def prepare_task_pool(program: object) -> None:
         datasets: Any = pool.test_datasets
         for name, dataset in datasets.items():
             where = f"taskpool.test_datasets.{name}"
-            load_or_explain(partial(dataset.__getitem__, 0), where, REACHABLE)
+            _, label = load_or_explain(partial(dataset.__getitem__, 0), where, REACHABLE)
+            if label == -1:
+                raise ConfigError(where, "its images have no labels", "labelled images")
 
 
 def _load(
