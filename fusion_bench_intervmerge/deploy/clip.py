@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from ..encoders.base import through
+from ..encoders.base import VisionTower, through
+from ..encoders.huggingface import HuggingFaceTower
+from ..encoders.openclip import OpenCLIPTower
 from ..interventions.functions import Function
 from ..interventions.placement import Placement
-
-if TYPE_CHECKING:
-    from ..encoders.base import VisionTower
-    from ..model.model import InterventionModel
+from ..model.model import InterventionModel
 
 T = TypeVar("T")
 
@@ -118,12 +117,8 @@ def from_base(
 def _tower_of(clip: Any, family: str) -> VisionTower:
     """A tower over a CLIP's own modules, not over copies of them."""
     if family == "openclip" and hasattr(clip, "visual"):
-        from ..encoders.openclip import OpenCLIPTower
-
         return OpenCLIPTower(clip.visual)
     if family == "huggingface" and hasattr(clip, "visual_projection"):
-        from ..encoders.huggingface import HuggingFaceTower
-
         return HuggingFaceTower(clip.vision_model, clip.visual_projection)
     kind = f"{type(clip).__module__}.{type(clip).__name__}"
     raise ConfigError("clip", f"a {kind} has no place for a {family} encoder")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,10 @@ from torch import Tensor, nn
 from ..config import ConfigError
 from ..files import atomic_file
 from ..interventions.edits import stacked
+from ..interventions.functions import Function
+from ..interventions.placement import Placement
+from ..model.model import InterventionModel
 from .heads import Heads
-
-if TYPE_CHECKING:
-    from ..interventions.functions import Function
-    from ..interventions.placement import Placement
-    from ..model.model import InterventionModel
 
 log = logging.getLogger(__name__)
 Tell = Callable[[str], object]  # takes what is being done

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import ConfigError, Json, Settings
+from ..model.model import InterventionModel
 from .clip import from_base, load_clip
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase
-
-    from ..model.model import InterventionModel
 
 FORM = '{"task": {"names": ["cat", ...], "templates": ["a photo of a {}.", ...]}, ...}'
 

@@ -1,17 +1,5 @@
-"""Training of edits and coefficients: which images, experts' features, losses, the loop."""
+"""Training of edits and coefficients: experts' features, losses, the loop, its state."""
 
-from ..data import DataSettings, Schedule
-from .loop import Distillation, DistillationError, distill
-from .losses import LOSSES
-from .settings import DistillSettings, TripleStepAdam
+from .settings import TripleStepAdam
 
-__all__ = [
-    "LOSSES",
-    "DataSettings",
-    "DistillSettings",
-    "Distillation",
-    "DistillationError",
-    "Schedule",
-    "TripleStepAdam",
-    "distill",
-]
+__all__ = ["TripleStepAdam"]
