@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 RUN = outputs/demo
 
-.PHONY: demo check lint types test docs
+.PHONY: demo check lint types test docs lowest transformers5
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,3 +37,18 @@ test: $(VENV)/installed
 docs: $(VENV)/installed
 	$(BIN)/python docs/settings.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# The oldest releases that pyproject.toml allows: the published numbers, artifacts, the main job.
+lowest: VERSIONS = --resolution lowest-direct
+lowest: TESTED = artifact embedded_pool functions model towers
+# The core has no FusionBench, which does not run beside transformers 5.
+transformers5: VERSIONS = --override $(VENV)-transformers5/newer.txt
+transformers5: TESTED = artifact calibration dinov2 distillation files functions model placement \
+  routing solving states storage towers
+
+lowest transformers5: $(VENV)/installed
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) $(VENV)-$@
+	printf 'transformers>=5\nhuggingface_hub>=1\n' > $(VENV)-$@/newer.txt
+	$(BIN)/uv pip install --quiet --python $(VENV)-$@ $(VERSIONS) --editable '.[test]'
+	[ $@ = lowest ] || $(BIN)/uv pip uninstall --quiet --python $(VENV)-$@ fusion-bench
+	OMP_NUM_THREADS=1 $(VENV)-$@/bin/python -m pytest $(TESTED:%=tests/test_%.py)

@@ -13,7 +13,6 @@ import random
 import time
 from typing import Any
 
-import fusion_bench_config
 import lightning as L
 import pytest
 import torch
@@ -201,7 +200,7 @@ def test_what_a_setting_cannot_be_is_one_line_with_its_key(override):
     key = override.lstrip("+").partition("=")[0]
     with pytest.raises(ConfigError) as error:
         given = ["method=intervmerge", "modelpool=clip-vit-tiny_TA8", "method.resume=never"]
-        where = fusion_bench_config.__path__[0]
+        where = pytest.importorskip("fusion_bench_config").__path__[0]
         config = initialize_hydra_config("fabric_model_fusion", [*given, override], where)
         pool, method = instantiate(config.modelpool), instantiate(config.method)
         method._fabric_instance = L.Fabric(accelerator="cpu", devices=1)

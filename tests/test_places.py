@@ -5,10 +5,15 @@ from __future__ import annotations
 import sys
 
 import pytest
+from commands import compose
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
-from test_command import compose
+from safetensors import SafetensorError
 
+from fusion_bench_intervmerge.config import ConfigError
+from fusion_bench_intervmerge.files import CACHE_VARIABLE
+from fusion_bench_intervmerge.fusion import records
+from fusion_bench_intervmerge.tinyclip import pools
 from hydra_plugins.intervmerge_before_runs import BeforeRuns, check_folder, check_pool
 
 # -- settings need no plus, and a mistyped one reaches the method --------------------------------
@@ -95,3 +100,32 @@ def test_pools_of_use_and_other_methods_pass(tmp_path):
 def test_hydra_calls_it():
     callbacks = compose("method=intervmerge", return_hydra_config=True).hydra.callbacks
     assert callbacks.intervmerge._target_.endswith("BeforeRuns")
+
+
+@pytest.mark.parametrize(
+    ("pool", "tasks", "pretrained", "named"),
+    [
+        ("clip-vit-tiny_TA8", 2, {}, "clip-vit-tiny_TA8"),
+        ("CLIPVisionModelPool/a", 2, "openai/clip-vit-base-patch32", "clip-vit-b32_TA8"),
+        ("CLIPVisionModelPool/a", 10, "openai/clip-vit-base-patch16", "clip-vit-b16_TALL14"),
+        ("CLIPVisionModelPool/a", 18, "openai/clip-vit-large-patch14", "clip-vit-l14_TALL20"),
+        ("OpenCLIPVisionModelPool/ViT-B-32_TA8", 8, {}, "openclip-vit-b32_TA8"),
+        ("mine/pool", 8, "mine", "..."),
+    ],
+)
+def test_a_hint_names_a_task_pool_that_fits(pool, tasks, pretrained, named, monkeypatch):
+    monkeypatch.setattr(records, "hydra_choices", lambda: {"modelpool": pool})
+    assert records.fitting_task_pool(["a"] * tasks, pretrained) == named
+    if named != "...":
+        compose(f"taskpool={named}")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("No space left")])
+def test_a_full_disk_below_the_cache(error, tmp_path, monkeypatch):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(pools, "unpack", fail)
+    with pytest.raises(ConfigError, match=rf"^{CACHE_VARIABLE}: .*\(No space left\); allowed: any"):
+        pools.ensure_pool()

@@ -54,7 +54,7 @@ from .records import (
     base_name,
     diagnose,
     diagnosis_table,
-    hydra_choices,
+    fitting_task_pool,
     method_name,
     repair_result,
     saved_images,
@@ -124,6 +124,7 @@ class IntervMergeAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
         if self.settings.extend is not None:
             model = HostedInterventionModel.from_pretrained(Path(self.settings.extend))
             check_task_pool(self._program, pool.family, {*model.tasks, *pool.tasks})
+            prepare_task_pool(self._program)
             repaired = self._extend(pool, model)
         else:
             check_task_pool(self._program, pool.family, pool.tasks)
@@ -416,10 +417,8 @@ class IntervMergeAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
                     "Image features against the experts', merged and repaired", style="bold"
                 )
                 console.print(diagnosis_table(rows))
-                chosen = hydra_choices().get("modelpool", "/")
-                stock = "CLIPVisionModelTaskPool/clip-vit-classification_TA8"
-                suggested = stock if "/" in chosen else chosen
-                console.print(f"For accuracies add a task pool: taskpool={suggested}")
+                named = fitting_task_pool(pool.tasks, pool.pool._models.get("_pretrained_"))
+                console.print(f"For accuracies add a task pool: taskpool={named}")
             name = f"{result.base}/{result.method}/seed{result.seed}"
             Results(tasks=list(pool.tasks), models={name: result}).write(self.log_dir)
         return result

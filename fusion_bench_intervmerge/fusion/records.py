@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,29 @@ def base_name(base: object) -> str:
         return chosen.replace("/", "_")
     named = base.get("_target_") or base.get("name") if isinstance(base, Mapping) else None
     return str(named or type(base).__name__).rpartition(".")[2]
+
+
+def fitting_task_pool(tasks: Sequence[str], pretrained: object) -> str:
+    """The name of a task pool that evaluates a model pool's models.
+
+    Args:
+        tasks: the model pool's.
+        pretrained: its config of the pretrained model, which tells the architecture.
+
+    Returns:
+        ``...`` if none is known.
+    """
+    chosen = hydra_choices().get("modelpool", "/")
+    if "/" not in chosen:
+        return chosen  # each of this package's pools has a task pool of its name
+    sizes = {"base-patch32": "b32", "base-patch16": "b16", "large-patch14": "l14"}
+    sizes |= {"ViT-B-32": "b32", "ViT-B-16": "b16", "ViT-L-14": "l14"}
+    size = next((short for name, short in sizes.items() if name in f"{pretrained} {chosen}"), None)
+    if size is None:
+        return "..."
+    family = "openclip" if "OpenCLIP" in chosen else "clip"
+    many = 8 if family == "openclip" or len(tasks) <= 8 else 14 if len(tasks) <= 14 else 20
+    return f"{family}-vit-{size}_{'TA8' if many == 8 else f'TALL{many}'}"
 
 
 def hydra_choices() -> dict[str, str]:

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -104,8 +104,8 @@ def ensure_pool(pool: str = TINY.name) -> Path:
             except OSError:
                 if not folder.is_dir():  # else another process was first
                     raise
-    except OSError as error:
-        problem = f"the cache folder {root} cannot be written ({error.strerror})"
+    except (OSError, SafetensorError) as error:  # a full disk comes as either
+        problem = f"the cache folder {root} cannot be written ({getattr(error, 'strerror', error)})"
         raise ConfigError(CACHE_VARIABLE, problem, "any folder you can write") from error
     return folder
 
