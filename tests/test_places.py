@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from commands import compose
@@ -129,3 +132,17 @@ def test_a_full_disk_below_the_cache(error, tmp_path, monkeypatch):
     monkeypatch.setattr(pools, "unpack", fail)
     with pytest.raises(ConfigError, match=rf"^{CACHE_VARIABLE}: .*\(No space left\); allowed: any"):
         pools.ensure_pool()
+
+
+NO_EXPERTS = re.compile("individual$|mtl$")
+NO_IMAGES = re.compile("lora|model_only|control_task|single_|svhn_and_mnist|individual|mtl")
+
+
+def test_the_table_of_fusionbenchs_clip_pools():
+    """docs/own-experts.md says which have experts and test images."""
+    (folder,) = find_spec("fusion_bench_config").submodule_search_locations
+    for file in sorted(Path(folder, "modelpool").glob("*CLIPVisionModelPool/[!_]*.yaml")):
+        pool = compose(f"modelpool={file.parent.name}/{file.stem}").modelpool
+        experts = [name for name in pool.models if not name.startswith("_")]
+        assert bool(experts) is not bool(NO_EXPERTS.search(file.stem)), file.stem
+        assert bool(pool.get("test_datasets")) is not bool(NO_IMAGES.search(file.stem)), file.stem

@@ -73,7 +73,9 @@ def merge_experts(
         pool.check_shapes()  # the likeliest reason, and the method's own words for it are many
         raise
     except TypeError as error:
-        raise ConfigError("base", f"the method failed ({error})", "settings of its types") from error
+        raise ConfigError(
+            "base", f"the method failed ({error})", "settings of its types"
+        ) from error
     return pool.wrap(model.to("cpu")), None
 
 

@@ -68,7 +68,7 @@ class EmbeddedCLIPVisionModelPool(CLIPVisionModelPool):
         settings = PoolSettings.read(given, "modelpool")
         known = Pool.named(settings.pool).tasks
         self.seed, self.pool, self.folder = settings.seed, settings.pool, settings.folder
-        self.tasks = settings.tasks or list(known)
+        self.tasks = list(known) if settings.tasks is None else settings.tasks
         for task in self.tasks:
             if task not in known:
                 raise unknown_key(task, known, "task").under("modelpool.tasks")
