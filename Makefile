@@ -43,8 +43,8 @@ lowest: VERSIONS = --resolution lowest-direct
 lowest: TESTED = artifact embedded_pool functions model towers
 # The core has no FusionBench, which does not run beside transformers 5.
 transformers5: VERSIONS = --override $(VENV)-transformers5/newer.txt
-transformers5: TESTED = artifact calibration dinov2 distillation files functions model placement \
-  routing solving states storage towers
+transformers5: TESTED = calibration distillation files functions model placement routing \
+  solving states storage towers
 
 lowest transformers5: $(VENV)/installed
 	$(BIN)/uv venv --quiet --clear --python $(PYTHON) $(VENV)-$@
