@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,12 +28,7 @@ REPORT, CONFIG, INDEX = "program_report.json", "config.yaml", "study.json"
 
 
 class Job(NamedTuple):  # Hydra imports plugins in a way that a dataclass does not survive
-    """One run of the grid.
-
-    Attributes:
-        labels: axis -> the label of its value in this run.
-        overrides: of the command line, for this run.
-    """
+    """One run of the grid: axis -> the label of its value, and the overrides that make it."""
 
     labels: dict[str, str]
     overrides: list[str]
@@ -82,11 +77,7 @@ class GridSweeper(Sweeper):
         self._parser = OverridesParser.create(config_loader=hydra_context.config_loader)
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run what is not finished.
-
-        Returns:
-            One list of Hydra's job returns.
-        """
+        """Run what is not finished; one list of Hydra's job returns."""
         assert self.config is not None and self.launcher is not None
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,38 +104,35 @@ class GridSweeper(Sweeper):
             ConfigCompositionException: a key on the command line that an axis sets together with
                 others.
         """
-        axes = {name: self._values(value) for name, value in self.axes.items()}
+        axes: dict[str, dict[str, list[str]]] = {}
+        for name, choice in self.axes.items():
+            if isinstance(choice, Mapping):
+                axes[name] = {str(label): _listed(overrides) for label, overrides in choice.items()}
+            else:
+                ((key, values, _),) = self._parse([choice])
+                axes[name] = {value: [f"{key}={value}"] for value in values}
         fixed = []
-        for override in self._parser.parse_overrides(list(arguments)):
-            key = override.get_key_element()
+        for key, values, sweeps in self._parse(arguments):
             varying = self._axis_of(key, axes)
-            sweep = override.is_sweep_override()
-            values = override.sweep_string_iterator() if sweep else []
-            values = list(values) or [override.get_value_element_as_str()]
-            if sweep or varying:
-                axes[varying or key] = {v: [f"{key}={v}"] for v in values}
+            if sweeps or varying:
+                axes[varying or key] = {value: [f"{key}={value}"] for value in values}
             else:
                 fixed.append(f"{key}={values[0]}")
-        product = [
-            Job(
-                dict(zip(axes, labels, strict=True)),
-                [*fixed, *(o for a, x in zip(axes, labels, strict=True) for o in axes[a][x])],
-            )
-            for labels in itertools.product(*axes.values())
-        ]
         # These run other methods, which settings of the grid's method do not fit.
         apart = [o for o in fixed if not o.startswith(("method.", "method@"))]
-        also = [Job({"also": name}, [*apart, *_listed(o)]) for name, o in self.also.items()]
-        return also + product
+        jobs = [Job({"also": name}, [*apart, *_listed(o)]) for name, o in self.also.items()]
+        for choices in itertools.product(*(values.items() for values in axes.values())):
+            labels = dict(zip(axes, (label for label, _ in choices), strict=True))
+            jobs.append(Job(labels, [*fixed, *(o for _, overrides in choices for o in overrides)]))
+        return jobs
 
-    def _values(self, value: Any) -> dict[str, list[str]]:
-        if isinstance(value, Mapping):
-            return {str(label): _listed(overrides) for label, overrides in value.items()}
-        (override,) = self._parser.parse_overrides([value])
-        key = override.get_key_element()
-        if not override.is_sweep_override():
-            return {value.partition("=")[2]: [value]}
-        return {choice: [f"{key}={choice}"] for choice in override.sweep_string_iterator()}
+    def _parse(self, overrides: Sequence[str]) -> Iterator[tuple[str, list[str], bool]]:
+        """Each override's key, its values, and whether they are a choice in Hydra's syntax."""
+        for override in self._parser.parse_overrides(list(overrides)):
+            sweeps = override.is_sweep_override()
+            values = override.sweep_string_iterator() if sweeps else []
+            values = list(values) or [override.get_value_element_as_str()]
+            yield override.get_key_element(), values, sweeps
 
     def _axis_of(self, key: str, axes: Mapping[str, Mapping[str, Sequence[str]]]) -> str | None:
         """The axis that varies this key and nothing else."""
@@ -171,24 +159,20 @@ class GridSweeper(Sweeper):
         with open_dict(config):
             del config["hydra"]
         run = folder / job.folder
-        if _is_finished(run, OmegaConf.to_yaml(config)):
-            return None
+        try:
+            json.loads((run / REPORT).read_text(encoding="utf-8"))
+            if (run / CONFIG).read_text(encoding="utf-8") == OmegaConf.to_yaml(config):
+                return None
+        except (OSError, ValueError):
+            pass
         # Of another configuration, or torn: nobody must take it for this job's.
         (run / REPORT).unlink(missing_ok=True)
         return overrides
 
 
-def _is_finished(run: Path, config: str) -> bool:
-    """Whether a run's report is whole, and of that configuration."""
-    try:
-        json.loads((run / REPORT).read_text(encoding="utf-8"))
-        return (run / CONFIG).read_text(encoding="utf-8") == config
-    except (OSError, ValueError):
-        return False
-
-
 def _plain(value: Any) -> dict[str, Any]:
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else dict(value or {})  # type: ignore[return-value]
+    plain: Any = OmegaConf.to_container(OmegaConf.create(value or {}))
+    return plain
 
 
 def _listed(overrides: Any) -> list[str]:

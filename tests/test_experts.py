@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import shutil
 import types
+import typing
+from unittest.mock import patch
 
 import numpy as np
 import peft
 import pytest
 import torch
+import typing_extensions
 from conftest import dinov2_tower, hf_tower
 from fusion_bench.method import SimpleAverageAlgorithm, TaskArithmeticAlgorithm
 from fusion_bench.modelpool import CLIPVisionModelPool
@@ -32,7 +35,6 @@ from fusion_bench_intervmerge.files import CACHE_VARIABLE
 from fusion_bench_intervmerge.fusion.algorithm import IntervMergeAlgorithm
 from fusion_bench_intervmerge.fusion.comparison import ComparisonAlgorithm
 from fusion_bench_intervmerge.fusion.merge import merge_experts
-from fusion_bench_intervmerge.fusion.openclip import _override_in_typing
 from fusion_bench_intervmerge.fusion.pools import ExpertPool
 from fusion_bench_intervmerge.merging import CoefficientSettings, mix
 from fusion_bench_intervmerge.tinyclip import ensure_pool
@@ -246,7 +248,7 @@ def test_a_folder_is_not_read_in_place_of_a_data_set(name, tiny, tmp_path, monke
 
 
 def test_dinov2_classifiers_of_unequal_classes(tmp_path, monkeypatch):
-    with _override_in_typing():
+    with patch.object(typing, "override", typing_extensions.override, create=True):
         from fusion_bench.modelpool import Dinov2ForImageClassificationPool
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 2}

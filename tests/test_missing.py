@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import hf_tower
 from fusion_bench import BaseModelPool
-from fusion_bench.method import SimpleAverageAlgorithm
+from fusion_bench.method import SimpleAverageAlgorithm, TaskArithmeticAlgorithm
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
 from PIL import Image
 from transformers import (
@@ -16,8 +16,6 @@ from transformers import (
     CLIPVisionModel,
     SiglipVisionConfig,
     SiglipVisionModel,
-    ViTConfig,
-    ViTModel,
 )
 
 from fusion_bench_intervmerge.config import ConfigError
@@ -117,23 +115,16 @@ def test_a_base_that_gives_no_model_is_named_as_the_comparison_names_it():
     assert line.startswith("bases.none: it gives a dict; allowed: a method that gives one")
 
 
-def test_an_expert_of_another_shape_under_coefficients():
+@pytest.mark.parametrize("settings", [{"coefficients": {}}, {"base": TaskArithmeticAlgorithm(0.3)}])
+def test_an_expert_of_another_shape(settings):
     other = CLIPVisionModel(CLIPVisionConfig(**SMALL | {"intermediate_size": 48}))
     pool = pool_of([], _pretrained_=hf_tower().model, bees=other)
-    line = told(IntervMergeAlgorithm({"attention": {}}, coefficients={}).merge, pool)
+    line = told(IntervMergeAlgorithm({"attention": {}}, **settings).merge, pool)
     assert line.startswith("modelpool.models.bees: ") and "has shape (48" in line
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        lambda: SiglipVisionModel(SiglipVisionConfig(**SMALL)),
-        lambda: ViTModel(ViTConfig(**SMALL)),
-    ],
-    ids=["siglip", "vit"],
-)
-def test_vision_models_of_no_known_family_are_refused_by_name(model):
-    model = model()
+def test_vision_models_of_no_known_family_are_refused_by_name():
+    model = SiglipVisionModel(SiglipVisionConfig(**SMALL))
     with pytest.raises(TypeError, match=f"no vision tower is known for .*{type(model).__name__}"):
         as_tower(model, torch.nn.Linear(32, 16, bias=False))
     line = told(pool_of([], bees=model).tower, "bees")

@@ -17,7 +17,6 @@ from fusion_bench_intervmerge.fusion import merge
 from fusion_bench_intervmerge.fusion.comparison import ComparisonAlgorithm
 from fusion_bench_intervmerge.fusion.pools import ExpertPool
 from fusion_bench_intervmerge.fusion.rivals import (
-    ExpertPerTask,
     FusionBenchMethod,
     Storage,
     TallMasks,
@@ -90,13 +89,9 @@ def test_emr_merging_by_its_formula(pool, images):
     torch.testing.assert_close(model.encode(images, mixed), wanted)
     with pytest.raises(ValueError, match="no encoder for task 'dogs'"):
         model.encode(images, "dogs")
+    assert torch.equal(model.encode(images), hf_tower().features(images))
     numbers = sum(t.numel() for t in zero.values())
     assert method.record(model).bytes == round(numbers * (4 + 3 / 8))
-
-
-@torch.no_grad()
-def test_experts_answer_for_other_tasks_as_the_pretrained_encoder(pool, images):
-    assert torch.equal(ExpertPerTask(pool).encode(images), hf_tower().features(images))
 
 
 def test_what_is_stored_is_counted_once(pool):

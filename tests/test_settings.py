@@ -10,9 +10,11 @@ from conftest import hf_tower
 from fusion_bench_intervmerge.config import ConfigError
 from fusion_bench_intervmerge.distillation.settings import DistillSettings
 from fusion_bench_intervmerge.fusion.algorithm import IntervMergeAlgorithm
-from fusion_bench_intervmerge.fusion.analyse import AnalyseInterventionModel
 from fusion_bench_intervmerge.fusion.comparison import ComparisonAlgorithm
-from fusion_bench_intervmerge.fusion.load import LoadInterventionModel
+from fusion_bench_intervmerge.fusion.saved import (
+    AnalyseInterventionModel,
+    LoadInterventionModel,
+)
 from fusion_bench_intervmerge.fusion.settings import MethodSettings
 from fusion_bench_intervmerge.model.model import InterventionModel
 from fusion_bench_intervmerge.solving.solve import SolveSettings
@@ -106,7 +108,7 @@ def test_an_edit_without_that_start():
         ({"bases": {}}, "bases: {}; allowed: a FusionBench method or more"),
         ({"bases": {"a": {}}}, "bases.a: names no method"),
         ({"methods": None}, "methods: null; allowed: settings"),
-        ({"methods": {"m": {"steps": 5}}}, "methods.m.interventions: is missing"),
+        ({"methods": {"m": {"steps": 5}}}, "methods.m.interventions: null; allowed: a mapping"),
         ({"methods": {"m": SURGERY | {"stepss": 5}}}, "methods.m.stepss: no such setting, did you"),
         ({"methods": {"m": SURGERY | {"data": 5}}}, "methods.m.data: 5; allowed: a mapping"),
         (
@@ -135,7 +137,7 @@ def test_a_comparison(settings, message):
 
 
 def test_a_saved_models_methods():
-    assert "path: null; allowed: the path" in refused(LoadInterventionModel)
+    assert "path: is missing; allowed: the path" in refused(LoadInterventionModel)
     assert "drop: 'a'; allowed: a list" in refused(LoadInterventionModel, path="a", drop="a")
     assert "fold: 'no'; allowed" in refused(LoadInterventionModel, path="a", fold="no")
     assert "path: ''; allowed" in refused(AnalyseInterventionModel, path="")

@@ -63,6 +63,9 @@ def test_a_choice_on_the_command_line_is_an_axis_or_replaces_one():
     assert found[0].labels == {"seed": "7", "r": "1"}
     (single,) = jobs(axes={"seed": "s=0"})
     assert single.labels == {"seed": "0"}
+    found = jobs(axes={"r": "r=1,2", "seed": "s=0,1,2"}, arguments=["s=7", "k=v"])
+    assert [job.overrides for job in found] == [["k=v", "r=1", "s=7"], ["k=v", "r=2", "s=7"]]
+    assert found[0].labels == {"r": "1", "seed": "7"}
 
 
 def test_folders_are_names_whatever_varies():
@@ -71,14 +74,6 @@ def test_folders_are_names_whatever_varies():
     assert len({job.folder for job in long}) == 2
     (job,) = jobs(axes={"part": {"{a: [1, 2]}/../b": "p=1"}})
     assert "/" not in job.folder
-
-
-def test_what_is_of_the_grids_method_is_not_for_the_runs_beside_it():
-    beside, run = jobs(
-        also={"a": "m=1"}, arguments=["method@method.base=ties", "method.x=1", "k=v"]
-    )
-    assert beside.overrides == ["k=v", "m=1"]
-    assert run.overrides == ["method@method.base=ties", "method.x=1", "k=v"]
 
 
 def test_another_base_for_a_study_as_the_guide_writes_it():
@@ -91,12 +86,6 @@ def test_another_base_for_a_study_as_the_guide_writes_it():
     assert "ties_merging" in compose("+experiment=blocks", *first.overrides).method.bases
     base = compose("+experiment=blocks", *runs[0].overrides).method.base
     assert base._target_.endswith("TiesMergingAlgorithm")
-
-
-def test_a_single_value_holds_for_all_runs():
-    found = jobs(axes={"r": "r=1,2", "seed": "s=0,1,2"}, arguments=["s=7", "k=v"])
-    assert [job.overrides for job in found] == [["k=v", "r=1", "s=7"], ["k=v", "r=2", "s=7"]]
-    assert found[0].labels == {"r": "1", "seed": "7"}
 
 
 @pytest.mark.parametrize("argument", ["x=9", "x=8,9"])

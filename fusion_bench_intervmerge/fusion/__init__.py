@@ -1,10 +1,9 @@
 """Everything that imports fusion_bench: the algorithm, the pools, the embedded pool."""
 
 from .algorithm import IntervMergeAlgorithm
-from .analyse import AnalyseInterventionModel
 from .calibrate import CalibrationAlgorithm, FeatCalAlgorithm
 from .comparison import ComparisonAlgorithm
-from .load import LoadInterventionModel
+from .saved import AnalyseInterventionModel, LoadInterventionModel
 
 __all__ = [
     "AnalyseInterventionModel",

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fusion_bench import BaseAlgorithm, BaseModelPool
+from fusion_bench import BaseModelPool
 from fusion_bench.constants import RuntimeConstants
-from fusion_bench.mixins import LightningFabricMixin
 from rich.console import Console
 from safetensors import SafetensorError
 from torch.utils.data import Subset
@@ -32,12 +31,12 @@ from ..merging import Mixture
 from ..model.artifact import check_place
 from ..model.model import InterventionModel
 from ..model.protocols import Experts, Repair
-from ..model.router import RouterSettings
-from ..results import ImagesUsed, Result, Results
+from ..results import ImagesUsed, Result
 from ..solving.fit_router import fit_router
 from ..solving.solve import budget_in_numbers, solve
 from .calibrate import images_of, nested_in, weights_method
 from .host import (
+    Method,
     after_evaluation,
     attach,
     check_task_pool,
@@ -45,12 +44,12 @@ from .host import (
     host_in_the_log,
     one_line,
     plain,
-    split_settings,
 )
 from .hosted import HostedInterventionModel
 from .merge import merge_experts
 from .pools import ExpertPool, prepare_task_pool
 from .records import (
+    announce,
     base_name,
     diagnose,
     diagnosis_table,
@@ -58,8 +57,8 @@ from .records import (
     method_name,
     repair_result,
     saved_images,
+    summarize_at_exit,
 )
-from .screen import announce, summarize_at_exit
 from .settings import MethodSettings
 
 log = logging.getLogger(__name__)
@@ -69,58 +68,45 @@ DIAGNOSED_IMAGES = 256
 
 @dataclass(frozen=True)
 class Repaired:
-    """A repaired model and how it was made.
-
-    Attributes:
-        model: the model.
-        done: its training.
-        settings: the method's, as plain values, with those of ``model`` where it had them before.
-    """
+    """A repaired model, its training, and the settings that decided the result as plain values."""
 
     model: InterventionModel
     done: Distillation
     settings: Json
 
 
-class IntervMergeAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
+class IntervMergeAlgorithm(Method, Repair):
     """Merge experts and repair the merged encoder with task-specific edits.
 
-    Args:
-        interventions, base: as in ``MethodSettings``.
-        settings: the other ones of ``MethodSettings``.
-
-    Raises:
-        ConfigError: a setting that does not exist, or not with that value.
+    Its settings are those of ``MethodSettings``.
     """
 
     Settings = MethodSettings
 
     @one_line
     def __init__(self, interventions: object = None, base: object = None, **settings: object):
-        settings, host = split_settings(settings, interventions=interventions, base=base)
-        super().__init__(**host)
-        self.settings = MethodSettings.read(settings)
-        base_config = nested_in(self.settings.base, self.settings)
-        self.settings = self.settings.model_copy(update={"base": base_config})
+        super().__init__(interventions=interventions, base=base, **settings)
+        changes = {"base": nested_in(self.settings.base, self.settings)}
         if RuntimeConstants.debug:  # fast_dev_run=true
-            steps = min(self.settings.steps, 2)
-            self.settings = self.settings.model_copy(update={"steps": steps})
+            changes["steps"] = min(self.settings.steps, 2)
+        self.settings = self.settings.model_copy(update=changes)
 
     @host_in_the_log()
     @one_line
     def run(self, modelpool: BaseModelPool) -> InterventionModel:
-        """Merge the pool's experts and repair the merged encoder.
-
-        Returns:
-            The model, which FusionBench's task pools evaluate task by task.
+        """The pool's experts merged and repaired; task pools evaluate the model task by task.
 
         Raises:
             ConfigError: a setting or a pool that does not fit, in one line.
             DistillationError: the loss is not finite.
         """
         pool = ExpertPool(modelpool)
-        if self.settings.save_to is not None:
-            self._check_writable(self._artifact_folder())
+        if self.settings.save_to is not None:  # refused before the training, not after it
+            logs, folder = Path(self.log_dir or ".").resolve(), self._artifact_folder()
+            if folder.resolve() in (logs, *logs.parents):
+                allowed = "'{log_dir}/intervmerge', or a folder elsewhere"
+                raise ConfigError("save_to", f"{folder} is where the run's logs go", allowed)
+            check_place(folder, "save_to")
         if self.settings.extend is not None:
             model = HostedInterventionModel.from_pretrained(Path(self.settings.extend))
             check_task_pool(self._program, pool.family, {*model.tasks, *pool.tasks})
@@ -164,8 +150,8 @@ class IntervMergeAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
     def merge(self, pool: ExpertPool) -> tuple[VisionTower, Mixture | None]:
         """The merged encoder, and the mixture it came from if ``coefficients`` are set."""
         settings, keep = self.settings, self.settings.resume == "auto"
-        base, coefficients = settings.base, settings.coefficients
-        return merge_experts(pool, base, coefficients, self.fabric, self._program, keep=keep)
+        how = settings.base, settings.coefficients
+        return merge_experts(pool, *how, self.fabric, self._program, keep)
 
     def repair(self, pool: Any, merged: VisionTower) -> InterventionModel:
         """Find edits for a merged encoder, which the model takes over.
@@ -202,9 +188,6 @@ class IntervMergeAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
         repaired = self._train(pool, model, pool.tasks, mixture if trains else None)
         if mixture is not None:
             model.metadata["coefficients"] = {"coefficients": mixture.coefficients.detach().cpu()}
-        self._round(model, settings.storage)
-        if settings.router is not None:
-            self._fit_router(pool, repaired, settings.router)
         return repaired
 
     def _extend(self, pool: ExpertPool, model: InterventionModel) -> Repaired:
@@ -221,33 +204,20 @@ class IntervMergeAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
             raise ConfigError("steps", problem, "1 or more, or no `extend`")
         for task in new:
             model.add_task(task)
-        repaired = self._train(pool, model, new, None)
-        self._round(model, model.storage)
-        if model.router is not None:  # the tasks that it knows stay as they are
-            self._fit_router(pool, repaired, None)
-        return repaired
-
-    @staticmethod
-    def _round(model: InterventionModel, storage: Any) -> None:
-        try:
-            model.store_as(storage)
-        except ValueError as error:
-            raise ConfigError("storage", str(error), "float32, int8") from None
+        return self._train(pool, model, new, None)
 
     def _fit_router(
-        self, pool: ExpertPool, repaired: Repaired, settings: RouterSettings | None
+        self, pool: ExpertPool, model: InterventionModel, done: Distillation, router: Any
     ) -> None:
         """Fit the router to the images that the edits were found on."""
-        model, done, data = repaired.model, repaired.done, self.settings.data
+        data = self.settings.data
         started, home = time.perf_counter(), model.device
         images = {t: Subset(pool.images(t, data.split), rows) for t, rows in done.images.items()}
-        try:
-            model.to(self.fabric.device)
-            with interruptible("fitting the router", done.states):
-                seed, workers = self.settings.seed, data.num_workers
-                fit_router(model, images, settings, seed=seed, num_workers=workers)
-        finally:
-            model.to(home)
+        model.to(self.fabric.device)
+        with interruptible("fitting the router", done.states):
+            seed, workers = self.settings.seed, data.num_workers
+            fit_router(model, images, router, seed=seed, num_workers=workers)
+        model.to(home)
         done.seconds = {**done.seconds, "routing": time.perf_counter() - started}
 
     def _train(
@@ -257,50 +227,43 @@ class IntervMergeAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
         tasks: Sequence[str],
         mixture: Mixture | None,
     ) -> Repaired:
-        """Solve the edits that the settings say are solved, then train."""
-        settings, data = self.settings, self.settings.data
+        """Solve the edits that the settings say are solved, train, round, and fit the router."""
+        settings = self.settings
         experts = {task: partial(pool.tower, task) for task in tasks}
-        images = {task: pool.images(task, data.split) for task in tasks}
+        images = {task: pool.images(task, settings.data.split) for task in tasks}
         described = self._describe(model, tasks)
-        keep = settings.resume == "auto"
         states, solved = None, None
-        if keep and not pool.pool.has_instance_models:  # nothing tells one live model from another
+        # nothing tells one live model from another
+        if settings.resume == "auto" and not pool.pool.has_instance_models:
             run = self._identity(pool, model, tasks, described)
             states = RunFolder(cache_root() / "states" / run, run)
+        more: Json = {"fabric": self.fabric, "states": states}
         if solves(model):
-            solved = solve(model, experts, images, settings, fabric=self.fabric, states=states)
+            solved = solve(model, experts, images, settings, **more)
         if solved is not None and not settings.steps:
-            done = Distillation(
-                torch.empty(0, len(tasks)),
-                solved.images,
-                solved.seconds,
-                solved.expert_features,
-                states=solved.states,
-            )
-            return Repaired(model, done, described)
-        done = distill(
-            model,
-            experts,
-            images,
-            settings,
-            mixture=mixture,
-            fabric=self.fabric,
-            states=states,
-            cache=pool.features,
-        )
-        if solved is not None:
-            done.seconds = solved.seconds | done.seconds
+            losses, parts = torch.empty(0, len(tasks)), (solved.images, solved.seconds)
+            done = Distillation(losses, *parts, solved.expert_features, states=solved.states)
+        else:
+            more |= {"mixture": mixture, "cache": pool.features}
+            done = distill(model, experts, images, settings, **more)
+            done.seconds = (solved.seconds if solved else {}) | done.seconds
+        try:
+            model.store_as(settings.storage if settings.extend is None else model.storage)
+        except ValueError as error:
+            raise ConfigError("storage", str(error), "float32, int8") from None
+        if model.router is not None:  # the tasks that it knows stay as they are
+            self._fit_router(pool, model, done, None)
+        elif settings.router is not None:
+            self._fit_router(pool, model, done, settings.router)
         return Repaired(model, done, described)
 
     def _describe(self, model: InterventionModel, tasks: Sequence[str]) -> Json:
         """The settings that decide a result, as plain values."""
-        settings = self.settings
-        base: object = settings.base
-        if base is not None and not isinstance(base, Mapping):
-            base = repr(type(base))  # nothing more can be told of a method object
+        settings, base = self.settings, plain(self.settings.base)
         described = {
             "interventions": {s: config.to_dict() for s, config in model.interventions.items()},
-            "base": plain(base),
+            # nothing more can be told of a method object
+            "base": base if base is None or isinstance(base, Mapping) else repr(type(base)),
             "budget": budget_in_numbers(settings.budget, model, len(tasks)),
             "coefficients": settings.coefficients and settings.coefficients.to_dict(),
             "loss": settings.loss,
@@ -334,12 +297,10 @@ class IntervMergeAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
             base = "coefficients of its own"
         elif pool.pool.has_merged:
             base = "the pool's merged model"
-        solved = {s: c.init == "regression" for s, c in settings.interventions.items()}
-        edits = ", ".join(
-            f"{site} ({'solved' if it else 'trained'})" for site, it in solved.items()
-        )
+        how = {s: c.init == "regression" for s, c in settings.interventions.items()}
+        edits = ", ".join(f"{site} ({'solved' if how[site] else 'trained'})" for site in how)
         budget = "" if settings.budget is None else f", budget {settings.budget} numbers"
-        images = self._images_used(any(solved.values()))
+        images = self._images_used(any(how.values()))
         tested = " (transductive: the split that is tested)" * images.transductive
         if self.fabric.is_global_zero:
             announce(
@@ -410,17 +371,13 @@ class IntervMergeAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
             features=rows,
         )
         result = result.model_copy(update={"method": method_name(result)})
-        if self.fabric.is_global_zero:
-            if alone:
-                console = Console()
-                console.print(
-                    "Image features against the experts', merged and repaired", style="bold"
-                )
-                console.print(diagnosis_table(rows))
-                named = fitting_task_pool(pool.tasks, pool.pool._models.get("_pretrained_"))
-                console.print(f"For accuracies add a task pool: taskpool={named}")
-            name = f"{result.base}/{result.method}/seed{result.seed}"
-            Results(tasks=list(pool.tasks), models={name: result}).write(self.log_dir)
+        if alone and self.fabric.is_global_zero:
+            console = Console()
+            console.print("Image features against the experts', merged and repaired", style="bold")
+            console.print(diagnosis_table(rows))
+            named = fitting_task_pool(pool.tasks, pool.pool._models.get("_pretrained_"))
+            console.print(f"For accuracies add a task pool: taskpool={named}")
+        self.write(pool.tasks, {f"{result.base}/{result.method}/seed{result.seed}": result})
         return result
 
     def _add_metadata(self, pool: ExpertPool, repaired: Repaired, result: Result) -> None:
@@ -452,14 +409,6 @@ class IntervMergeAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
 
     def _artifact_folder(self) -> Path:
         return Path(str(self.settings.save_to).format(log_dir=self.log_dir or "."))
-
-    def _check_writable(self, folder: Path) -> None:
-        """Refuse a folder before the training, not after it."""
-        logs = Path(self.log_dir or ".").resolve()
-        if folder.resolve() in (logs, *logs.parents):
-            allowed = "'{log_dir}/intervmerge', or a folder elsewhere"
-            raise ConfigError("save_to", f"{folder} is where the run's logs go", allowed)
-        check_place(folder, "save_to")
 
 
 def solves(model: InterventionModel) -> bool:

@@ -29,8 +29,7 @@ from .featcal import FeatCalSettings, featcal
 from .host import check_task_pool, host_in_the_log, one_line, plain, split_settings
 from .merge import merge_experts
 from .pools import ExpertPool
-from .records import base_name
-from .screen import announce
+from .records import announce, base_name
 from .settings import check_method
 
 # what is null in a method that runs by itself: none of the images that are tested

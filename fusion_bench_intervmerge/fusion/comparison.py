@@ -8,11 +8,9 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from pydoc import ErrorDuringImport, locate
 from typing import Annotated, Any
 
-from fusion_bench import BaseAlgorithm, BaseModelPool
-from fusion_bench.mixins import LightningFabricMixin
+from fusion_bench import BaseModelPool
 from hydra.utils import get_class
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -34,19 +32,17 @@ from ..encoders.base import VisionTower
 from ..merging import CoefficientSettings
 from ..model.model import InterventionModel
 from ..model.protocols import Repair
-from ..results import ImagesUsed, Result, Results
+from ..results import ImagesUsed, Result
 from .algorithm import IntervMergeAlgorithm
-from .analyse import Analyser
-from .host import attach, check_task_pool, host_in_the_log, one_line, split_settings
+from .host import Method, attach, check_task_pool, host_in_the_log, one_line
 from .hosted import hosted
 from .merge import merge_experts, run_adamerging
 from .pools import ExpertPool, prepare_task_pool
+from .records import Analyser, summarize_at_exit
 from .rivals import ExpertPerTask, FusionBenchMethod
-from .screen import summarize_at_exit
 from .settings import check_method
 
 log = logging.getLogger(__name__)
-
 
 _NOT_SETTINGS = ("_target_", *HOST_KEYS)
 
@@ -78,7 +74,7 @@ class ComparisonSettings(Settings):
         analysis_images: images per task for them, of the test split.
 
     Raises:
-        ConfigError: the first setting that does not fit, those of the methods included.
+        ConfigError: the first setting that does not fit.
     """
 
     bases: Annotated[Json, Field(min_length=1, description="a FusionBench method or more, by name")]
@@ -117,17 +113,13 @@ class ComparisonSettings(Settings):
             check_method(rival, f"rivals.{name}")
             if name in self.bases:
                 raise ConfigError(f"rivals.{name}", "a base has that name", "another name")
+        known = [*self.bases, *self.rivals]
         for group in ("images", "labels"):
             for name in getattr(self, group):
-                if name not in {*self.bases, *self.rivals}:
-                    raise unknown_key(name, [*self.bases, *self.rivals], "base or rival").under(
-                        group
-                    )
+                if name not in known:
+                    raise unknown_key(name, known, "base or rival").under(group)
         for name, images in self.images.items():
             ImagesUsed.read(images, f"images.{name}")
-        for name in self.methods:
-            for settings in (self._own(name), self.method(name)):
-                self.repair_class(name).Settings.read(settings, f"methods.{name}")
         return self
 
     def needs(self, name: str) -> Json:
@@ -135,68 +127,66 @@ class ComparisonSettings(Settings):
         images = [ImagesUsed(**self.images[name])] if name in self.images else []
         return {"images": images, "labels": self.labels.get(name, 0)}
 
-    def repair_class(self, name: str) -> type[Repair]:
-        """The class that repairs by a method: its ``_target_``; without one, IntervMerge's.
+    def method(self, name: str) -> tuple[type[Repair], Json]:
+        """The class that repairs by a method, and the method's settings, with those for all.
 
         Raises:
-            ConfigError: it is not a ``Repair``.
+            ConfigError: its ``_target_`` is not a ``Repair``.
         """
-        target = self.methods[name].get("_target_")
-        if target is None:
-            return IntervMergeAlgorithm
-        try:
-            repair = get_class(target)
-        except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"methods.{name}._target_", reason, "a repair") from error
-        if not issubclass(repair, Repair):
-            allowed = "a subclass of fusion_bench_intervmerge.model.protocols.Repair"
-            raise ConfigError(f"methods.{name}._target_", f"{target} is not a repair", allowed)
-        return repair
-
-    def method(self, name: str) -> Json:
-        """A method's settings, with those that hold for all that have them."""
-        own, fields = self._own(name), self.repair_class(name).Settings.model_fields
+        own = {key: value for key, value in self.methods[name].items() if value is not None}
+        target = own.get("_target_")
+        with named(f"methods.{name}"):
+            cls = repair_class(own) if target else IntervMergeAlgorithm
+            if cls is None:
+                allowed = "a subclass of fusion_bench_intervmerge.model.protocols.Repair"
+                raise ConfigError("_target_", f"{target} is not a repair", allowed)
+        own = {key: value for key, value in own.items() if key not in _NOT_SETTINGS}
+        fields = cls.Settings.model_fields
+        if "base" not in fields:
+            own.pop("base", None)
+        if isinstance(data := own.get("data"), Mapping):  # null: the default, in every setting
+            own["data"] = {key: value for key, value in data.items() if value is not None}
         if "steps" in fields and self.steps is not None and own.get("steps") != 0:
             own["steps"] = self.steps
         if "data" in fields and self.data is not None:
             own["data"] = {**own.get("data", {}), **self.data}
-        return own
-
-    def _own(self, name: str) -> Json:
-        given = {k: v for k, v in self.methods[name].items() if k not in _NOT_SETTINGS}
-        if "base" not in self.repair_class(name).Settings.model_fields:
-            given.pop("base", None)
-        if isinstance(data := given.get("data"), Mapping):  # null: the default, in every setting
-            given["data"] = {key: value for key, value in data.items() if value is not None}
-        return {key: value for key, value in given.items() if value is not None}
+        return cls, own
 
 
-class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
+def repair_class(config: Json) -> type[Repair] | None:
+    """The class that a config's ``_target_`` names, if it is a repair.
+
+    Raises:
+        ConfigError: it cannot be imported, or is not a class.
+    """
+    try:
+        cls = get_class(config["_target_"])
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError("_target_", reason, "a repair") from error
+    return cls if issubclass(cls, Repair) else None
+
+
+class ComparisonAlgorithm(Method):
     """Merge by each base, repair each merge by each method and seed, hand all to the task pool.
 
     Every method gets the same images, steps and merged encoder. FusionBench's report then has the
     accuracies of each model by name, and ``intervmerge.json`` beside it what each model is.
-
-    Args:
-        bases, methods: as in ``ComparisonSettings``.
-        settings: the other ones of ``ComparisonSettings``.
-
-    Raises:
-        ConfigError: a setting that does not exist, or not with that value.
     """
 
     Settings = ComparisonSettings
 
     @one_line
-    def __init__(self, bases: object = None, methods: object = None, **settings: object):
-        settings, host = split_settings(settings, bases=bases, methods=methods)
-        super().__init__(**host)
-        self.settings = ComparisonSettings.read(settings)
+    def __init__(self, **settings: object):
+        super().__init__(**settings)
         for method in self.settings.methods:
             self._build(method)  # refused now, not after the merge
         for rival in self.settings.rivals:
             self._rival(rival)
+        self._models: dict[str, object] = {}
+        self._results: dict[str, Result] = {}
+        self._problems: dict[str, str] = {}
+        self._repairs: list[Repair] = []
 
     @host_in_the_log()
     @one_line
@@ -209,10 +199,6 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
         for method in settings.methods:
             with named(f"methods.{method}"):
                 self._build(method).look_ahead(pool, tower)
-        self._models: dict[str, object] = {}
-        self._results: dict[str, Result] = {}
-        self._problems: dict[str, str] = {}
-        self._repairs: list[Repair] = []
         if settings.references:
             self._models["pretrained"] = pool.pool.load_model("_pretrained_")
             self._results["pretrained"] = Result(kind="pretrained")
@@ -226,20 +212,16 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
                 self._repair(rival, f"rivals.{name}", pool, pretrained, name, about)
         analyser = Analyser(settings.analyses, settings.analysis_images, "test", self.fabric.device)
         for name in settings.bases:
-            merged = None
             with self._going_on(name):
                 merged, start = self._merge(pool, name)
-            if merged is None:
+            if name in self._problems:
                 continue
             for method in settings.methods:
                 self._repair_merge(method, pool, merged, name, start)
             if analyser.names and self.fabric.is_global_zero:
                 analyser.run(name, pool, merged, self._first_seed(name), pool.tasks)
                 analyser.write(Path(self.log_dir or "."), pool.tasks)
-        if self.fabric.is_global_zero:
-            Results(tasks=list(pool.tasks), models=self._results, problems=self._problems).write(
-                self.log_dir
-            )
+        self.write(pool.tasks, self._results, problems=self._problems)
         for repair in self._repairs:
             repair.clear()
         summarize_at_exit(self.log_dir)
@@ -284,16 +266,17 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
     ) -> None:
         """Repair a merge by a method, with every seed that makes a difference."""
         changes: Json = {}
-        if self.settings.method(method).get("coefficients"):
+        if self.settings.methods[method].get("coefficients"):
             if start is None:
                 return
             changes = {"coefficients": {**start, "train": True}}
         for seed in self.settings.seeds if self._build(method).seeded(pool) else [None]:
             name = f"{base}/{method}" + ("" if seed is None else f"/seed{seed}")
             log.info("repairing: %s", name)
-            own = changes if seed is None else {"seed": seed, **changes}
+            if seed is not None:
+                changes["seed"] = seed
             about = {"base": base, "method": method, "seed": seed}
-            repair = self._build(method, own)
+            repair = self._build(method, **changes)
             self._repair(repair, f"methods.{method}", pool, merged, name, about)
 
     def _repair(
@@ -327,21 +310,18 @@ class ComparisonAlgorithm(LightningFabricMixin, BaseAlgorithm):
 
     def _rival(self, name: str) -> Repair:
         config = self.settings.rivals[name]
-        repair: object
-        with named(f"rivals.{name}"):
-            cls: object = None
-            with suppress(ErrorDuringImport):  # what cannot be imported fails when it runs
-                cls = locate(config.get("_target_", ""))
-            if isinstance(cls, type) and issubclass(cls, Repair):
-                repair = cls(**{k: v for k, v in config.items() if k not in _NOT_SETTINGS})
-            else:
-                repair = FusionBenchMethod(method=config)
-        return attach(repair, self._program, self.fabric)
+        cls = None
+        with suppress(ConfigError, KeyError):  # what cannot be imported fails when it runs
+            cls = repair_class(config)
+        own = {k: v for k, v in config.items() if k not in _NOT_SETTINGS}
+        return self._built(f"rivals.{name}", cls, own if cls else {"method": config})
 
-    def _build(self, method: str, changes: Mapping[str, object] | None = None) -> Repair:
+    def _build(self, method: str, **changes: object) -> Repair:
         """A method's repair, with the settings that hold for all."""
-        settings = self.settings
-        with named(f"methods.{method}"):
-            own = settings.method(method) | dict(changes or {})
-            repair: Any = settings.repair_class(method)(**own)
+        cls, own = self.settings.method(method)
+        return self._built(f"methods.{method}", cls, own | changes)
+
+    def _built(self, where: str, cls: Any, settings: Json) -> Repair:
+        with named(where):
+            repair: Repair = (cls or FusionBenchMethod)(**settings)
         return attach(repair, self._program, self.fabric)

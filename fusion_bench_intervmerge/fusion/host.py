@@ -9,23 +9,26 @@ and stays off the screen, as does everything else that it logs and prints while 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from io import StringIO
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import transformers
 from fusion_bench import BaseAlgorithm
 from fusion_bench.constants import RuntimeConstants
+from fusion_bench.mixins import LightningFabricMixin
 from fusion_bench.taskpool import CLIPVisionModelTaskPool, DummyTaskPool
 from fusion_bench.utils import set_print_function_call, set_print_function_call_permeanent
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 
-from ..config import HOST_KEYS, ArtifactError, ConfigError
+from ..config import HOST_KEYS, ArtifactError, ConfigError, Settings
 from ..distillation.loop import DistillationError
+from ..results import Result, Results
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +47,9 @@ def plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def split_settings(
-    given: Mapping[str, object], **more: object
-) -> tuple[dict[str, object], dict[str, Any]]:
+def split_settings(given: Mapping[str, object]) -> tuple[dict[str, object], dict[str, Any]]:
     """The settings among a method's arguments, as plain containers, and Hydra's own keys."""
-    settings = {key: plain(value) for key, value in (more | dict(given)).items()}
+    settings = {key: plain(value) for key, value in given.items()}
     return settings, {key: settings.pop(key) for key in HOST_KEYS if key in settings}
 
 
@@ -67,12 +68,9 @@ def has_task_pool(program: object) -> bool:
 
 
 def check_task_pool(program: object, family: str, tasks: Iterable[str]) -> None:
-    """Check, before the training, that the task pool can evaluate the models.
+    """Check, before the training, that the program's task pool can evaluate the models.
 
-    Args:
-        program: the running FusionBench program, or None.
-        family: the models', ``huggingface`` or ``openclip``.
-        tasks: those that the models know; a warning names the pool's others.
+    A warning names its tasks that the models do not know.
 
     Raises:
         ConfigError: the pool evaluates encoders of the other family, or never names a task.
@@ -103,12 +101,9 @@ def check_task_pool(program: object, family: str, tasks: Iterable[str]) -> None:
 
 
 def after_evaluation(program: object, clear: Callable[[], None], merge: str | None = None) -> None:
-    """Let a task pool of this package evaluate the merge too, and clear states after that.
+    """Let a task pool of this package evaluate the merge too, if it has a name here, then clear.
 
-    Args:
-        program: the running FusionBench program, or None.
-        clear: what to do once the model is evaluated; now, if the task pool is another's.
-        merge: the merge's name; None: do not evaluate it.
+    If the task pool is another's, clear now.
     """
     pool: Any = getattr(program, "taskpool", None)
     if hasattr(pool, "after_evaluation"):
@@ -189,27 +184,22 @@ def host_in_the_log() -> Iterator[None]:
     finally:
         for screen in screens:
             screen.removeFilter(quiet)
-        if RuntimeConstants.print_function_call is False:  # type: ignore[comparison-overlap]
+        boxes: object = RuntimeConstants.print_function_call
+        if boxes is False:
             set_print_function_call_permeanent(False)
-
-
-class _ToTheLog:
-    """A stream whose lines become records of the log; a file of FusionBench's has them."""
-
-    def write(self, text: str) -> int:
-        for line in filter(str.strip, text.splitlines()):
-            logging.getLogger("fusion_bench.stdout").info(line)
-        return len(text)
-
-    def flush(self) -> None:
-        """Nothing is held back."""
 
 
 @contextmanager
 def prints_in_the_log() -> Iterator[None]:
     """In a Hydra run, what another's method prints (tables of its profiler) goes to the log."""
-    with redirect_stdout(_ToTheLog()) if HydraConfig.initialized() else nullcontext():
+    if not HydraConfig.initialized():
         yield
+        return
+    with redirect_stdout(StringIO()) as printed:
+        try:
+            yield
+        finally:
+            logging.getLogger("fusion_bench.stdout").info(printed.getvalue())
 
 
 def _screens() -> list[logging.Handler]:
@@ -227,3 +217,27 @@ def _off_screen(error: E) -> E:
     for screen in _screens():
         screen.addFilter(wanted)
     return error
+
+
+# -- methods ---------------------------------------------------------------------------------------
+
+
+class Method(LightningFabricMixin, BaseAlgorithm):
+    """A FusionBench method with checked settings.
+
+    Raises:
+        ConfigError: a setting that does not exist, or not with that value.
+    """
+
+    Settings: ClassVar[type[Settings]]
+
+    @one_line
+    def __init__(self, **settings: object):
+        own, host = split_settings(settings)
+        super().__init__(**host)
+        self.settings: Any = self.Settings.read(own)
+
+    def write(self, tasks: Sequence[str], models: dict[str, Result], **more: Any) -> None:
+        """Write ``intervmerge.json`` beside the report, once over all processes."""
+        if self.fabric.is_global_zero:
+            Results(tasks=list(tasks), models=models, **more).write(self.log_dir)

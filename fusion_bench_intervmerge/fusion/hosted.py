@@ -11,12 +11,11 @@ reports a mark, ``"unseen": true``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from fusion_bench.models.hf_clip import HFCLIPClassifier
 from fusion_bench.taskpool import CLIPVisionModelTaskPool as HostCLIPVisionModelTaskPool
 from torch import Tensor, nn
 
@@ -30,13 +29,9 @@ from .images import preprocessed
 
 
 class _NamedAfterwards(nn.Module):
-    """FusionBench's protocol for models whose features depend on the task.
+    """FusionBench's protocol for models whose features depend on the task."""
 
-    Attributes:
-        is_surgery_model: tells FusionBench to ask ``compute_surgery_features``.
-    """
-
-    is_surgery_model = True
+    is_surgery_model = True  # tells FusionBench to ask ``compute_surgery_features``
     tasks: Any
     encode: Callable[..., Tensor]
     _images: Tensor | None = None
@@ -50,9 +45,7 @@ class _NamedAfterwards(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Features of the images of the last forward pass, for their task.
 
-        Args:
-            features: the output of that pass, projected and normalised.
-            dataset_name: the task.
+        ``features`` is the output of that pass, projected and normalised.
 
         Returns:
             L2-normalised features for the task (batch, projection_dim), ``features``, and the
@@ -81,57 +74,40 @@ class HostedInterventionModel(_NamedAfterwards, InterventionModel):
             ValueError: no task, on an OpenCLIP tower: FusionBench's OpenCLIP task pool never names
                 one, so its report would show the merged encoder's numbers as this model's.
         """
-        if task is None and not self.task_is_known:
-            if self.tower.family == "openclip":
-                raise ValueError(
-                    "no task is named, and this task pool never names one, so its report would "
-                    "show the merged model; use one of our task pools "
-                    "(taskpool=openclip-vit-b32_TA8, ...) or encode(images, task)"
-                )
-            self._remember(pixel_values)
-            with self.for_task(None):
-                return super().forward(pixel_values, *args, **kwargs)
-        return super().forward(pixel_values, *args, task=task, **kwargs)
+        if task is not None or self.task_is_known:
+            return super().forward(pixel_values, *args, task=task, **kwargs)
+        if self.tower.family == "openclip":
+            raise ValueError(
+                "no task is named, and this task pool never names one, so its report would "
+                "show the merged model; use one of our task pools "
+                "(taskpool=openclip-vit-b32_TA8, ...) or encode(images, task)"
+            )
+        self._remember(pixel_values)
+        with self.for_task(None):
+            return super().forward(pixel_values, *args, **kwargs)
 
 
 class HostedModel(_NamedAfterwards):
     """Any task-conditional model, as FusionBench's own task pools evaluate it.
 
-    Args:
-        model: the model.
-        like: an encoder of its architecture, for the width that the host's visual projection
-            takes and, with OpenCLIP, the images' preprocessing.
+    ``like`` is an encoder of its architecture, for the width that the host's visual projection
+    takes and, with OpenCLIP, the images' preprocessing.
     """
 
     def __init__(self, model: TaskConditionalModel, like: VisionTower):
         super().__init__()
-        self.model, self.width = model, like.width
+        self.model, self.width, self.tasks = model, like.width, model.tasks
+        self.encode, self.extra_parameters = model.encode, model.extra_parameters
         _copy_preprocessing(like, self)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(batch, width) filled with NaN: the features come once the task is named."""
         self._remember(pixel_values)
-        shape = (len(pixel_values), self.width)
-        return torch.full(shape, torch.nan, device=pixel_values.device)
-
-    @property
-    def tasks(self) -> list[str]:
-        return self.model.tasks
-
-    def encode(self, images: Tensor, task: str | Sequence[str] | None = None) -> Tensor:
-        return self.model.encode(images, task)
-
-    def extra_parameters(self) -> Mapping[str, object]:
-        return self.model.extra_parameters()
+        return pixel_values.new_full((len(pixel_values), self.width), torch.nan)
 
 
 def hosted(model: nn.Module, like: VisionTower) -> nn.Module:
-    """A model as FusionBench's own task pools can evaluate it; others stay as they are.
-
-    Args:
-        model: any model.
-        like: as in ``HostedModel``.
-    """
+    """A model as FusionBench's own task pools can evaluate it; others stay as they are."""
     if isinstance(model, TaskConditionalModel) and not hasattr(model, "is_surgery_model"):
         return HostedModel(model, like)
     return model
@@ -140,13 +116,7 @@ def hosted(model: nn.Module, like: VisionTower) -> nn.Module:
 class OneTask(nn.Module):
     """A task-conditional model while one task is evaluated: images -> that task's features.
 
-    Args:
-        model: the model.
-        merged: give the merged encoder's features, whatever the task.
-
-    Attributes:
-        task: to be set before the first forward pass.
-        train_preprocess, val_preprocess: the model's; FusionBench's OpenCLIP classifier has them.
+    ``task`` is to be set before; ``merged``: the merged encoder's features, whatever the task.
     """
 
     def __init__(self, model: TaskConditionalModel, merged: bool = False):
@@ -168,9 +138,12 @@ def by_task(model: nn.Module) -> Any:
     return OneTask(model) if isinstance(model, TaskConditionalModel) else model
 
 
-def unseen_tasks(model: object, tasks: Iterable[str]) -> set[str]:
-    """Those of the tasks that a task-conditional model does not know; of another model none."""
-    return set(tasks) - set(model.tasks) if isinstance(model, TaskConditionalModel) else set()
+def mark_unseen(report: Json, model: object) -> Json:
+    """Mark the tasks of a report that a task-conditional model does not know."""
+    if isinstance(model, TaskConditionalModel):
+        for task in report.keys() - {"model_info", "average", "confusion", *model.tasks}:
+            report[task]["unseen"] = True
+    return report
 
 
 def encode_mixed(model: TaskConditionalModel, images: Tensor, tasks: Sequence[str]) -> Tensor:
@@ -200,22 +173,22 @@ class Referenced:
     merge: str | None = None
     after_evaluation: Callable[[], None] | None = None
 
-    def finish_evaluation(self: Any, model: nn.Module, pretrained: nn.Module | None = None) -> None:
-        """Evaluate the merged encoder, and the pretrained one if it is at hand.
+    def finish(self: Any, report: Json, model: nn.Module, pretrained: Any = None) -> Json:
+        """Mark the unseen tasks, and evaluate the merged encoder, and the pretrained one if given.
 
         The file ``reference_report.json`` beside FusionBench's report holds their reports by name.
         """
-        if not isinstance(model, InterventionModel):
-            return
-        merge, self.merge = self.merge, None  # once, and not for the references themselves
-        clear, self.after_evaluation = self.after_evaluation, None
-        if merge is not None:
-            reports = {} if pretrained is None else {"pretrained": self.evaluate(pretrained)}
-            reports[merge] = self.evaluate(OneTask(model, merged=True))
-            if self.fabric.is_global_zero and self.log_dir is not None:
-                write_json(Path(self.log_dir) / REFERENCES, reports)
-        if clear is not None:
-            clear()
+        if isinstance(model, InterventionModel):
+            merge, self.merge = self.merge, None  # once, and not for the references themselves
+            clear, self.after_evaluation = self.after_evaluation, None
+            if merge is not None:
+                reports = {} if pretrained is None else {"pretrained": self.evaluate(pretrained)}
+                reports[merge] = self.evaluate(OneTask(model, merged=True))
+                if self.fabric.is_global_zero and self.log_dir is not None:
+                    write_json(Path(self.log_dir) / REFERENCES, reports)
+            if clear is not None:
+                clear()
+        return mark_unseen(report, model)
 
 
 class CLIPVisionModelTaskPool(Referenced, HostCLIPVisionModelTaskPool):
@@ -237,16 +210,13 @@ class CLIPVisionModelTaskPool(Referenced, HostCLIPVisionModelTaskPool):
     def evaluate(self, model: Any, name: str | None = None, **kwargs: Any) -> Json:
         """FusionBench's report: accuracy and loss, per task and on average."""
         report = super().evaluate(by_task(model), name, **kwargs)
-        for task in unseen_tasks(model, self._test_datasets):
-            report[task]["unseen"] = True
-        self.finish_evaluation(model, self._pretrained)
-        return report
+        return self.finish(report, model, self._pretrained)
 
-    def on_task_evaluation_begin(self, classifier: HFCLIPClassifier, task_name: str) -> None:
+    def on_task_evaluation_begin(self, classifier: Any, task_name: str) -> None:
         """Name the task to the model."""
         super().on_task_evaluation_begin(classifier, task_name)
         model = classifier.clip_model.vision_model
         if isinstance(model, OneTask):
             model.task = task_name
             # the output is projected already: edits of the image features come after that
-            classifier.get_image_features = model.forward  # type: ignore[method-assign]
+            classifier.get_image_features = model.forward

@@ -53,50 +53,35 @@ def merge_experts(
         pool: the experts; a merged model in it is taken as it is.
         base: config of a FusionBench method, or a method object.
         coefficients: merge by these instead, starting from their ``init``.
-        fabric: shared with the nested method.
-        program: the running FusionBench program, or None.
+        fabric, program: shared with the nested method.
         keep: whether to take the coefficients of an earlier run of AdaMerging.
 
     Raises:
         ConfigError: nothing merges, or models that do not fit each other.
     """
     if coefficients is not None:
-        return _by_coefficients(pool, base, coefficients, fabric, program, keep)
-    if pool.pool.has_merged:
+        tower, start = pool.tower("_pretrained_"), coefficients.init
+        if start == "base":
+            start = run_adamerging(base, pool.pool, fabric, program, keep)
+        sizes = len(pool.tasks), len(tower.mergeable())
+        init = initial_coefficients(start, *sizes, coefficients.granularity)
+    elif pool.pool.has_merged:
         log.info("the pool has a merged model: it is repaired, and `base` is not run")
         return pool.tower("_merged_"), None
-    if base is None:
+    elif base is None:
         raise ConfigError("base", "nothing merges the experts", "a FusionBench method")
     try:
+        if coefficients is not None:
+            return tower, mix(tower, map(pool.tower, pool.tasks), init, coefficients)
         model = run_base(base, pool.pool, fabric, program)
     except (RuntimeError, ValueError, KeyError):
-        pool.check_shapes()  # the likeliest reason, and the method's own words for it are many
+        pool.check_shapes()  # the likeliest reason, and the words for it are many
         raise
     except TypeError as error:
         raise ConfigError(
             "base", f"the method failed ({error})", "settings of its types"
         ) from error
     return pool.wrap(model.to("cpu")), None
-
-
-def _by_coefficients(
-    pool: ExpertPool,
-    base: object,
-    settings: CoefficientSettings,
-    fabric: Fabric,
-    program: object,
-    keep: bool,
-) -> tuple[VisionTower, Mixture]:
-    tower, start = pool.tower("_pretrained_"), settings.init
-    if start == "base":
-        start = run_adamerging(base, pool.pool, fabric, program, keep)
-    tensors = len(tower.mergeable())
-    init = initial_coefficients(start, len(pool.tasks), tensors, settings.granularity)
-    try:
-        return tower, mix(tower, map(pool.tower, pool.tasks), init, settings)
-    except ConfigError:
-        pool.check_shapes()  # names the expert and the tensor
-        raise
 
 
 def run_base(config: object, pool: BaseModelPool, fabric: Fabric, program: object) -> nn.Module:
@@ -115,14 +100,8 @@ def run_base(config: object, pool: BaseModelPool, fabric: Fabric, program: objec
 def run_method(config: object, pool: BaseModelPool, fabric: Fabric, program: object) -> object:
     """Run a nested method on a pool and return what it returns.
 
-    Configs of both kinds are taken: with ``_target_``, and the older ones that FusionBench finds
-    by their ``name``.
-
-    Args:
-        config: the method's config, or a method object.
-        pool: the model pool.
-        fabric: shared with the nested method.
-        program: the running FusionBench program, or None.
+    A method object is taken, and configs of both kinds: with ``_target_``, and the older ones that
+    FusionBench finds by their ``name``.
 
     Raises:
         ConfigError: the config names no method.
@@ -168,8 +147,8 @@ def _with_tensors(pool: BaseModelPool) -> BaseModelPool:
         model.__class__ = type(kind.__name__, (kind,), {"state_dict": state_dict})
         return model
 
-    tensors = copy.copy(pool)
-    tensors.load_model = load  # type: ignore[method-assign, assignment]
+    tensors: Any = copy.copy(pool)
+    tensors.load_model = load
     return tensors
 
 
@@ -181,7 +160,7 @@ def run_adamerging(
     They are kept in the cache folder, so that all runs of a study start from the same ones.
 
     Args:
-        config: the method's config; the others are as in ``run_base``.
+        config, pool, fabric, program: as in ``run_base``.
         keep: whether to take the coefficients of an earlier run of the same method and pool.
 
     Returns:
@@ -196,9 +175,25 @@ def run_adamerging(
             "`base` is not an AdaMerging method, so it gives no coefficients",
             "method@method.base=adamerging/clip, a number, or a file",
         )
+
+    def find() -> Tensor:
+        with tempfile.TemporaryDirectory() as place:
+            file = Path(place) / "merging_weights.pt"
+            saving = OmegaConf.merge(config, {"save_merging_weights": str(file)})
+            run_base(saving, pool, fabric, program)
+            return torch.load(file, weights_only=True)
+
     if not keep or pool.has_instance_models:  # nothing tells one live module from another
-        return _find_coefficients(config, pool, fabric, program)
-    key, folder = _cache_key(config, pool), cache_root() / "coefficients"
+        return find()
+    facts = [  # all that the coefficients depend on
+        OmegaConf.to_yaml(config, resolve=True),
+        *(f"{name}: {pool._models[name]}" for name in pool.all_model_names),
+        str(pool._test_datasets),
+        version("fusion-bench"),
+        str(RuntimeConstants.debug),  # a dry run of a few steps
+    ]
+    key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:20]
+    folder = cache_root() / "coefficients"
     path = folder / f"{key}.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{key}.lock"):
@@ -206,29 +201,7 @@ def run_adamerging(
             coefficients = load_file(path)["coefficients"]
             log.info("AdaMerging's coefficients are those of an earlier run, %s", path)
         except (FileNotFoundError, SafetensorError, KeyError):
-            coefficients = _find_coefficients(config, pool, fabric, program)
+            coefficients = find()
             with atomic_file(path) as temporary:
                 save_file({"coefficients": coefficients}, temporary)
         return coefficients
-
-
-def _find_coefficients(
-    config: Mapping[Any, Any], pool: BaseModelPool, fabric: Fabric, program: object
-) -> Tensor:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "merging_weights.pt"
-        saving = OmegaConf.merge(config, {"save_merging_weights": str(path)})
-        run_base(saving, pool, fabric, program)
-        return torch.load(path, weights_only=True)
-
-
-def _cache_key(config: Mapping[Any, Any], pool: BaseModelPool) -> str:
-    """A digest of everything that a method's coefficients on a pool depend on."""
-    facts = [
-        OmegaConf.to_yaml(config, resolve=True),
-        *(f"{name}: {pool._models[name]}" for name in pool.all_model_names),
-        str(pool._test_datasets),
-        version("fusion-bench"),
-        str(RuntimeConstants.debug),  # a dry run of a few steps
-    ]
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:20]

@@ -11,18 +11,17 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
-from fusion_bench import BaseAlgorithm, BaseModelPool
-from fusion_bench.mixins import LightningFabricMixin
+from fusion_bench import BaseModelPool
 from fusion_bench.models.modulator import ModulatedModel
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..config import ConfigError, Settings
+from ..config import ConfigError, Json, Settings
 from ..encoders.base import VisionTower
 from ..merging import task_vector
 from ..model.protocols import Repair, TaskConditionalModel
-from ..results import Result, Results
-from .host import check_task_pool, host_in_the_log, one_line, split_settings
+from ..results import Result
+from .host import Method, check_task_pool, host_in_the_log, one_line
 from .hosted import hosted
 from .merge import run_method
 from .pools import ExpertPool
@@ -34,14 +33,7 @@ NotNegative = Annotated[float, Field(ge=0, description="a number, 0 or more")]
 
 
 class EncoderPerTask(nn.Module):
-    """Encodes by the task's encoder, one task after the other; without a task, by the pretrained.
-
-    Args:
-        pool: the experts that it was made of.
-
-    Attributes:
-        tasks: those it has an encoder for.
-    """
+    """Encodes by the task's own encoder; without a task, by the pretrained one."""
 
     def __init__(self, pool: ExpertPool):
         super().__init__()
@@ -93,30 +85,19 @@ class ExpertPerTask(EncoderPerTask):
 
 
 class ModelPerTask(EncoderPerTask):
-    """All tasks' encoders in memory.
-
-    Args:
-        models: task -> vision model.
-        pool: the experts that they were made of.
-    """
+    """All tasks' encoders in memory, made of task -> vision model."""
 
     def __init__(self, models: Mapping[str, nn.Module], pool: ExpertPool):
         super().__init__(pool)
         towers = [pool.wrap(models[task]).requires_grad_(False).eval() for task in pool.tasks]
-        self.towers = nn.ModuleList(towers)
+        self.towers: Any = nn.ModuleList(towers)
 
     def tower_for(self, task: str) -> VisionTower:
-        tower: Any = self.towers[self.tasks.index(task)]
-        return tower
+        return self.towers[self.tasks.index(task)]
 
 
 class Modulated(EncoderPerTask):
-    """FusionBench's ``ModulatedModel``, whose weights become a task's own in place.
-
-    Args:
-        model: the model.
-        pool: the experts that it was made of.
-    """
+    """FusionBench's ``ModulatedModel``, whose weights become a task's own in place."""
 
     def __init__(self, model: ModulatedModel[Any], pool: ExpertPool):
         super().__init__(pool)
@@ -140,18 +121,12 @@ def count(tower: VisionTower) -> int:
 # -- the rivals ------------------------------------------------------------------------------------
 
 
-class Rival(LightningFabricMixin, BaseAlgorithm, Repair):
+class Rival(Method, Repair):
     """A method that starts from the experts, whatever merge is repaired beside it.
 
     A new one is one file: a subclass with ``Settings`` and ``repair``, which runs by itself
     (``method=rivals/NAME``) and among the ``rivals`` of a comparison.
     """
-
-    @one_line
-    def __init__(self, **settings: object):
-        settings, host = split_settings(settings)
-        super().__init__(**host)
-        self.settings: Any = self.Settings.read(settings)
 
     @host_in_the_log()
     @one_line
@@ -165,10 +140,8 @@ class Rival(LightningFabricMixin, BaseAlgorithm, Repair):
         check_task_pool(self._program, pool.family, pool.tasks)
         tower = pool.tower("_pretrained_")
         model: Any = self.repair(pool, tower)
-        if self.fabric.is_global_zero:
-            name = type(self).__name__
-            result = self.record(model).model_copy(update={"method": name})
-            Results(tasks=pool.tasks, models={name: result}).write(self.log_dir)
+        name = type(self).__name__
+        self.write(pool.tasks, {name: self.record(model).model_copy(update={"method": name})})
         return hosted(model, tower)
 
 
@@ -241,14 +214,7 @@ class FusionBenchMethod(Rival):
 
 
 def as_task_conditional(result: object, pool: ExpertPool) -> nn.Module:
-    """A method's result as a module that a task pool evaluates.
-
-    Args:
-        result: a module; or a mapping with ``models``, one per task.
-        pool: the experts that it was made of.
-
-    Returns:
-        A ``TaskConditionalModel`` if the result depends on the task, else the module itself.
+    """A module, or a mapping with ``models`` per task, as a module that a task pool evaluates.
 
     Raises:
         ConfigError: it is none of these.
@@ -296,7 +262,5 @@ class TallMasks(Rival):
         return ModelPerTask(towers, pool)
 
     def record(self, model: TaskConditionalModel) -> Result:
-        numbers = self._bytes // 4
-        return Result(
-            kind="rival", extra_parameters=numbers, bytes=self._bytes, needs_task=True, passes=1.0
-        )
+        size: Json = {"extra_parameters": self._bytes // 4, "bytes": self._bytes}
+        return Result(kind="rival", needs_task=True, passes=1.0, **size)

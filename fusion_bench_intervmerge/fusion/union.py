@@ -7,10 +7,11 @@ two tasks is two classes. The images may be spoilt, the same way every time.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from fusion_bench.models.hf_clip import HFCLIPClassifier
 from fusion_bench.utils import count_parameters
@@ -24,7 +25,7 @@ from ..config import Json, Seed, Settings
 from ..data import generator_of
 from ..model.protocols import TaskConditionalModel
 from .host import one_line
-from .hosted import CLIPVisionModelTaskPool, encode_mixed, unseen_tasks
+from .hosted import CLIPVisionModelTaskPool, encode_mixed, mark_unseen
 from .pools import Head, zero_shot_head
 
 # Severity 1 to 5. Noise: standard deviation, of pixels from 0 to 1, as in ImageNet-C. Blur: radius
@@ -50,12 +51,9 @@ class StreamSettings(Settings):
 
 
 class Corrupted(Dataset[Any]):
-    """A data set whose images are spoilt; labels stay.
+    """A data set whose images are spoilt, in ``{"image": PIL.Image, "label": int}``; labels stay.
 
-    Args:
-        dataset: items are ``{"image": PIL.Image, "label": int}`` or pairs of both.
-        task: its name; the noise follows from (seed, task, index).
-        settings: what is done to the images.
+    The noise follows from (seed, task, index).
     """
 
     def __init__(self, dataset: Sequence[Any], task: str, settings: StreamSettings):
@@ -65,18 +63,17 @@ class Corrupted(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, object]:
-        item = self.dataset[index]
+        item, settings = self.dataset[index], self.settings
         image, label = (item["image"], item["label"]) if isinstance(item, dict) else item
-        return {"image": self._corrupt(image.convert("RGB"), index), "label": label}
-
-    def _corrupt(self, image: Image.Image, index: int) -> Image.Image:
-        level = self.settings.severity - 1
-        if self.settings.corruption == "blur":
-            return image.filter(ImageFilter.GaussianBlur(BLUR[level] * min(image.size)))
-        seed = generator_of(self.settings.stream_seed, f"noise {index}", self.task).initial_seed()
-        pixels = np.asarray(image) / 255
-        noise = np.random.default_rng(seed).normal(0, NOISE[level], pixels.shape)
-        return Image.fromarray(np.uint8(np.clip(pixels + noise, 0, 1) * 255))
+        image, level = image.convert("RGB"), settings.severity - 1
+        if settings.corruption == "blur":
+            image = image.filter(ImageFilter.GaussianBlur(BLUR[level] * min(image.size)))
+        else:
+            seed = generator_of(settings.stream_seed, f"noise {index}", self.task).initial_seed()
+            pixels = np.asarray(image) / 255
+            noise = np.random.default_rng(seed).normal(0, NOISE[level], pixels.shape)
+            image = Image.fromarray(np.uint8(np.clip(pixels + noise, 0, 1) * 255))
+        return {"image": image, "label": label}
 
 
 class Stream(Dataset[Any]):
@@ -97,52 +94,11 @@ class Stream(Dataset[Any]):
         return pixels, task, int(label)
 
 
-class Tally:
-    """Counts of right answers, per task and way of answering.
-
-    Args:
-        tasks: in the order of their indices.
-    """
-
-    def __init__(self, tasks: list[str]):
-        self.tasks = tasks
-        self.images = torch.zeros(len(tasks), dtype=torch.long)
-        self.right: dict[str, Tensor] = {}
-        # one more column: refused, as an image of no known task
-        self.confusion = torch.zeros(len(tasks), len(tasks) + 1, dtype=torch.long)
-
-    def count(self, name: str, right: Tensor, task_ids: Tensor) -> None:
-        """Add a batch: whether each image (batch,) was right, and its task's index (batch,)."""
-        sums = self.right.setdefault(name, torch.zeros_like(self.images))
-        sums += torch.bincount(task_ids[right.cpu()], minlength=len(self.tasks))
-
-    def report(self) -> Json:
-        """Task -> its numbers; ``average``; ``confusion``, task -> answered task -> images."""
-        seen = self.images > 0
-        shares = {name: (right / self.images)[seen] for name, right in self.right.items()}
-        # what the model reaches when nobody names the task; else the best that it has
-        shown = next(name for name in ("routed", "given", "union") if name in shares)
-        shares = {"accuracy": shares[shown], **shares}
-        evaluated = [task for task, has in zip(self.tasks, seen.tolist(), strict=True) if has]
-        report: Json = {
-            task: {name: float(share[row]) for name, share in shares.items()}
-            for row, task in enumerate(evaluated)
-        }
-        report["average"] = {name: float(share.mean()) for name, share in shares.items()}
-        if "routing" in shares:
-            columns = [*self.tasks, "none"]
-            report["confusion"] = {
-                task: {c: n for c, n in zip(columns, row, strict=True) if n}
-                for task, row in zip(self.tasks, self.confusion.tolist(), strict=True)
-            }
-        return report
-
-
 @torch.no_grad()
 def measure(
     model: Any,
     heads: Mapping[str, Head],
-    batches: Iterator[tuple[Tensor, Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     device: torch.device,
 ) -> Json:
     """Evaluate a model on a stream.
@@ -154,42 +110,51 @@ def measure(
         device: where the images go.
 
     Returns:
-        As ``Tally.report``. ``given``: the task is given; ``routed``: the router names it, and the
-        class is one of the routed task; ``union``: the class is one of all tasks, from the routed
-        task's features or, if the model needs no task, its own; ``routing``: the task is right, as
-        routed or as the class says; ``accuracy``: the first that the model has of ``routed``,
-        ``given``, ``union``.
+        Task -> shares of right answers; ``average``; ``confusion``, task -> answered task ->
+        images. ``given``: the task is given; ``routed``: the router names it, and the class is one
+        of the routed task; ``union``: the class is one of all tasks, from the routed task's
+        features or, if the model needs no task, its own; ``routing``: the task is right, as routed
+        or as the class says; ``accuracy``: the first that the model has of ``routed``, ``given``,
+        ``union``.
     """
-    tasks = list(heads)
-    tally = Tally(tasks)
+    tasks, parts = list(heads), []
     conditional = isinstance(model, TaskConditionalModel)
     routes = getattr(model, "router", None) is not None
     for images, task_ids, labels in batches:
-        images = images.to(device)
-        tally.images += torch.bincount(task_ids, minlength=len(tasks))
+        images, row = images.to(device), {"task": task_ids}
         if conditional:
             features = encode_mixed(model, images, [tasks[index] for index in task_ids.tolist()])
-            tally.count("given", _predicted(features, heads, task_ids).eq(labels), task_ids)
-            if not routes:
-                continue
-        features = model.encode(images, "auto") if conditional else model(images)
-        logits = [head(features).float().cpu() for head in heads.values()]
-        sizes = torch.tensor([part.shape[1] for part in logits])
-        start = sizes.cumsum(0) - sizes
-        best = torch.cat(logits, dim=1).argmax(dim=1)
-        tally.count("union", best.eq(start[task_ids] + labels), task_ids)
-        if routes:
-            index = {task: i for i, task in enumerate(tasks)}  # len(tasks) stands for none of them
-            answer = torch.tensor([index.get(task, len(tasks)) for task in model.route(images)])
-            known = answer < len(tasks)
-            by_head = torch.stack([part.argmax(dim=1) for part in logits], dim=1)
-            chosen = by_head.gather(1, answer.clamp_max(len(tasks) - 1)[:, None])[:, 0]
-            tally.count("routed", known & answer.eq(task_ids) & chosen.eq(labels), task_ids)
-        else:
-            answer = torch.bucketize(best, sizes.cumsum(0), right=True)
-        tally.count("routing", answer.eq(task_ids), task_ids)
-        tally.confusion.index_put_((task_ids, answer), torch.ones_like(answer), accumulate=True)
-    return tally.report()
+            row["given"] = _predicted(features, heads, task_ids).eq(labels)
+        if routes or not conditional:
+            features = model.encode(images, "auto") if conditional else model(images)
+            logits = [head(features).float().cpu() for head in heads.values()]
+            sizes = torch.tensor([part.shape[1] for part in logits])
+            best = torch.cat(logits, dim=1).argmax(dim=1)
+            start = sizes.cumsum(0) - sizes
+            answer = torch.bucketize(best, start, right=True) - 1
+            row["union"] = best.eq(start[task_ids] + labels)
+            if routes:
+                index = {task: i for i, task in enumerate(tasks)}  # len(tasks): none of them
+                answer = torch.tensor([index.get(t, len(tasks)) for t in model.route(images)])
+                right = _predicted(features, heads, task_ids).eq(labels)
+                row["routed"] = right & answer.eq(task_ids)
+            row |= {"routing": answer.eq(task_ids), "answer": answer}
+        parts.append(pd.DataFrame({key: column.numpy() for key, column in row.items()}))
+    rows = pd.concat(parts)
+    counts = pd.crosstab(rows["task"], rows.pop("answer")) if "answer" in rows else None
+    shares = rows.groupby("task").mean()
+    # what the model reaches when nobody names the task; else the best that it has
+    shown = next(name for name in ("routed", "given", "union") if name in shares)
+    shares.insert(0, "accuracy", shares[shown])
+    report: Json = {tasks[row]: own.to_dict() for row, own in shares.iterrows()}
+    report["average"] = shares.mean().to_dict()
+    if counts is not None:
+        names = [*tasks, "none"]
+        report["confusion"] = {
+            tasks[row]: {names[answer]: int(n) for answer, n in own.items() if n}
+            for row, own in counts.iterrows()
+        }
+    return report
 
 
 def _predicted(features: Tensor, heads: Mapping[str, Head], task_ids: Tensor) -> Tensor:
@@ -203,11 +168,7 @@ def _predicted(features: Tensor, heads: Mapping[str, Head], task_ids: Tensor) ->
 
 
 class Union:
-    """What the ``..._union`` task pools of both families have in common.
-
-    Args:
-        args, settings: FusionBench's pool's, and those of ``StreamSettings``.
-    """
+    """A task pool of FusionBench's with ``StreamSettings``, for both families."""
 
     @one_line
     def __init__(self, *args: object, **settings: object):
@@ -222,14 +183,12 @@ class Union:
         info |= {} if name is None else {"name": name}
         device = self.fabric.device
         model = model.to(device).eval()
-        unseen = unseen_tasks(model, heads)
+        encoder = model
         if hasattr(self, "clip_model") and not isinstance(model, TaskConditionalModel):
             self.clip_model.vision_model = model
-            model = HFCLIPClassifier(self.clip_model, self.processor).get_image_features
-        report = measure(model, heads, self.batches(), device)
-        for task in unseen & report.keys():
-            report[task]["unseen"] = True
-        return {"model_info": info, **report}
+            encoder = HFCLIPClassifier(self.clip_model, self.processor).get_image_features
+        report = measure(encoder, heads, self.batches(), device)
+        return {"model_info": info, **mark_unseen(report, model)}
 
     def batches(self: Any) -> Iterator[Any]:
         """The stream in batches, corrupted if the settings say so."""
@@ -252,11 +211,7 @@ class UnionCLIPVisionModelTaskPool(Union, CLIPVisionModelTaskPool):
         """As ``measure``, with ``model_info``."""
         if not self._is_setup:
             self.setup()
-        return self.report(model, self._heads(), name)
-
-    def _heads(self) -> dict[str, Head]:
-        """FusionBench's zero-shot heads, one per task; they need no vision model."""
-        if not hasattr(self, "_zero_shot"):
+        if not hasattr(self, "_heads"):  # zero-shot ones, which need no vision model
             clip, processor, tasks = self.clip_model, self.processor, map(str, self.test_datasets)
-            self._zero_shot = {task: zero_shot_head(clip, processor, task) for task in tasks}
-        return self._zero_shot
+            self._heads = {task: zero_shot_head(clip, processor, task) for task in tasks}
+        return self.report(model, self._heads, name)

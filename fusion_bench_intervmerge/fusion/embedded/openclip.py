@@ -15,28 +15,23 @@ from ...encoders.huggingface import HuggingFaceTower
 from ...tinyclip.pools import TINY, Pool
 from ..host import one_line
 from ..openclip.checkpoints import ImageEncoder
-from ..openclip.pool import OpenCLIPVisionModelPool
+from ..openclip.pools import OpenCLIPVisionModelPool
 from .pool import (
-    PoolSettings,
-    check_keys,
     datasets,
     folders,
     load_clip,
     load_processor,
-    one_thread,
     pool_folder,
+    read_settings,
     target,
 )
 
 
 class EmbeddedOpenCLIPVisionModelPool(OpenCLIPVisionModelPool):
-    """A small OpenCLIP encoder with eight experts, their heads and datasets; unpacked offline.
+    """A small OpenCLIP encoder with eight experts, their heads and datasets.
 
     Args:
-        seed: of the pool; only 0 ships.
-        models: further models by name, such as ``_merged_``.
-        pool: its name, one of those in ``tinyclip/pools.py``.
-        folder: of a pool that ``tools/build_pool.py`` built, in place of the one that ships.
+        seed, models, pool, folder: as in ``EmbeddedCLIPVisionModelPool``.
     """
 
     @one_line
@@ -48,13 +43,9 @@ class EmbeddedOpenCLIPVisionModelPool(OpenCLIPVisionModelPool):
         folder: str | None = None,
         **kwargs: Any,
     ):
-        check_keys(kwargs, type(self))
         given = {"seed": seed, "pool": pool, "folder": folder}
-        settings = PoolSettings.read(given, "modelpool")
+        settings, tasks = read_settings(type(self), kwargs, given)
         place = {"pool": settings.pool, "folder": settings.folder}
-        tasks = Pool.named(settings.pool).tasks
-        pool_folder(settings.pool, settings.folder, settings.seed)
-        one_thread()
         own = {name: target(load_encoder, name=name, **place) for name in folders(tasks)}
         heads = OmegaConf.create({name: target(load_head, task=name, **place) for name in tasks})
         data = datasets(tasks, **place)

@@ -46,7 +46,7 @@ class EmbeddedCLIPVisionModelPool(CLIPVisionModelPool):
         pool: its name, one of those in ``tinyclip/pools.py``.
         folder: of a pool that ``tools/build_pool.py`` built, in place of the one that ships.
         models: further models by name, such as ``_merged_``.
-        kwargs: anything else of :class:`CLIPVisionModelPool`, in place of the pool's own.
+        kwargs: anything else of ``CLIPVisionModelPool``, in place of the pool's own.
     """
 
     _config_mapping = CLIPVisionModelPool._config_mapping | {
@@ -63,17 +63,10 @@ class EmbeddedCLIPVisionModelPool(CLIPVisionModelPool):
         folder: str | None = None,
         **kwargs: object,
     ):
-        check_keys(kwargs, type(self))
         given = {"seed": seed, "tasks": tasks, "pool": pool, "folder": folder}
-        settings = PoolSettings.read(given, "modelpool")
-        known = Pool.named(settings.pool).tasks
+        settings, self.tasks = read_settings(type(self), kwargs, given)
         self.seed, self.pool, self.folder = settings.seed, settings.pool, settings.folder
-        self.tasks = list(known) if settings.tasks is None else settings.tasks
-        for task in self.tasks:
-            if task not in known:
-                raise unknown_key(task, known, "task").under("modelpool.tasks")
-        self._place = pool_folder(self.pool, self.folder, self.seed)
-        one_thread()
+        self._place = pool_folder(self.pool, self.folder)
         own = {name: str(self._place / at) for name, at in folders(self.tasks).items()}
         arguments: dict[str, Any] = {
             "models": {**own, **(models or {})},
@@ -122,12 +115,36 @@ def _processor(folder: Path) -> EmbeddedProcessor:
     return EmbeddedProcessor.from_pretrained(folder / "pretrained")
 
 
+def read_settings(
+    cls: type, others: Iterable[str], given: Mapping[str, object]
+) -> tuple[PoolSettings, list[str]]:
+    """Check the settings of an embedded pool, and prepare for it: its settings, and its tasks.
+
+    Raises:
+        ConfigError: a value that does not fit; or another key that no base class has, which
+            FusionBench's pools would take.
+    """
+    bases: tuple[Any, ...] = inspect.getmro(cls)
+    names = dict.fromkeys(name for b in bases for name in inspect.signature(b.__init__).parameters)
+    for key in others:
+        if key not in names:
+            shown = [name for name in names if name not in ("self", "args", "kwargs")]
+            raise unknown_key(key, shown).under("modelpool")
+    settings = PoolSettings.read(given, "modelpool")
+    known = Pool.named(settings.pool).tasks
+    for task in settings.tasks or ():
+        if task not in known:
+            raise unknown_key(task, known, "task").under("modelpool.tasks")
+    pool_folder(settings.pool, settings.folder, settings.seed)
+    one_thread()
+    return settings, list(known) if settings.tasks is None else settings.tasks
+
+
 def one_thread() -> None:
     """Let torch work with one thread in this command, unless the user chose a number of threads.
 
     Encoders this small gain next to nothing from a second thread, and OpenMP's threads spin while
-    they wait for one another: beside other work on the machine a run takes many times as long. A
-    command imports torch before this package, when it is too late for OMP_WAIT_POLICY=PASSIVE.
+    they wait for one another: beside other work on the machine a run takes many times as long.
     """
     if HydraConfig.initialized() and not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
         torch.set_num_threads(1)
@@ -173,16 +190,6 @@ def target(function: Any, **arguments: object) -> dict[str, object]:
     return {"_target_": f"{function.__module__}.{function.__qualname__}", **arguments}
 
 
-def check_keys(given: Iterable[str], cls: type) -> None:
-    """FusionBench's pools take any key: raise :class:`ConfigError` if no base class has one."""
-    bases: tuple[Any, ...] = inspect.getmro(cls)
-    known = dict.fromkeys(name for b in bases for name in inspect.signature(b.__init__).parameters)
-    for key in given:
-        if key not in known:
-            shown = [name for name in known if name not in ("self", "args", "kwargs")]
-            raise unknown_key(key, shown).under("modelpool")
-
-
 def load_dataset(
     task: str, split: str, pool: str = TINY.name, folder: str | None = None
 ) -> list[dict[str, Any]]:
@@ -215,9 +222,6 @@ def register_tasks() -> None:
         for task in pool.tasks.values():
             if task.name in CLIPTemplateFactory.get_available_datasets():
                 continue
-            info: dict[str, Any] = {
-                "classnames": list(task.classnames),
-                "templates": task.templates,
-            }
+            info: Any = {"classnames": list(task.classnames), "templates": task.templates}
             # ``dataset_info`` as well: without it FusionBench stores them under a wrong key.
             CLIPTemplateFactory.register_dataset(task.name, dataset_info=info, **info)

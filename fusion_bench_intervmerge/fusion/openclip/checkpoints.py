@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,8 @@ from ...files import atomic_file
 NO_DOWNLOAD = "modelpool=openclip-vit-mini_TA8, which needs no download"
 # OpenAI's vision transformers, which the paper fine-tuned, all have heads of this width.
 HEAD_WIDTH = 64
+# OpenAI trained with QuickGELU; OpenCLIP's configs say so only under names of their own.
+_OPENAI: Json = {"family": "openclip", "quick_gelu": True, "mean": list(MEAN), "std": list(STD)}
 
 _OLD_CLASSES = {
     "src.modeling": "ImageEncoder ClassificationHead",
@@ -56,12 +57,9 @@ class ImageEncoder(nn.Module):
     """An OpenCLIP vision transformer under the names of the task-vectors paper's ``ImageEncoder``.
 
     Every tensor is called ``model.visual.*``. The paper's encoders also carry leftovers of the text
-    tower (token embeddings and the like), which no image passes through and no fine-tuning changed.
-    They are left out: methods that count parameters (the trimming of Ties) or list them
-    (AdaMerging's coefficients) then count and list the vision tower alone.
-
-    Args:
-        tower: whose transformer to take over.
+    tower, which no image passes through and no fine-tuning changed. They are left out: methods
+    that count parameters (the trimming of Ties) or list them (AdaMerging's coefficients) then count
+    and list the vision tower alone.
 
     Attributes:
         train_preprocess, val_preprocess: PIL image -> (3, image_size, image_size).
@@ -69,14 +67,15 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, tower: OpenCLIPTower):
         super().__init__()
-        self.model = nn.Module()
+        self.model: Any = nn.Module()
         self.model.visual = tower.visual
         self.train_preprocess = tower.train_preprocess
         self.val_preprocess = tower.val_preprocess
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (batch, 3, image_size, image_size) -> image features (batch, projection_dim)."""
-        return self.model.visual(images)  # type: ignore[operator]
+        features: Tensor = self.model.visual(images)
+        return features
 
 
 def load_encoder(
@@ -95,19 +94,22 @@ def load_encoder(
         ConfigError: the file is missing, asks for a class that does not belong in a checkpoint,
             or does not hold such an encoder.
     """
-    file = _read(Path(path), where)
+    tensors, about = _read(Path(path), where)
     spec = None if model_name is None else named_spec(model_name, where)
     weights = {
         "visual." + name.removeprefix("model.").removeprefix("visual."): tensor
-        for name, tensor in file.tensors.items()
+        for name, tensor in tensors.items()
         if name.startswith(("model.visual.", "visual."))
     }
     try:
-        if spec is None:
-            spec = json.loads(file.about["spec"]) if "spec" in file.about else fitting_spec(weights)
+        spec = spec or (json.loads(about["spec"]) if "spec" in about else fitting_spec(weights))
         with torch.device("meta"):  # no time, and no random numbers, for weights to be replaced
             tower = OpenCLIPTower.from_spec(spec)
-        if _shapes(tower.weights()) == _shapes(weights):  # if not, loading says what does not fit
+        shapes, given = (
+            {name: tensor.shape for name, tensor in tensors.items()}
+            for tensors in (tower.weights(), weights)
+        )
+        if shapes == given:  # if not, loading says what does not fit
             tower.to_empty(device="cpu")
         tower.load_weights(weights)
     except (LookupError, ValueError, ArithmeticError, TypeError, RuntimeError, AssertionError) as e:
@@ -118,28 +120,23 @@ def load_encoder(
 
 
 def load_head(path: str | Path, *, where: str = "path") -> ClassificationHead:
-    """Read a classification head.
+    """Read a classification head; arguments and errors as in ``load_encoder``.
 
-    Args:
-        path: as for ``load_encoder``; the tensors are ``weight`` (classes, projection_dim) and
-            perhaps ``bias``. Features are normalised before it, as everywhere in the paper, unless
-            the file says otherwise.
-        where: the config key that named the file.
-
-    Raises:
-        ConfigError: as for ``load_encoder``.
+    The tensors are ``weight`` (classes, projection_dim) and perhaps ``bias``. Features are
+    normalised before it, as everywhere in the paper, unless the file says otherwise.
     """
-    file = _read(Path(path), where)
-    weight, bias = file.tensors.get("weight"), file.tensors.get("bias")
-    normalize = file.about.get("normalize", "true").lower() != "false"
+    tensors, about = _read(Path(path), where)
+    weight, bias = tensors.get("weight"), tensors.get("bias")
     fits = weight is not None and weight.dim() == 2 and weight.is_floating_point()
-    if not fits or (bias is not None and bias.shape != weight.shape[:1]):  # type: ignore[union-attr]
+    if weight is None or not fits or (bias is not None and bias.shape != weight.shape[:1]):
         raise ConfigError(where, f"{path} does not hold a classification head", NO_DOWNLOAD)
-    return ClassificationHead(normalize, weight, bias)  # type: ignore[arg-type]
+    host: Any = ClassificationHead  # whose annotations want a bias
+    head: ClassificationHead = host(about.get("normalize", "").lower() != "false", weight, bias)
+    return head
 
 
 def save_encoder(encoder: nn.Module, path: str | Path) -> None:
-    """Write an OpenCLIP encoder's vision tower to a safetensors file that ``load_encoder`` reads.
+    """Write an encoder's vision tower to a safetensors file that ``load_encoder`` reads.
 
     Args:
         encoder: anything that ``as_tower`` takes for an OpenCLIP tower.
@@ -154,18 +151,8 @@ def save_encoder(encoder: nn.Module, path: str | Path) -> None:
         save_file(tensors, temporary, {"format": "pt", "spec": json.dumps(tower.spec())})
 
 
-# -- architectures ---------------------------------------------------------------------------------
-
-
 def named_spec(model_name: str, where: str) -> Json:
-    """The sizes of one of OpenCLIP's plain vision transformers, with OpenAI's activation.
-
-    Args:
-        model_name: such as ``ViT-B-32``.
-        where: the config key that said so.
-
-    Returns:
-        what ``OpenCLIPTower.from_spec`` takes.
+    """``OpenCLIPTower.from_spec``'s sizes of one of OpenCLIP's plain vision transformers.
 
     Raises:
         ConfigError: OpenCLIP knows no such architecture, or it is not a plain transformer.
@@ -176,15 +163,10 @@ def named_spec(model_name: str, where: str) -> Json:
     if not plain.issuperset(vision) or not isinstance(vision.get("layers"), int):
         names = "ViT-B-32, ViT-B-16, ViT-L-14, or OpenCLIP's name of another plain ViT"
         raise ConfigError(where, f"no vision transformer is called {model_name!r}", names)
-    return _spec(
-        image_size=vision["image_size"],
-        patch_size=vision["patch_size"],
-        width=vision["width"],
-        layers=vision["layers"],
-        heads=vision["width"] // vision.get("head_width", HEAD_WIDTH),
-        mlp_ratio=vision.get("mlp_ratio", 4.0),
-        output_dim=config["embed_dim"],
-    )
+    sizes = {"head_width": HEAD_WIDTH, "mlp_ratio": 4.0, "output_dim": config["embed_dim"]}
+    sizes |= vision
+    heads = sizes["width"] // sizes.pop("head_width")
+    return _OPENAI | sizes | {"heads": heads}
 
 
 def fitting_spec(weights: Mapping[str, Tensor]) -> Json:
@@ -194,38 +176,17 @@ def fitting_spec(weights: Mapping[str, Tensor]) -> Json:
         LookupError, ValueError, ArithmeticError: these are not a vision transformer's tensors.
     """
     width, _, _, patch_size = weights["visual.conv1.weight"].shape
-    blocks = {name.split(".")[3] for name in weights if name.startswith("visual.transformer.res")}
     tokens = weights["visual.positional_embedding"].shape[0]
     hidden = weights["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
-    return _spec(
-        image_size=patch_size * isqrt(tokens - 1),
-        patch_size=patch_size,
-        width=width,
-        layers=len(blocks),
-        heads=max(1, width // HEAD_WIDTH),
-        mlp_ratio=hidden / width,
-        output_dim=weights["visual.proj"].shape[1],
-    )
-
-
-def _spec(**sizes: object) -> Json:
-    # OpenAI trained with QuickGELU; OpenCLIP's configs say so only under names of their own.
-    return sizes | {"family": "openclip", "quick_gelu": True, "mean": list(MEAN), "std": list(STD)}
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
-
-
-# -- files -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _File:
-    """A checkpoint: tensors by name, and what else is known of it."""
-
-    tensors: dict[str, Tensor]
-    about: dict[str, str] = field(default_factory=dict)
+    return _OPENAI | {
+        "image_size": patch_size * isqrt(tokens - 1),
+        "patch_size": patch_size,
+        "width": width,
+        "layers": len({n.split(".")[3] for n in weights if ".transformer.resblocks." in n}),
+        "heads": max(1, width // HEAD_WIDTH),
+        "mlp_ratio": hidden / width,
+        "output_dim": weights["visual.proj"].shape[1],
+    }
 
 
 class _StandIn:
@@ -242,7 +203,8 @@ class _StandIn:
             vars(self).update(state)
 
 
-def _read(path: Path, where: str) -> _File:
+def _read(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A checkpoint's tensors by name, and what else is known of it."""
     if not path.is_file():
         allowed = f"a checkpoint that is there, or {NO_DOWNLOAD}"
         raise ConfigError(where, f"no file {path}", allowed)
@@ -250,16 +212,13 @@ def _read(path: Path, where: str) -> _File:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                return _File({n: file.get_tensor(n) for n in file.keys()}, file.metadata() or {})  # noqa: SIM118
-        stand_ins: list[Any] = [
-            (_StandIn, f"{module}.{name}")
-            for module, names in _OLD_CLASSES.items()
-            for name in names.split()
-        ]
+                return {n: file.get_tensor(n) for n in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        classes = [f"{module}.{n}" for module, ns in _OLD_CLASSES.items() for n in ns.split()]
+        stand_ins: list[Any] = [(_StandIn, name) for name in classes]
         with torch.serialization.safe_globals(stand_ins):
             content = torch.load(path, "cpu", weights_only=True)
         about = {"normalize": str(getattr(content, "normalize", True))}
-        return _File(dict(_named_tensors(content)), about)
+        return dict(_named_tensors(content)), about
     # There are many ways to be broken, each with an exception of its own.
     except Exception as error:
         reason, asked = str(error).partition("\n")[0], re.search(r"GLOBAL (\S+)", str(error))
@@ -271,22 +230,14 @@ def _read(path: Path, where: str) -> _File:
         raise ConfigError(where, f"{path} cannot be read ({reason})", allowed) from None
 
 
-def _named_tensors(content: object) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a state dict, or of a module that came as a stand-in, each module once."""
+def _named_tensors(content: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a state dict, or of a module that came as a stand-in."""
     if isinstance(content, Mapping):
         yield from ((n, t) for n, t in content.items() if isinstance(t, Tensor))
-        return
-    seen: set[int] = set()
-    modules: list[tuple[str, object]] = [("", content)]
-    while modules:
-        prefix, module = modules.pop()
-        if id(module) in seen or not isinstance(module, _StandIn):
-            continue
-        seen.add(id(module))
-        state = vars(module)
-        own = {**(state.get("_parameters") or {}), **(state.get("_buffers") or {})}
-        for name, tensor in own.items():
-            if isinstance(tensor, Tensor):
-                yield f"{prefix}{name}", tensor.detach()
-        children = (state.get("_modules") or {}).items()
-        modules.extend((f"{prefix}{name}.", child) for name, child in children)
+    elif isinstance(content, _StandIn):
+        state = {key: value or {} for key, value in vars(content).items()}
+        own = {**state.get("_parameters", {}), **state.get("_buffers", {})}
+        yield from ((f"{prefix}{n}", t.detach()) for n, t in own.items() if isinstance(t, Tensor))
+        for name, child in state.get("_modules", {}).items():
+            if isinstance(child, _StandIn):
+                yield from _named_tensors(child, f"{prefix}{name}.")

@@ -7,7 +7,7 @@ from typing import Any
 from ...config import Json
 from ..host import one_line
 from ..union import Union
-from .taskpool import OpenCLIPVisionModelTaskPool
+from .pools import OpenCLIPVisionModelTaskPool
 
 
 class UnionOpenCLIPVisionModelTaskPool(Union, OpenCLIPVisionModelTaskPool):
