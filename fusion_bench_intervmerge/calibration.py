@@ -232,20 +232,6 @@ def check_inputs(
         if task not in images:
             raise ConfigError("modelpool", f"no images for task {task!r}")
     check_expert("_pretrained_", pretrained, tower)
-    check_finite("_pretrained_", pretrained)
-
-
-def check_finite(name: str, tower: VisionTower) -> None:
-    """Make sure that a model's weights are numbers.
-
-    Raises:
-        ConfigError: the first parameter that has others.
-    """
-    for parameter, tensor in tower.mergeable().items():
-        if not tensor.isfinite().all():
-            raise ConfigError(
-                f"modelpool.models.{name}", f"{parameter} is not finite", "finite weights"
-            )
 
 
 class Streams:
@@ -321,7 +307,6 @@ class Streams:
         """Write an expert's blocks to its file, and take over what comes before them."""
         loaded, expert = self._experts[task](), self._expert
         check_expert(task, loaded, expert)
-        check_finite(task, loaded)
         expert.load_weights(loaded.weights())
         tensors = {
             f"{block}.{name}": tensor.contiguous()

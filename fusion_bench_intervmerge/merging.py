@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .config import ConfigError, Flag, Fraction, Settings, shown
-from .encoders.base import VisionTower
+from .encoders.base import VisionTower, check_finite
 
 TaskVector = Mapping[str, Tensor]  # by the parameter's name, in ``named_parameters()`` order
 
@@ -26,12 +26,14 @@ def task_vector(expert: TaskVector, pretrained: TaskVector) -> TaskVector:
     """tau = theta - theta0, one tensor per parameter (arXiv 2212.04089, section 2).
 
     Raises:
-        ConfigError: the two differ in a tensor's name or shape.
+        ConfigError: the two differ in a tensor's name or shape, or a number is not finite.
     """
     shapes = {name: tensor.shape for name, tensor in pretrained.items()}
     if {name: tensor.shape for name, tensor in expert.items()} != shapes:
         raise ConfigError("modelpool", "an expert and the pretrained encoder differ in shape")
-    return {name: expert[name].detach() - tensor for name, tensor in pretrained.items()}
+    vector = {name: expert[name].detach() - tensor for name, tensor in pretrained.items()}
+    check_finite(vector, "modelpool")
+    return vector
 
 
 def trim(vector: TaskVector, keep: float) -> TaskVector:
