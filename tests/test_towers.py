@@ -143,6 +143,7 @@ def test_a_whole_clip_model_is_taken_apart(images):
     clip = clip.eval()
     with torch.no_grad():
         expected = clip.get_image_features(images)
+        expected = getattr(expected, "pooler_output", expected)  # of transformers 5
         assert torch.equal(as_tower(copy.deepcopy(clip)).features(images), expected)
 
 
@@ -203,7 +204,7 @@ def test_a_site_that_no_shortcut_knows_is_not_skipped(monkeypatch, datasets, ima
     model = InterventionModel(hf_tower(), TASKS, {"value": {"rank": 2, "blocks": "last_2"}})
     prefix = model.prefix()
     assert isinstance(prefix, States) and not isinstance(prefix, PastAttention)
-    losses = distill(model, fine_tuned(hf_tower), datasets, steps=12, batch_size=4).losses
+    losses = distill(model, fine_tuned(hf_tower), datasets, steps=40, batch_size=4).losses
     assert losses[-4:].mean() < losses[:4].mean()
     start = prefix.of(images)
     with torch.no_grad(), model.for_task("bees"):
@@ -213,8 +214,8 @@ def test_a_site_that_no_shortcut_knows_is_not_skipped(monkeypatch, datasets, ima
 
 
 def test_a_site_before_the_blocks(monkeypatch, datasets, images):
-    path = "model.vision_model.pre_layrnorm"
-    monkeypatch.setitem(SITES, "embedding", Site((path,), at="start"))
+    paths = "model.vision_model.pre_layrnorm", "model.pre_layrnorm"  # of transformers 4 and 5
+    monkeypatch.setitem(SITES, "embedding", Site(paths, at="start"))
     model = InterventionModel(hf_tower(), TASKS, {"embedding": {"tokens": "all"}})
     assert isinstance(model.prefix(), Images)
     losses = distill(model, fine_tuned(hf_tower), datasets, steps=12, batch_size=4).losses

@@ -8,10 +8,9 @@ from typing import Any, Literal, cast
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..config import Json, Settings, Size
-from .base import OF_THE_LIBRARY, ResidualMap, Sizes, VisionTower, first
+from .base import OF_THE_LIBRARY, ResidualMap, Sizes, VisionTower
 
 
 class _Sizes(Sizes):
@@ -84,25 +83,20 @@ class DINOv2Tower(VisionTower):
 
     def residual_maps(self, index: int) -> tuple[ResidualMap, ResidualMap]:
         block = self.block(index)
-        attention, out, mlp = block.attention.attention, block.attention.output.dense, block.mlp
+        # transformers 5 names them otherwise
+        out = getattr(block.attention, "o_proj", None) or block.attention.output.dense
+        last = getattr(block.mlp, "weights_out", None) or block.mlp.fc2  # of SwiGLU, or plain
+        attention, mlp = block.layer_scale1.lambda1, block.layer_scale2.lambda1
+
+        def mixed(states: Tensor) -> Tensor:
+            return _input_of(out, block.attention, block.norm1(states))
 
         def hidden(states: Tensor) -> Tensor:
-            x = block.norm2(states)
-            if hasattr(mlp, "weights_in"):  # SwiGLU
-                gate, x = mlp.weights_in(x).chunk(2, dim=-1)
-                return F.silu(gate) * x
-            return mlp.activation(mlp.fc1(x))
+            return _input_of(last, block.mlp, block.norm2(states))
 
-        last = mlp.weights_out if hasattr(mlp, "weights_out") else mlp.fc2
-        scales = block.layer_scale1.lambda1, block.layer_scale2.lambda1
         return (
-            ResidualMap(
-                lambda states: first(attention(block.norm1(states))),
-                out.weight,
-                out.bias,
-                scales[0],
-            ),
-            ResidualMap(hidden, last.weight, last.bias, scales[1]),
+            ResidualMap(mixed, out.weight, out.bias, attention),
+            ResidualMap(hidden, last.weight, last.bias, mlp),
         )
 
     def readout(self, states: Tensor) -> Tensor:
@@ -140,3 +134,14 @@ class DINOv2Tower(VisionTower):
 
 # model type -> how transformers' classes of it begin
 _MODELS = {"dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}
+
+
+def _input_of(linear: nn.Module, module: nn.Module, x: Tensor) -> Tensor:
+    """What a linear map inside a module reads while the module runs on x."""
+    read: list[Tensor] = []
+    hook = linear.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    try:
+        module(x)
+    finally:
+        hook.remove()
+    return read[0]
