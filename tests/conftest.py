@@ -23,6 +23,7 @@ from fusion_bench_intervmerge.encoders import as_tower
 from fusion_bench_intervmerge.encoders.base import VisionTower
 from fusion_bench_intervmerge.encoders.convert import to_openclip
 from fusion_bench_intervmerge.files import CACHE_VARIABLE
+from fusion_bench_intervmerge.interventions import functions
 from fusion_bench_intervmerge.tinyclip import ensure_pool
 
 TASKS = ["ants", "bees", "cats"]
@@ -115,6 +116,12 @@ def fine_tuned(make) -> dict[str, Callable[[], VisionTower]]:
 @pytest.fixture
 def experts() -> dict[str, Callable[[], VisionTower]]:
     return fine_tuned(hf_tower)
+
+
+@pytest.fixture
+def own_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forms of edit that a test defines are forgotten after it."""
+    monkeypatch.setattr(functions, "FUNCTIONS", dict(functions.FUNCTIONS))
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def test_it_gives_what_the_model_gives(make_tower, sites, images):
     assert torch.equal(encoded(model, images), wanted)  # the model is left as it was
 
 
-def test_a_form_of_ones_own(images):
+def test_a_form_of_ones_own(images, own_forms):
     class Twice(Function):
         name = "twice"
 

@@ -225,7 +225,7 @@ def test_says_in_one_line_what_is_wrong(arguments, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_form_of_another_package_is_known_by_its_name():
+def test_a_form_of_another_package_is_known_by_its_name(own_forms):
     class Halved(function_class("loreft")):
         """A form of a form; torch's own subclasses of it are none."""
 
