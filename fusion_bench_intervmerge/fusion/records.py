@@ -280,7 +280,7 @@ def summary(folder: Path) -> None:
     saved = [path.parent.name for path in folder.glob("*/interventions")]
     if saved:
         plain.print(f"Model: {folder / saved[0]}; for elsewhere: intervmerge export")
-    else:
+    elif len(evaluation.models) < 4 and evaluation.repairs:  # a comparison keeps none
         plain.print("To keep the model: \"method.save_to='{log_dir}/intervmerge'\"", markup=False)
 
 
