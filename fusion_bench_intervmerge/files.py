@@ -6,7 +6,6 @@ process that was killed leaves that folder behind; a later write removes it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -100,15 +99,6 @@ def write_files(folder: Path, content: Mapping[str, str | bytes]) -> None:
 def write_json(path: Path, value: object, indent: int | None = 2) -> None:
     """Write a JSON file, whole or not at all."""
     write_files(path.parent, {path.name: json.dumps(value, indent=indent) + "\n"})
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal digits."""
-    sha = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(2**20):
-            sha.update(chunk)
-    return sha.hexdigest()
 
 
 def cache_root() -> Path:
