@@ -48,6 +48,7 @@ def test_the_command_gives_the_pools_own_model_and_says_what_it_saw(calibrated):
     assert (result["base"], result["method"]) == ("task_arithmetic", "calibration")
     assert result["images"] == [{"split": "train", "at_most": 8, "solved": True, "seed": 0}]
     assert result["extra_parameters"] == 0 and not result["needs_task"]
+    assert list(read_json(folder / "reference_report.json")) == ["pretrained", "task_arithmetic"]
 
 
 def test_it_is_saved_and_loaded_by_the_library(calibrated, tmp_path):

@@ -31,6 +31,7 @@ from hydra.errors import CompactHydraException
 from rich.console import Console
 from safetensors import SafetensorError
 
+from fusion_bench_intervmerge.cli import main
 from fusion_bench_intervmerge.config import ConfigError
 from fusion_bench_intervmerge.distillation import loop
 from fusion_bench_intervmerge.fusion.algorithm import IntervMergeAlgorithm
@@ -39,6 +40,7 @@ from fusion_bench_intervmerge.fusion.host import OneLineError
 from fusion_bench_intervmerge.fusion.pools import ExpertPool
 from fusion_bench_intervmerge.fusion.records import diagnosis_table
 from fusion_bench_intervmerge.model.model import InterventionModel
+from fusion_bench_intervmerge.report.answers import read_answers
 
 THREE = ["digits", "counting", "positions"]
 POOL = "modelpool=clip-vit-tiny_TA8"
@@ -161,6 +163,22 @@ def test_the_main_job_reports_what_it_did(run):
     for task in THREE:
         assert result["features"][task]["bias_after"] < result["features"][task]["bias_before"]
         assert len(result["losses"][task]) == 30
+
+
+def test_the_answers_add_up_to_the_accuracies(run, tmp_path):
+    answers, (name, _) = read_answers(run), only_result(run)
+    reports = read_json(run / "reference_report.json")
+    reports[name] = read_json(run / "program_report.json")
+    assert set(answers.models) == set(reports)
+    for model, report in reports.items():
+        for task in THREE:
+            assert answers.right(model, task).mean() == pytest.approx(report[task]["accuracy"])
+    for task in THREE:  # of the images that the merge gets wrong some are kept
+        assert not answers.right("task_arithmetic", task)[list(answers.images[task])].any()
+    main(["report", str(run), "--to", str(tmp_path)])
+    page = (tmp_path / "gallery.html").read_text()
+    assert page.count("<section>") == 3 and "data:image/png;base64," in page
+    assert (tmp_path / "differences.csv").read_text().count("\n") == 2
 
 
 def test_the_screen_shows_ours_and_the_log_file_has_everything(tmp_path, capfd):

@@ -445,6 +445,7 @@ def accuracy_and_loss(features, task_pool, task):
 @torch.no_grad()
 def test_each_task_is_evaluated_with_its_own_edits(repaired):
     pool = make_task_pool(OpenCLIPVisionModelTaskPool)
+    pool.names = {id(repaired): "edited"}
     report = pool.evaluate(repaired)
     repaired.cpu()  # the pool has moved it to the GPU, where there is one
     for task in TASKS:
@@ -455,6 +456,7 @@ def test_each_task_is_evaluated_with_its_own_edits(repaired):
         assert report[task]["loss"] == pytest.approx(loss, rel=1e-5)
         merged = accuracy_and_loss(repaired.encode(torch.stack(items)), pool, task)
         assert report[task]["loss"] != pytest.approx(merged[1], rel=1e-3)
+        assert pool._answers.right("edited", task).mean() == pytest.approx(accuracy)
     assert report["model_info"]["trainable_params"] == repaired.extra_parameters()["total"]
 
 

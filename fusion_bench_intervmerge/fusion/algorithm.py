@@ -42,10 +42,11 @@ from .host import (
     check_task_pool,
     has_task_pool,
     host_in_the_log,
+    name_models,
     one_line,
     plain,
 )
-from .hosted import HostedInterventionModel
+from .hosted import HostedInterventionModel, OneTask
 from .merge import merge_experts
 from .pools import ExpertPool, prepare_task_pool
 from .records import (
@@ -125,8 +126,10 @@ class IntervMergeAlgorithm(Method, Repair):
         self._add_metadata(pool, repaired, result)
         if self.settings.save_to is not None and self.fabric.is_global_zero:
             self._save(repaired)
-        merge = result.base if self.settings.references else None
-        after_evaluation(self._program, repaired.done.clear, merge)
+        references: dict[str, object] = {}
+        if self.settings.references:
+            references[str(result.base)] = OneTask(repaired.model, merged=True)
+        after_evaluation(self._program, repaired.done.clear, references)
         summarize_at_exit(self.log_dir)
         return repaired.model
 
@@ -377,7 +380,9 @@ class IntervMergeAlgorithm(Method, Repair):
             console.print(diagnosis_table(rows))
             named = fitting_task_pool(pool.tasks, pool.pool._models.get("_pretrained_"))
             console.print(f"For accuracies add a task pool: taskpool={named}")
-        self.write(pool.tasks, {f"{result.base}/{result.method}/seed{result.seed}": result})
+        name = f"{result.base}/{result.method}/seed{result.seed}"
+        self.write(pool.tasks, {name: result})
+        name_models(self._program, {name: model})
         return result
 
     def _add_metadata(self, pool: ExpertPool, repaired: Repaired, result: Result) -> None:

@@ -26,10 +26,18 @@ from ..files import cache_root
 from ..model.protocols import Repair
 from ..results import ImagesUsed, Result, Results
 from .featcal import FeatCalSettings, featcal
-from .host import check_task_pool, host_in_the_log, one_line, plain, split_settings
+from .host import (
+    after_evaluation,
+    check_task_pool,
+    host_in_the_log,
+    name_models,
+    one_line,
+    plain,
+    split_settings,
+)
 from .merge import merge_experts
-from .pools import ExpertPool
-from .records import announce, base_name
+from .pools import ExpertPool, prepare_task_pool
+from .records import announce, base_name, summarize_at_exit
 from .settings import check_method
 
 # what is null in a method that runs by itself: none of the images that are tested
@@ -42,6 +50,8 @@ class WeightsAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
     Args:
         base: config of the FusionBench method that merges; a ``_merged_`` model in the pool wins
             over it.
+        references: whether the merge and, if it is at hand, the pretrained encoder are evaluated
+            too.
         settings: those of ``Settings``. Of ``data`` and ``seed`` null means: as in the method that
             this is the base of, else the default, ``ALONE``.
 
@@ -54,10 +64,10 @@ class WeightsAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
     solve: ClassVar[Callable[..., VisionTower]]
 
     @one_line
-    def __init__(self, base: object = None, **settings: object):
+    def __init__(self, base: object = None, references: bool = True, **settings: object):
         given, host = split_settings(settings)
         super().__init__(**host)
-        self.base = plain(base)
+        self.base, self.references = plain(base), references
         check_method(self.base, "base")
         if isinstance(data := given.pop("data", {}), Mapping):
             data = ALONE | {key: value for key, value in data.items() if value is not None}
@@ -77,17 +87,22 @@ class WeightsAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
         pool, settings = ExpertPool(modelpool), self.settings
         check_task_pool(self._program, pool.family, pool.tasks)
         self.look_ahead(pool, pool.first_tower())
+        prepare_task_pool(self._program)
         merged, _ = merge_experts(pool, self.base, None, self.fabric, self._program)
         if self.fabric.is_global_zero:
             announce(f"{self.name.capitalize()}: {self.images_used()[-1].in_words()}")
+        plain_merge = copy.deepcopy(merged.library_model()) if self.references else None
         model = self.repair(pool, merged)
         if self.fabric.is_global_zero:
             base = "merged" if pool.pool.has_merged else base_name(self.base)
             more = {"base": base, "settings": {"base": self.base, **settings.to_dict()}}
-            result = self.record(model).model_copy(update={"method": self.name, **more})
-            Results(tasks=list(pool.tasks), models={f"{base}/{self.name}": result}).write(
-                self.log_dir
-            )
+            result, name = self.record(model), f"{base}/{self.name}"
+            result = result.model_copy(update={"method": self.name, **more})
+            Results(tasks=list(pool.tasks), models={name: result}).write(self.log_dir)
+            name_models(self._program, {name: model})
+            references = {} if plain_merge is None else {base: plain_merge}
+            after_evaluation(self._program, lambda: None, references)
+        summarize_at_exit(self.log_dir)
         return model
 
     def look_ahead(self, pool: Any, tower: VisionTower) -> None:

@@ -34,7 +34,7 @@ from ..model.model import InterventionModel
 from ..model.protocols import Repair
 from ..results import ImagesUsed, Result
 from .algorithm import IntervMergeAlgorithm
-from .host import Method, attach, check_task_pool, host_in_the_log, one_line
+from .host import Method, attach, check_task_pool, host_in_the_log, name_models, one_line
 from .hosted import hosted
 from .merge import merge_experts, run_adamerging
 from .pools import ExpertPool, prepare_task_pool
@@ -222,6 +222,7 @@ class ComparisonAlgorithm(Method):
                 analyser.run(name, pool, merged, self._first_seed(name), pool.tasks)
                 analyser.write(Path(self.log_dir or "."), pool.tasks)
         self.write(pool.tasks, self._results, problems=self._problems)
+        name_models(self._program, self._models, [*settings.bases])
         for repair in self._repairs:
             repair.clear()
         summarize_at_exit(self.log_dir)

@@ -100,14 +100,24 @@ def check_task_pool(program: object, family: str, tasks: Iterable[str]) -> None:
         )
 
 
-def after_evaluation(program: object, clear: Callable[[], None], merge: str | None = None) -> None:
-    """Let a task pool of this package evaluate the merge too, if it has a name here, then clear.
+def name_models(program: object, models: Mapping[str, object], merges: Sequence[str] = ()) -> None:
+    """Tell a task pool of this package which models it will evaluate, and which are merges."""
+    pool: Any = getattr(program, "taskpool", None)
+    if hasattr(pool, "names"):
+        pool.names = {id(model): name for name, model in models.items()}
+        pool.merges = merges
+
+
+def after_evaluation(
+    program: object, clear: Callable[[], None], references: Mapping[str, object]
+) -> None:
+    """Let a task pool of this package evaluate the merge too, given by its name, then clear.
 
     If the task pool is another's, clear now.
     """
     pool: Any = getattr(program, "taskpool", None)
     if hasattr(pool, "after_evaluation"):
-        pool.merge, pool.after_evaluation = merge, clear
+        pool.references, pool.after_evaluation = references, clear
     else:
         clear()
 

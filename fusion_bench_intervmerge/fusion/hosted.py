@@ -11,12 +11,14 @@ reports a mark, ``"unseen": true``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from fusion_bench.taskpool import CLIPVisionModelTaskPool as HostCLIPVisionModelTaskPool
+from fusion_bench.tasks.clip_classification import get_classnames_and_templates
 from torch import Tensor, nn
 
 from ..config import Json
@@ -24,6 +26,7 @@ from ..encoders.base import VisionTower
 from ..files import write_json
 from ..model.model import InterventionModel
 from ..model.protocols import TaskConditionalModel
+from ..report.answers import Answers
 from ..results import REFERENCES
 from .images import preprocessed
 
@@ -162,28 +165,97 @@ def _copy_preprocessing(source: object, target: object) -> None:
         setattr(target, name, getattr(source, name, None))
 
 
+class Watched:
+    """A loader of images and labels, and the classes that a classifier gives to its images."""
+
+    def __init__(self, loader: Any):
+        self.loader, self.labels, self.answers = loader, list[Tensor](), list[Tensor]()
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for images, labels in self.loader:
+            self.labels.append(labels.cpu())
+            yield images, labels
+
+    @contextmanager
+    def answering(self, classifier: nn.Module) -> Iterator[None]:
+        """Note the classifier's answers; not by a hook, which OpenCLIP's classifier passes by."""
+        forward = classifier.forward
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            logits = output["logits"] if isinstance(output, Mapping) else output
+            self.answers.append(logits.argmax(dim=-1).cpu())
+            return output
+
+        classifier.forward = noted
+        try:
+            yield
+        finally:
+            del classifier.forward
+
+
 class Referenced:
     """A task pool that can evaluate what a repair is compared with, beside the repaired model.
 
+    Of the models that have a name it keeps what they answer, in ``answers.safetensors`` beside
+    FusionBench's report, unless several processes share the images.
+
     Attributes:
-        merge: the merge's name, once a method wants its references evaluated.
+        references: name -> the merge, once a method wants it evaluated too.
         after_evaluation: called once when the repaired model is evaluated.
+        names: ``id`` of a model -> its name in the run's results.
+        merges: the names of those that are merges.
     """
 
-    merge: str | None = None
+    references: Mapping[str, Any] = {}
     after_evaluation: Callable[[], None] | None = None
+    names: Mapping[int, str] = {}
+    merges: Collection[str] = ()
+    _answers: Answers | None = None
+    _watched: Mapping[str, Watched] = {}
+
+    def _evaluate(
+        self, classifier: Any, test_loader: Any, num_classes: int, task_name: Any = None
+    ) -> dict[str, float]:
+        host, watched = cast(Any, super()), Watched(test_loader)
+        self._watched = {**self._watched, task_name: watched}
+        with watched.answering(classifier):
+            report: dict[str, float] = host._evaluate(classifier, watched, num_classes, task_name)
+        return report
+
+    def _keep_answers(self: Any, model: nn.Module) -> None:
+        name, watched, self._watched = self.names.get(id(model)), self._watched, {}
+        if name is None or self.fabric.world_size > 1:
+            return
+        answers = self._answers = self._answers or Answers()
+        for task, seen in watched.items():
+            with suppress(ValueError):  # FusionBench does not know the task's classes
+                answers.classes[task] = list(get_classnames_and_templates(task)[0])
+            answers.labels[task] = torch.cat(seen.labels).int().numpy()
+            answers.models.setdefault(name, {})[task] = torch.cat(seen.answers).int().numpy()
+        if name in self.merges:
+            answers.keep_images(name, {t: data.dataset for t, data in self.test_datasets.items()})
+        if self.log_dir is not None:
+            answers.write(Path(self.log_dir))
 
     def finish(self: Any, report: Json, model: nn.Module, pretrained: Any = None) -> Json:
         """Mark the unseen tasks, and evaluate the merged encoder, and the pretrained one if given.
 
         The file ``reference_report.json`` beside FusionBench's report holds their reports by name.
         """
-        if isinstance(model, InterventionModel):
-            merge, self.merge = self.merge, None  # once, and not for the references themselves
+        self._keep_answers(model)
+        if id(model) in self.names:
+            references, self.references = self.references, {}  # once
             clear, self.after_evaluation = self.after_evaluation, None
-            if merge is not None:
-                reports = {} if pretrained is None else {"pretrained": self.evaluate(pretrained)}
-                reports[merge] = self.evaluate(OneTask(model, merged=True))
+            if references:
+                self.merges = [*references]
+                known = {} if pretrained is None else {"pretrained": pretrained}
+                models = {**known, **references}
+                self.names = {id(reference): name for name, reference in models.items()}
+                reports = {name: self.evaluate(reference) for name, reference in models.items()}
                 if self.fabric.is_global_zero and self.log_dir is not None:
                     write_json(Path(self.log_dir) / REFERENCES, reports)
             if clear is not None:

@@ -281,7 +281,10 @@ def summary(folder: Path) -> None:
     if saved:
         plain.print(f"Model: {folder / saved[0]}; for elsewhere: intervmerge export")
     elif len(evaluation.models) < 4 and evaluation.repairs:  # a comparison keeps none
-        plain.print("To keep the model: \"method.save_to='{log_dir}/intervmerge'\"", markup=False)
+        weights = evaluation.repairs[0].costs.get("needs_task") is False  # and no edits
+        where = "merged_model_save_path='{log_dir}/model'"
+        where = where if weights else "method.save_to='{log_dir}/intervmerge'"
+        plain.print(f'To keep the model: "{where}"', markup=False)
 
 
 def by_task(evaluation: Evaluation) -> Table:

@@ -16,7 +16,7 @@ from ..config import ConfigError, Flag, Folder, Json, Settings, unknown_key, who
 from ..model.artifact import Artifact
 from ..model.model import InterventionModel
 from ..results import Result
-from .host import Method, check_task_pool, has_task_pool, host_in_the_log, one_line
+from .host import Method, check_task_pool, has_task_pool, host_in_the_log, name_models, one_line
 from .hosted import HostedInterventionModel
 from .pools import ExpertPool
 from .records import Analyser, diagnosis_table, saved_result
@@ -63,6 +63,7 @@ class LoadInterventionModel(Method):
             base, name = (model.metadata.get(key) for key in ("base", "name"))
             result = saved_result(model, base or "merged", name or folder.name)
             self.write(model.tasks, {folder.name: result})
+            name_models(self._program, {folder.name: model})
         return model
 
 
@@ -124,7 +125,9 @@ class AnalyseInterventionModel(Method):
             return None
         # a tower of its own, because the model's carries the hooks of the edits
         merged = Artifact.read(folder).tower.library_model()
-        return {MERGED: merged, name: model}
+        models: dict[str, object] = {MERGED: merged, name: model}
+        name_models(self._program, models, [MERGED])
+        return models
 
 
 def _rows(values: Mapping[str, Json], name: str) -> dict[str, dict[str, float]]:

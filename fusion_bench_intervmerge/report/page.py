@@ -11,12 +11,14 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from rich.console import Console
 
 from ..files import write_files
 from . import formatting, study, tables
+from .differences import pairs
 from .figures import draw_evaluation, draw_study
+from .gallery import gallery
 from .runs import Evaluation, gather, read_run
 from .style import Picture, to_png, to_svg
 
@@ -57,10 +59,20 @@ def write_report(
         svg = to_svg(picture.figure)
         content |= {f"{picture.name}.png": to_png(picture.figure), f"{picture.name}.svg": svg}
         sections.append((picture, inline(svg, picture.name)))
-    content["report.html"] = _page(evaluation, sections, title, shlex.join(command))
     if evaluation.rows:
         content["table.md"] = tables.to_markdown(evaluation)
         content["table.csv"] = tables.to_csv(evaluation)
+    if len(differences := pairs(evaluation)):
+        content["differences.csv"] = differences.to_csv(
+            index=False, float_format="%.2f", lineterminator="\n"
+        )
+    galleries = gallery(evaluation)
+    shown = shlex.join(command), bool(galleries)
+    content["report.html"] = _page(evaluation, sections, title, *shown)
+    if galleries:
+        content["gallery.html"] = _template("gallery.html").render(
+            title=title, galleries=galleries, words=formatting
+        )
     write_files(folder, content)
     if console is not None and evaluation.rows:
         console.print(tables.to_terminal(evaluation, console))
@@ -95,26 +107,34 @@ def inline(svg: bytes, name: str) -> str:
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", text[text.index("<svg") :])
 
 
-def _page(
-    evaluation: Evaluation, sections: Sequence[tuple[Picture, str]], title: str, command: str
-) -> str:
-    """The page, as HTML that loads nothing from elsewhere."""
-    environment = Environment(
+def _template(name: str) -> Template:
+    return Environment(
         loader=PackageLoader(__package__, "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
+    ).get_template(name)
+
+
+def _page(
+    evaluation: Evaluation,
+    sections: Sequence[tuple[Picture, str]],
+    title: str,
+    command: str,
+    gallery: bool,
+) -> str:
+    """The page, as HTML that loads nothing from elsewhere."""
     rows, cells = evaluation.rows, tables.cells(evaluation)
-    first = ["average", "gap closed", "extra parameters"]
+    first = ["average", *cells.columns.intersection([tables.BELOW])]
+    first += ["gap closed", "extra parameters"]
     last = cells.columns.difference([*first, *evaluation.tasks], sort=False)
     cells = cells[[*first, *last, *evaluation.tasks]]
     versions = [("Python", platform.python_version())]
     for package in _PACKAGES.split():
         with suppress(PackageNotFoundError):
             versions.append((package, version(package)))
-    return environment.get_template("page.html").render(
+    return _template("page.html").render(
         title=title,
         of=evaluation,
         caption=tables.caption(evaluation) if rows else "",
@@ -122,6 +142,7 @@ def _page(
         lines=list(zip(rows, cells.to_numpy().tolist(), strict=True)),
         sections=sections,
         command=command,
+        gallery=gallery,
         versions=versions,
         today=datetime.date.today().isoformat(),
         words=formatting,

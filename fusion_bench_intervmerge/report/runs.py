@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from .. import results
 from ..config import ConfigError, Json
 from . import formatting
+from .answers import Answers, read_answers
 
 REPORT, ANALYSIS = "program_report.json", "analysis.json"
 _EXPECTED = "a run folder of `fusion_bench method=intervmerge/compare` or `method=intervmerge`"
@@ -42,6 +43,7 @@ class Run:
             are there.
         analysis: merge -> analysis -> task -> encoder -> value.
         problems: what did not run -> why, in a line.
+        answers: the class of every test image by model, if the run kept them.
     """
 
     folder: Path
@@ -52,6 +54,7 @@ class Run:
     config: str | None = None
     analysis: dict[str, Json] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
+    answers: Answers | None = None
 
     @property
     def name(self) -> str:
@@ -64,6 +67,7 @@ class Run:
         for name, model in self.models.items():
             shown = model.method or model.base or model.kind
             line = {fact: getattr(model, fact) for fact in facts} | {
+                "name": name,
                 "base": model.base or "",
                 "method": model.method or "",
                 "label": formatting.method(shown, model.rank, model.budget),
@@ -80,6 +84,7 @@ class Row:
     """A model over its seeds: a group of lines of ``Evaluation.models``.
 
     Attributes:
+        models: its (run, name) by seed: place in ``Evaluation.runs``, and the name there.
         costs: those of ``COSTS`` that are known.
         values: one line per seed: accuracies by task, ``average``, ``gap_closed``, ``of_experts``
             and ``seconds``.
@@ -92,6 +97,7 @@ class Row:
     label: str
     images: str
     transductive: bool | None
+    models: list[tuple[int, str]]
     costs: Json
     seeds: list[int]
     values: pd.DataFrame
@@ -140,7 +146,8 @@ class Evaluation:
             seeds = lines["seed"].dropna().astype(int).tolist()
             numbers = [*self.tasks, "average", "gap_closed", "of_experts", "seconds"]
             values = lines[numbers].astype(float).reset_index(drop=True)
-            about = kind, base, method, first["label"], first["images"], split, costs, seeds
+            models = list(zip(lines["run"], lines["name"], strict=True))
+            about = kind, base, method, first["label"], first["images"], split, models, costs, seeds
             rows.append(Row(*about, values, values.mean(), values.std()))
         kinds, bases = ["pretrained", "merge", *REPAIRS, "experts"], [*self.bases, ""]
         bounds = {"pretrained": -1, "experts": len(bases)}
@@ -206,7 +213,8 @@ def read_run(folder: str | Path) -> Run:
                 raise ValueError(f"{name}: the accuracy of {task} is {share!r}, which is no share")
     except (KeyError, TypeError, ValueError) as error:
         raise wrong_layout(folder / REPORT, error) from None
-    about = reports, *_hydra(folder), (analysed or {}).get("merges", {}), own.problems
+    analysis = (analysed or {}).get("merges", {})
+    about = reports, *_hydra(folder), analysis, own.problems, read_answers(folder)
     return Run(folder, own.tasks, own.models, *about)
 
 

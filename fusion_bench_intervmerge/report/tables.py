@@ -11,6 +11,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from .differences import to_best
 from .formatting import NONE, count, duration, percent, readable
 from .runs import COSTS, REPAIRS, Evaluation, Row
 
@@ -39,6 +40,9 @@ COLUMNS = (
 )
 
 
+BELOW = "below the best"
+
+
 class Cell(NamedTuple):
     """A number for people: how it is written, its deviation, and what to sort it by."""
 
@@ -52,7 +56,10 @@ class Cell(NamedTuple):
 
 
 def cells(evaluation: Evaluation) -> pd.DataFrame:
-    """The table: one line per row, one column per task, the average, and ``COLUMNS``."""
+    """The table: one line per row, one column per task, the average, and ``COLUMNS``.
+
+    If the answers are known, ``BELOW`` says how far the average is below the best repair's.
+    """
     rows, names = evaluation.rows, [*evaluation.tasks, "average"]
     best = {}
     for base in evaluation.bases:
@@ -66,6 +73,13 @@ def cells(evaluation: Evaluation) -> pd.DataFrame:
         return Cell(percent(row.mean[name]), spread, row.mean[name], winner)
 
     table = pd.DataFrame([[cell(row, name) for name in names] for row in rows], columns=names)
+    below = to_best(evaluation)
+    if below:
+        known = [below.get(place) for place in range(len(rows))]
+        table[BELOW] = [
+            Cell(percent(d.mean), f"± {percent(d.half)}", d.mean) if d else Cell(NONE)
+            for d in known
+        ]
     rivals = any(row.kind == "rival" for row in rows)
     for column in COLUMNS:
         values = [{**row.mean, **row.costs}.get(column.name, nan) for row in rows]
@@ -109,25 +123,29 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def to_terminal(evaluation: Evaluation, console: Console) -> Table:
-    """The table, without the tasks if the terminal is too narrow for them."""
+    """The table, without the tasks, and the seconds, if the terminal is too narrow for them."""
     table, rows, tasks = cells(evaluation), evaluation.rows, evaluation.tasks
     # of the tasks, the deviations are in the written table
     table[tasks] = table[tasks].map(lambda cell: cell.text)
     table = table.map(str)
     table.insert(0, "method", list(map(label, rows)))
     ends = [i for i, row in enumerate(rows[1:]) if row.base != rows[i].base]
-    shown = rich(table, ends)
-    unbounded = console.options.update(max_width=10**4)
-    if console.measure(shown, options=unbounded).maximum > console.width:
-        shown = rich(table.drop(columns=tasks), ends)
-        shown.caption = "The terminal is too narrow for the tasks; the written table has them."
+    shown, unbounded = rich(table, ends), console.options.update(max_width=10**4)
+    for less in (tasks, ["seconds"]):
+        if console.measure(shown, options=unbounded).maximum > console.width:
+            table = table.drop(columns=less)
+            shown = rich(table, ends)
+            shown.caption = "The terminal is too narrow for the tasks; the written table has them."
     shown.title = "Accuracy in percent"
     return shown
 
 
 def rich(table: pd.DataFrame, ends: Collection[int] = ()) -> Table:
     """Lines of text for a terminal, with a rule behind some of them."""
-    shown, titles = Table(title_justify="left", caption_justify="left"), [c.title for c in COLUMNS]
+    shown, titles = (
+        Table(title_justify="left", caption_justify="left"),
+        [BELOW, *(c.title for c in COLUMNS)],
+    )
     for i, head in enumerate(table):
         words = head.replace(" ", "\n", 1) if head in titles else head
         shown.add_column(words, justify="right" if i else "left", no_wrap=True)
@@ -143,6 +161,8 @@ def caption(evaluation: Evaluation, gap: bool = True) -> str:
     text = "Accuracy in percent"
     text += f", mean ± standard deviation over {few}{max(seeds)} seeds" if max(seeds) > 1 else ""
     text += ". Extra parameters: beyond one merged model, over all tasks."
+    if to_best(evaluation):
+        text += " Below the best: than the best repair on the same images, with 95 % intervals."
     if gap and any(not isnan(row.mean["gap_closed"]) for row in evaluation.rows):
         text += " Gap closed: the share of the way from the merge to the experts."
     for run in evaluation.runs:

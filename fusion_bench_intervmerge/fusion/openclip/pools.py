@@ -124,7 +124,7 @@ class OpenCLIPVisionModelTaskPool(Referenced, HostOpenCLIPVisionModelTaskPool):
         self._is_setup = True
 
     def _evaluate(
-        self, classifier: Any, test_loader: Any, num_classes: int, task_name: str
+        self, classifier: Any, test_loader: Any, num_classes: int, task_name: Any = None
     ) -> dict[str, float]:
         encoder = classifier.image_encoder
         encoder = getattr(encoder, "module", encoder)  # Fabric wraps it
