@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -50,27 +51,50 @@ def run(command, cwd, **environment):
 def test_no_example_is_forgotten():
     names = {path.name for path in EXAMPLES.iterdir() if path.is_file()}
     # test_hub.py, test_serving.py
-    elsewhere = {"push_and_classify.sh", "classify.py", "serve.py", "serve.html"}
+    elsewhere = {"push_and_classify.sh", "classify.py", "serve.py", "serve.html", "notebook.ipynb"}
     assert names == {*SCRIPTS, *SHELL, "study.sh", *elsewhere}
 
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
     """The Python examples one after the other in one process: the imports are most of its time."""
+    folder = tmp_path_factory.mktemp("examples")
+    (folder / "notebook.py").write_text(notebook())
     code = (
         "import runpy, sys\n"
         f"for name, (arguments, _) in {SCRIPTS!r}.items():\n"
         f"    sys.argv = [name, *arguments]\n"
         "    print('EXAMPLE', name)\n"
         f"    runpy.run_path({str(EXAMPLES)!r} + '/' + name, run_name='__main__')\n"
+        "print('EXAMPLE notebook')\n"
+        "runpy.run_path('notebook.py')\n"
     )
-    output = run([sys.executable, "-c", code], tmp_path_factory.mktemp("examples"))
+    output = run([sys.executable, "-c", code], folder, MPLBACKEND="agg")
     return {part.partition("\n")[0]: part for part in output.split("EXAMPLE ")[1:]}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_python_example(name, shown):
     assert f"\n{SCRIPTS[name][1]}" in shown[name], shown[name]
+
+
+def notebook():
+    """The code of the notebook's cells, on a smaller pool and fewer images."""
+    cells = json.loads((EXAMPLES / "notebook.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    smaller = {
+        "mini_TA8": "tiny_TA8",
+        "TESTED = 256": "TESTED = 24",
+        '"images": 256': '"images": 8',
+    }
+    for words, less in smaller.items():
+        assert words in code
+        code = code.replace(words, less)
+    return code
+
+
+def test_the_notebook(shown):
+    assert "(8, 64) 12,384 extra parameters" in shown["notebook"], shown["notebook"]
 
 
 def commands(name, arguments, folder):
