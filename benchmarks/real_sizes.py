@@ -3,7 +3,8 @@
     python benchmarks/real_sizes.py --json benchmarks/real_sizes.json
 
 Weights and images are random: this shows that each preset runs at that size, how long a step takes,
-and the peak memory of the process (each run is one of its own), not how well it does.
+and the peak memory of the process, on a GPU what it has allocated there (each run is one of its
+own), not how well it does.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import time
 
 import torch
-from distillation import SIZES, Setting
+from distillation import DEVICE, SIZES, Setting
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -72,10 +73,13 @@ def run(size: str, family: str, preset: str, steps: int, batch: int) -> dict[str
         mixture=mixture if coefficients and coefficients[2] else None,
     )
     assert torch.isfinite(done.losses).all()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if DEVICE == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
     return {
         "seconds_per_step": done.seconds["steps"] / steps,
         "seconds": time.perf_counter() - started,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": peak,
         "extra_parameters": model.extra_parameters()["total"],
     }
 

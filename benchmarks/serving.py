@@ -33,16 +33,18 @@ EDITS = {
 }
 
 
-def measure(size: str, tasks: int, batch: int, turns: int) -> dict[str, dict[str, float]]:
+def measure(
+    size: str, tasks: int, batch: int, turns: int, dtype: torch.dtype
+) -> dict[str, dict[str, float]]:
     """Images a second, by edits and way."""
     names = [f"task{i}" for i in range(tasks)]
     side = SIZES[size]["image_size"]
-    images = torch.randn(batch, 3, side, side, device=DEVICE)
+    images = torch.randn(batch, 3, side, side, device=DEVICE, dtype=dtype)
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(0))
     mixed = [names[i % tasks] for i in order.tolist()]
     found: dict[str, dict[str, float]] = {}
     for label, edits in EDITS.items():
-        model = InterventionModel(tower(size), names, edits).to(DEVICE)
+        model = InterventionModel(tower(size), names, edits).to(DEVICE, dtype)
         folded = model.fold()
         ways: dict[str, Callable[[], torch.Tensor]] = {
             "merged": lambda m=model: m.tower.features(images),
@@ -69,8 +71,9 @@ def measure(size: str, tasks: int, batch: int, turns: int) -> dict[str, dict[str
 def edits_alone(model: InterventionModel, tasks: list[str]) -> float:
     """Seconds that the edits of a mixed batch take by themselves, tensors gathered and all."""
     tower = model.tower
-    states = torch.randn(len(tasks), tower.num_tokens, tower.width, device=tower.device)
-    features = torch.randn(len(tasks), tower.projection_dim, device=tower.device)
+    like = {"device": tower.device, "dtype": tower.dtype}
+    states = torch.randn(len(tasks), tower.num_tokens, tower.width, **like)
+    features = torch.randn(len(tasks), tower.projection_dim, **like)
     best = float("inf")
     for _ in range(20):
         with model.for_task(tasks, len(tasks)):
@@ -90,9 +93,11 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--json", help="where to write the numbers")
     arguments = parser.parse_args()
-    found = measure(arguments.size, arguments.tasks, arguments.batch, arguments.turns)
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    found = measure(arguments.size, arguments.tasks, arguments.batch, arguments.turns, dtype)
     title = f"{arguments.size}, {arguments.tasks} tasks, {arguments.batch} images"
     table = Table(title=f"{title}: throughput, the merged encoder being 1")
     ways = list(next(iter(found.values())))[1:-1]

@@ -1,10 +1,11 @@
-"""What solving costs: ``solve`` against bare forward passes of expert and merged encoder.
+"""What solving costs, or calibration: against bare forward passes of expert and merged encoder.
 
     python benchmarks/solving.py --size b32 --json solving_b32.json
 
 * bare: every image of every task once through its expert and once through the merged encoder,
   nothing else; the experts are loaded as ``solve`` loads them.
-* ours: ``solve``, all of it: reading, both encoders, sums, regressions, edits.
+* ours: ``solve``, all of it: reading, both encoders, sums, regressions, edits; with
+  ``--calibration`` all of ``calibrate``.
 
 Both run in one process, in turns, on the GPU if there is one, and the median of the ratio counts.
 Weights and images are random: speed does not depend on them. Peak memory is of a process of its own
@@ -20,9 +21,11 @@ import resource
 import statistics
 import time
 
+import lightning as L
 import torch
 from distillation import DEVICE, SIZES, Setting, machine, wait
 
+from fusion_bench_intervmerge.calibration import calibrate
 from fusion_bench_intervmerge.model.model import InterventionModel
 from fusion_bench_intervmerge.solving.solve import solve
 
@@ -45,11 +48,11 @@ class Images(torch.utils.data.Dataset):
 def bare(setting: Setting, images: Images, model: InterventionModel) -> float:
     wait()
     started = time.perf_counter()
-    with torch.no_grad():
+    with torch.no_grad(), model.tower.in_dtype(setting.dtype):
         for name in setting.names:
-            expert = setting.expert(name)
+            expert = setting.expert(name).to(setting.dtype)
             for batch in images.pixels.split(BATCH):
-                batch = batch.to(DEVICE)
+                batch = batch.to(DEVICE, setting.dtype)
                 expert.features(batch)
                 model.tower.features(batch)
     wait()
@@ -57,12 +60,17 @@ def bare(setting: Setting, images: Images, model: InterventionModel) -> float:
 
 
 def ours(
-    setting: Setting, images: Images, model: InterventionModel, budget: int | None, cache: float
+    setting: Setting, images: Images, model: InterventionModel, options: argparse.Namespace
 ) -> float:
     wait()
     started = time.perf_counter()
-    datasets = dict.fromkeys(setting.names, images)
-    solve(model, setting.experts(), datasets, budget=budget, cache_gb=cache)
+    datasets, experts = dict.fromkeys(setting.names, images), setting.experts()
+    precision = "bf16-true" if options.bf16 else "32-true"
+    more = {"fabric": L.Fabric(devices=1, precision=precision), "cache_gb": options.cache_gb}
+    if options.calibration:
+        calibrate(model.tower, setting.pretrained, experts, datasets, **more)
+    else:
+        solve(model, experts, datasets, budget=options.budget, **more)
     wait()
     return time.perf_counter() - started
 
@@ -74,12 +82,15 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--budget", type=int)
+    parser.add_argument("--calibration", action="store_true", help="calibrate instead of solve")
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--cache-gb", type=float, default=2.0)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--only", choices=("bare", "ours"))
     parser.add_argument("--json")
     options = parser.parse_args()
-    setting = Setting(options.size, options.tasks, 1, False, torch.float32)
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    setting = Setting(options.size, options.tasks, 1, False, dtype)
     images = Images(options.images, SIZES[options.size]["image_size"])
     site = {"function": "nodireft", "tokens": "all", "init": "regression", "rank": options.rank}
     model = InterventionModel(copy.deepcopy(setting.pretrained), setting.names, {"block": site})
@@ -88,8 +99,7 @@ def main() -> None:
         if options.only != "ours":
             seconds["bare"].append(bare(setting, images, model))
         if options.only != "bare":
-            found = ours(setting, images, model, options.budget, options.cache_gb)
-            seconds["ours"].append(found)
+            seconds["ours"].append(ours(setting, images, model, options))
         print({way: [round(s, 2) for s in times] for way, times in seconds.items()}, flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if DEVICE == "cuda":
