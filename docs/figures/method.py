@@ -100,13 +100,13 @@ def sites() -> Figure:
     for x, name, used, strong in (
         (3.85, "attention", "IntervMerge", True),
         (6.98, "mlp", "", False),
-        (7.98, "block", "SurgeryV2", False),
+        (7.98, "block", "closed form,\nSurgeryV2", False),
         (10.82, "output", "Surgery, SurgeryV2", False),
     ):
         pill(axes, x, y, strong)
-        axes.plot([x, x], [y - 0.2, 0.62], color=HUES[0], lw=1, zorder=1)
-        label(axes, x, 0.4, name, HUES[0], weight="bold", size=11, va="baseline")
-        label(axes, x, 0.17, used, MUTED, size=8.5, va="baseline")
+        axes.plot([x, x], [y - 0.2, 0.66], color=HUES[0], lw=1, zorder=1)
+        label(axes, x, 0.44, name, HUES[0], weight="bold", size=11, va="baseline")
+        label(axes, x, 0.34, used, MUTED, size=8.5, va="top")
     return sheet
 
 
@@ -272,6 +272,56 @@ def solving() -> Figure:
     arrow(axes, (z + 0.63, bottom), (z + 1.3, bottom))
     label(axes, z + 1.75, top, "expert's\nfeatures", size=9)
     label(axes, z + 1.75, bottom, "repaired\nfeatures", size=9)
+    return sheet
+
+
+@figure
+def calibration() -> Figure:
+    """Other weights: one map for all tasks brings each task's stream to its expert's."""
+    sheet, axes = canvas(11.4, 4.1)
+    stack(axes, 0.75, 2.1)
+    label(axes, 0.8, 1.5, "unlabelled\nimages", MUTED, size=9, va="top")
+    begin, end = 2.0, 8.35
+    for task, hue in enumerate(HUES):
+        y = 3.6 - 0.52 * task
+        arrow(axes, (1.35, 2.25 + 0.05 * (1 - task)), (begin, y), curve=-0.2)
+        axes.plot([begin, end], [y, y], color=hue, lw=1.5, zorder=1)
+        axes.add_patch(rounded(4.95, y - 0.19, 1.9, 0.38, hue, PALE[task], radius=0.08, zorder=3))
+        label(axes, 5.9, y, f"expert {task + 1}'s own map", size=8.5, zorder=4)
+        label(axes, end + 0.3, y, f"$E_{task + 1}$", hue, size=13)
+    y, below = 1.35, 0.5
+    arrow(axes, (1.35, 2.0), (begin, y), curve=0.2)
+    words = "the encoder that is being calibrated, all images of all tasks"
+    label(axes, begin + 0.02, y + 0.42, words, MUTED, ha="left", size=9)
+    axes.plot([begin, 7.26], [y, y], color=INK, lw=1.3, zorder=1)
+    label(axes, 2.35, y + 0.18, "$S$", size=13)
+    axes.plot([2.75, 2.75, 3.0], [y, below, below], color=INK, lw=1.3, zorder=1)
+    arrow(axes, (2.9, below), (3.24, below))
+    box(axes, 4.0, below, 1.5, 0.56, "attention,\nor MLP")
+    arrow(axes, (4.76, below), (5.6, below))
+    label(axes, 5.16, below + 0.19, "$H$", size=13)
+    axes.add_patch(rounded(5.65, below - 0.25, 1.2, 0.5, INK, INK, radius=0.1, zorder=3))
+    label(axes, 6.25, below, "$W,\\ b$", SURFACE, size=13, zorder=4)
+    axes.plot([6.86, 7.4], [below, below], color=INK, lw=1.3, zorder=1)
+    arrow(axes, (7.4, below), (7.4, y - 0.14))
+    axes.add_patch(Circle((7.4, y), 0.14, ec=INK, fc=SURFACE, lw=1.3, zorder=3))
+    label(axes, 7.4, y - 0.005, "+", size=11, zorder=4)
+    arrow(axes, (7.54, y), (end + 0.02, y))
+    axes.annotate(
+        "", (end + 0.3, 2.36), (end + 0.3, y + 0.05),
+        arrowprops={"arrowstyle": "<->", "color": INK, "lw": 1.4},
+    )  # fmt: skip
+    words = "solve for one map\nthat serves all tasks"
+    label(axes, end + 0.55, 1.85, words, ha="left", size=9)
+    label(
+        axes,
+        end + 0.55,
+        0.75,
+        "then the next map,\nbehind the new weights",
+        MUTED,
+        ha="left",
+        size=9,
+    )
     return sheet
 
 
