@@ -119,7 +119,7 @@ class Setting:
 
 def naive(setting: Setting) -> Callable[[], float]:
     """Seconds an image of the published loop; each call is a step of one task."""
-    vectors = [setting.theta0, *(vector.tensors for vector in setting.vectors())]
+    vectors = [setting.theta0, *setting.vectors()]
     copies = [[tensor.clone() for tensor in vector.values()] for vector in vectors]
     for copy_ in copies:
         for tensor in copy_:

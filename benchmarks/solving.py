@@ -1,13 +1,14 @@
-"""What solving costs, or calibration: against bare forward passes of expert and merged encoder.
+"""What solving costs: ``solve`` or ``calibrate`` against bare forward passes of the encoders.
 
     python benchmarks/solving.py --size b32 --json solving_b32.json
+    python benchmarks/solving.py --calibrate --turns 1 --json calibration_b32.json
 
 * bare: every image of every task once through its expert and once through the merged encoder,
   nothing else; the experts are loaded as ``solve`` loads them.
-* ours: ``solve``, all of it: reading, both encoders, sums, regressions, edits; with
-  ``--calibration`` all of ``calibrate``.
+* ours: ``solve`` or ``calibrate``, all of it: reading, both encoders, sums, regressions, edits.
 
 Both run in one process, in turns, on the GPU if there is one, and the median of the ratio counts.
+On a CPU seconds are the process's own, of all threads.
 Weights and images are random: speed does not depend on them. Peak memory is of a process of its own
 (``--only``): on a CPU what it holds, on a GPU what it has allocated there.
 """
@@ -30,6 +31,7 @@ from fusion_bench_intervmerge.model.model import InterventionModel
 from fusion_bench_intervmerge.solving.solve import solve
 
 BATCH = 32
+clock = time.perf_counter if DEVICE == "cuda" else time.process_time
 
 
 class Images(torch.utils.data.Dataset):
@@ -47,7 +49,7 @@ class Images(torch.utils.data.Dataset):
 
 def bare(setting: Setting, images: Images, model: InterventionModel) -> float:
     wait()
-    started = time.perf_counter()
+    started = clock()
     with torch.no_grad(), model.tower.in_dtype(setting.dtype):
         for name in setting.names:
             expert = setting.expert(name).to(setting.dtype)
@@ -56,23 +58,23 @@ def bare(setting: Setting, images: Images, model: InterventionModel) -> float:
                 expert.features(batch)
                 model.tower.features(batch)
     wait()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def ours(
     setting: Setting, images: Images, model: InterventionModel, options: argparse.Namespace
 ) -> float:
     wait()
-    started = time.perf_counter()
+    started = clock()
     datasets, experts = dict.fromkeys(setting.names, images), setting.experts()
     precision = "bf16-true" if options.bf16 else "32-true"
     more = {"fabric": L.Fabric(devices=1, precision=precision), "cache_gb": options.cache_gb}
-    if options.calibration:
+    if options.calibrate:
         calibrate(model.tower, setting.pretrained, experts, datasets, **more)
     else:
         solve(model, experts, datasets, budget=options.budget, **more)
     wait()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def main() -> None:
@@ -82,13 +84,16 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--budget", type=int)
-    parser.add_argument("--calibration", action="store_true", help="calibrate instead of solve")
+    parser.add_argument("--calibrate", action="store_true")
+    parser.add_argument("--blocks", type=int, help="fewer than the size has")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--cache-gb", type=float, default=2.0)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--only", choices=("bare", "ours"))
     parser.add_argument("--json")
     options = parser.parse_args()
+    if options.blocks:
+        SIZES[options.size]["num_hidden_layers"] = options.blocks
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     setting = Setting(options.size, options.tasks, 1, False, dtype)
     images = Images(options.images, SIZES[options.size]["image_size"])
