@@ -15,6 +15,10 @@ import pytest
 import torch
 import yaml
 from conftest import blocks, hf_tower, perturbed
+from fusion_bench.tasks.clip_classification import (
+    CLIPTemplateFactory,
+    get_classnames_and_templates,
+)
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
@@ -187,7 +191,9 @@ def test_the_site_builds_strictly_and_fetches_nothing(tmp_path):
 # -- docs/own-experts.md -----------------------------------------------------------------------
 
 
-def test_a_pool_of_ones_own_needs_no_class_names(tmp_path, capfd):
+def test_a_pool_of_ones_own_needs_no_class_names_and_is_evaluated_with_the_data_sets(
+    tmp_path, capfd
+):
     from fusion_bench_intervmerge.tinyclip import ensure_pool
 
     built = ensure_pool()
@@ -226,6 +232,20 @@ def test_a_pool_of_ones_own_needs_no_class_names(tmp_path, capfd):
     shown = capfd.readouterr().out
     assert "birds" in shown and "bias, repaired" in shown and "agreement" not in shown
     assert InterventionModel.from_pretrained(tmp_path / "saved").tasks == ["birds", "signs"]
+    done = in_process(
+        "method=intervmerge/closed_form",
+        "modelpool=my_pool",
+        "taskpool=own",
+        "taskpool.classes={signs: {names: [one, two], templates: ['the number {}']}}",
+        f"hydra.searchpath=[file://{tmp_path}]",
+        folder=tmp_path / "own",
+    )
+    assert 0 <= done["report"]["birds"]["accuracy"] <= 1
+    names, templates = get_classnames_and_templates("signs")
+    assert [names, templates[0]("one")] == [["one", "two"], "the number one"]
+    assert get_classnames_and_templates("birds")[0] == ["class0", "class1"]
+    CLIPTemplateFactory._dataset_mapping.pop("birds")
+    CLIPTemplateFactory._dataset_mapping.pop("signs")
 
 
 # -- docs/deployment.md ------------------------------------------------------------------------

@@ -13,21 +13,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from fusion_bench.taskpool import CLIPVisionModelTaskPool as HostCLIPVisionModelTaskPool
-from fusion_bench.tasks.clip_classification import get_classnames_and_templates
+from fusion_bench.tasks.clip_classification import (
+    CLIPTemplateFactory,
+    get_classnames_and_templates,
+)
+from pydantic import Field
 from torch import Tensor, nn
 
-from ..config import Json
+from ..config import ConfigError, Json, Settings
 from ..encoders.base import VisionTower
 from ..files import write_json
 from ..model.model import InterventionModel
 from ..model.protocols import TaskConditionalModel
 from ..report.answers import Answers
 from ..results import REFERENCES
+from .host import plain
 from .images import preprocessed
 
 
@@ -165,6 +171,39 @@ def _copy_preprocessing(source: object, target: object) -> None:
         setattr(target, name, getattr(source, name, None))
 
 
+class Classes(Settings):
+    """The classes of a task, in the order of the labels, and captions with ``{}`` for a class."""
+
+    names: list[str] | None = None
+    templates: Annotated[list[str], Field(min_length=1)] = ["a photo of a {}"]  # noqa: RUF012
+
+
+def name_classes(task: str, dataset: object, given: Json) -> None:
+    """Tell FusionBench the classes of a task that it does not know, or that are given.
+
+    Raises:
+        ConfigError: nothing names them.
+    """
+    where, known = f"taskpool.classes.{task}", True
+    classes = Classes.read(given, where)
+    try:
+        get_classnames_and_templates(task)
+    except ValueError:
+        known = False
+    if known and classes.names is None:
+        return
+    label: Any = (getattr(dataset, "features", None) or {}).get("label")
+    names = classes.names or getattr(label, "names", None)
+    if names is None:
+        problem = "FusionBench does not know the task's classes, and its data set names none"
+        raise ConfigError(where, problem, "{names: [ant, bee], templates: ['a photo of a {}']}")
+    # register_dataset of fusion-bench 0.2.33 takes neither of its two forms
+    CLIPTemplateFactory._dataset_mapping[task] = {
+        "classnames": [name.replace("_", " ") for name in names],
+        "templates": [partial(str.format, text) for text in classes.templates],
+    }
+
+
 class Watched:
     """A loader of images and labels, and the classes that a classifier gives to its images."""
 
@@ -268,7 +307,15 @@ class CLIPVisionModelTaskPool(Referenced, HostCLIPVisionModelTaskPool):
 
     It takes the configs of FusionBench's pool of that name and gives the same numbers; an image of
     a task-conditional model costs one forward pass instead of two.
+
+    Args:
+        classes: task -> ``names`` of its classes and ``templates`` of their captions, of tasks that
+            FusionBench does not know; what is not given is the data set's own names, and a photo.
     """
+
+    def __init__(self, *args: Any, classes: Mapping[str, Any] | None = None, **settings: Any):
+        super().__init__(*args, **settings)
+        self._classes = plain(classes) or {}
 
     def setup(self) -> None:
         """Load the CLIP, the datasets and the processor."""
@@ -276,6 +323,7 @@ class CLIPVisionModelTaskPool(Referenced, HostCLIPVisionModelTaskPool):
         datasets: Any = self.test_datasets  # the loaders have them already
         for task, data in datasets.items():
             where = f"taskpool.test_datasets.{task}"
+            name_classes(task, data.dataset, self._classes.get(task, {}))
             vars(data).update(vars(preprocessed(data.dataset, data.processor, where)))
         self._pretrained = self.clip_model.vision_model  # evaluating puts another in its place
 
