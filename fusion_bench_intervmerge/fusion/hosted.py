@@ -33,7 +33,7 @@ from ..model.model import InterventionModel
 from ..model.protocols import TaskConditionalModel
 from ..report.answers import Answers
 from ..results import REFERENCES
-from .host import plain
+from .host import one_line, plain
 from .images import preprocessed
 
 
@@ -313,8 +313,14 @@ class CLIPVisionModelTaskPool(Referenced, HostCLIPVisionModelTaskPool):
             FusionBench does not know; what is not given is the data set's own names, and a photo.
     """
 
-    def __init__(self, *args: Any, classes: Mapping[str, Any] | None = None, **settings: Any):
-        super().__init__(*args, **settings)
+    @one_line
+    def __init__(
+        self, test_datasets: Any, *, classes: Mapping[str, Any] | None = None, **settings: Any
+    ):
+        if not test_datasets:
+            allowed = "modelpool.test_datasets for taskpool=own, or another task pool"
+            raise ConfigError("taskpool.test_datasets", "there are none", allowed)
+        super().__init__(test_datasets, **settings)
         self._classes = plain(classes) or {}
 
     def setup(self) -> None:
