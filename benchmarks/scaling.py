@@ -1,16 +1,25 @@
 """How the cost of distillation grows: with tasks, ranks, images a step, and images seen again.
 
     python benchmarks/scaling.py --size b32 --json scaling.json
+    python benchmarks/scaling.py --only tasks --blocks 3      # all else, at 8, 14 and 20 tasks
 
 Each line is ``distill`` from end to end (experts loaded, their features, the loop), in milliseconds
 for one image of one task and step; the best of some turns in one process, in turns. Also: training
 Surgery, the experts' features in hand. Weights are random: speed does not depend on them.
+
+With ``--only tasks``: seconds of processor time of calibration, of the closed form within a budget
+and of fitting a router, against bare passes of every image through its expert and the merge; then
+of one batch of 40 images of all tasks, against the merge alone, as a service encodes it; and the
+peak memory of the process so far.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
+import time
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -19,7 +28,11 @@ from distillation import PROJECTION, SIZES, Setting, machine
 from rich.console import Console
 from rich.table import Table
 
+from fusion_bench_intervmerge.calibration import calibrate
 from fusion_bench_intervmerge.distillation.loop import distill
+from fusion_bench_intervmerge.model.model import InterventionModel
+from fusion_bench_intervmerge.solving.fit_router import fit_router
+from fusion_bench_intervmerge.solving.solve import solve
 
 BASE = {"tasks": 8, "rank": 1, "batch": 16, "unique": None, "steps": 1}
 LINES: list[dict[str, Any]] = [
@@ -65,13 +78,72 @@ def surgery(size: str, steps: int = 1000) -> float:
     return done.seconds["steps"]
 
 
+def many(size: str, tasks: int, images: int) -> dict[str, float]:
+    """Seconds of processor time by what is done, numbers that are stored, and the peak in GiB."""
+    setting = Setting(size, tasks, 1, False, torch.float32)
+    side = SIZES[size]["image_size"]
+    pixels = torch.randn(images, 3, side, side)
+    given = setting.experts(), dict.fromkeys(setting.names, pixels)
+    site = {"function": "nodireft", "tokens": "all", "init": "regression"}
+    model = InterventionModel(setting.pretrained, setting.names, {"block": site})
+    batch = torch.randn(40, 3, side, side)
+    mixed = [setting.names[i % tasks] for i in range(40)]
+
+    def bare() -> None:
+        for load in setting.experts().values():
+            load().features(pixels)
+            model.tower.features(pixels)
+
+    with torch.no_grad():
+        model.tower.features(batch)  # the first pass of a process costs more
+        taken = {
+            "bare": seconds(bare),
+            "calibration": seconds(lambda: calibrate(model.tower, setting.pretrained, *given)),
+            "closed form": seconds(lambda: solve(model, *given, budget="rank_1")),
+            "router": seconds(lambda: fit_router(model, given[1])),
+            "merge": seconds(lambda: model.encode(batch)),
+            "mixed": seconds(lambda: model.encode(batch, mixed)),
+            "routed": seconds(lambda: model.encode(batch, "auto")),
+        }
+    extra = model.extra_parameters()
+    taken |= {"edits": extra["total"], "router numbers": extra.get("router", 0)}
+    return taken | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+def seconds(call: Callable[[], object]) -> float:
+    started = time.process_time()
+    call()
+    return time.process_time() - started
+
+
+def show_many(options: argparse.Namespace) -> None:
+    counts = (8, 14, 20)
+    lines = [many(options.size, tasks, options.images) for tasks in counts]
+    table = Table(
+        "tasks", *map(str, counts), title=f"{options.size}, {options.blocks or 'all'} blocks"
+    )
+    for name in lines[0]:
+        table.add_row(name, *(f"{line[name]:,.3g}" for line in lines))
+    Console().print(table)
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            by_tasks = dict(zip(counts, lines, strict=True))
+            json.dump({**machine(), "settings": vars(options), "tasks": by_tasks}, file, indent=2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="b32")
     parser.add_argument("--turns", type=int, default=2)
-    parser.add_argument("--only", choices=("distillation", "surgery"), help="not the other")
+    parser.add_argument("--only", choices=("distillation", "surgery", "tasks"), help="of these")
+    parser.add_argument("--blocks", type=int, help="fewer than the size has")
+    parser.add_argument("--images", type=int, default=8, help="per task, for --only tasks")
     parser.add_argument("--json", help="where to write the numbers")
     arguments = parser.parse_args()
+    if arguments.blocks:
+        SIZES[arguments.size]["num_hidden_layers"] = arguments.blocks
+    if arguments.only == "tasks":
+        return show_many(arguments)
     settings = [BASE | line for line in LINES if arguments.only != "surgery"]
     best = [float("inf")] * len(settings)
     for _ in range(arguments.turns):

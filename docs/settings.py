@@ -96,14 +96,18 @@ def stream() -> str:
 
 def others() -> str:
     """The other algorithms: those that a shipped config of its own names."""
-    parts = []
+    parts, there = [], {}
     for name, file in method_files():
         cls = target(file)
         if cls is None or name == MAIN or cls in {target(f) for n, f in method_files() if n < name}:
             continue
         found = get_class(cls)
         parts.append(f"### `method={name}`\n\n{ticks(first_line(found))}")
-        parts.append(keys(documented(file, found)))
+        base = next((base for base in found.__mro__ if base in there), None)
+        if base is not None:  # what it adds
+            parts[-1] += f". The settings of `method={there[base]}`, and:"
+        parts.append(keys(documented(file, found, base.Settings.model_fields if base else ())))
+        there[found] = name
     return "\n\n".join(parts)
 
 

@@ -112,7 +112,16 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add("--private", action="store_true", default=None, help="if it is created")
     add("--no-onnx", dest="onnx", action="store_false", help="leave out the graph")
     add("--dtype", choices=DTYPES, default="fp32", help="of the graph's weights")
-    return parser, {"report": report, "export": export, "push": push}
+
+    text = (
+        "Compare what runs of `fusion_bench +experiment=published` found, on any machine, with the "
+        "published numbers."
+    )
+    short = "a run's accuracies beside the published ones"
+    published = group.add_parser("published", help=short, description=text)
+    published.set_defaults(run=_published)
+    published.add_argument("files", nargs="+", metavar="FILE", help="a run's published.json")
+    return parser, {"report": report, "export": export, "push": push, "published": published}
 
 
 @contextmanager
@@ -167,6 +176,13 @@ def _push(options: argparse.Namespace) -> None:
         settings = {name: getattr(options, name) for name in ("onnx", "dtype", "private")}
         address = push(model, options.repo, **settings, tell=tell)
     Console(soft_wrap=True, highlight=False).print(f"{options.repo}: {address}")
+
+
+def _published(options: argparse.Namespace) -> None:
+    from .report.published import read_found, show
+
+    for found in map(read_found, options.files):
+        show(found, Console(highlight=False))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+ANY = f"/api/(models|datasets)/{REPO}"  # they share their names here
 LFS_SUFFIXES = (".safetensors", ".onnx")
 
 
@@ -48,7 +49,8 @@ class Hub(ThreadingHTTPServer):
         return {p.relative_to(root).as_posix(): p.read_bytes() for p in _files(root)}
 
     def commit(self, repo: str, files: dict[str, bytes]) -> str:
-        sha = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+        digests = {name: hashlib.sha1(content).hexdigest() for name, content in files.items()}
+        sha = hashlib.sha1(repr(sorted(digests.items())).encode()).hexdigest()
         for name, content in files.items():
             file = self.folder / repo / sha / name
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -69,10 +71,10 @@ class Handler(BaseHTTPRequestHandler):
         ("POST", f"/{REPO}\\.git/info/lfs/objects/batch", "batch"),
         ("PUT", r"/lfs/(?P<oid>\w+)", "store"),
         ("POST", f"/api/models/{REPO}/commit/[^/]+", "take_commit"),
-        ("GET", f"/api/models/{REPO}(/revision/(?P<revision>[^/]+))?", "info"),
-        ("GET", f"/api/models/{REPO}/tree/(?P<revision>[^/]+)(/(?P<below>.+))?", "tree"),
-        ("HEAD", f"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", "resolve"),
-        ("GET", f"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", "resolve"),
+        ("GET", f"{ANY}(/revision/(?P<revision>[^/]+))?", "info"),
+        ("GET", f"{ANY}/tree/(?P<revision>[^/]+)(/(?P<below>.+))?", "tree"),
+        ("HEAD", f"(/datasets)?/{REPO}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", "resolve"),
+        ("GET", f"(/datasets)?/{REPO}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", "resolve"),
     )
 
     def answer(self) -> None:
@@ -174,9 +176,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def resolve(self, repo: str, revision: str, name: str) -> None:
         commit = self.commit_of(repo, revision)
-        content = self.server.files(repo, commit).get(name)
-        if content is None:
+        file = self.server.folder / repo / commit / name
+        if not file.is_file():
             return self.send(404, {"error": "Entry not found"}, "EntryNotFound", commit)
+        content = file.read_bytes()
         self.send_response(200)
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
         self.send_header("X-Repo-Commit", commit)

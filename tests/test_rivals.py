@@ -132,6 +132,11 @@ class Fails(nn.Module):
         raise RuntimeError("no NVIDIA driver\nfound")
 
 
+class FailingRepair(Repair):
+    def repair(self, pool, merged):
+        raise RuntimeError("no memory")
+
+
 def comparison(**settings):
     given = {"bases": {"task_arithmetic": TASK_ARITHMETIC}, "methods": {}, "references": False}
     return ComparisonAlgorithm(**given | settings)
@@ -142,6 +147,7 @@ def test_a_failure_is_a_line_if_the_settings_say_so(pool, tmp_path, monkeypatch)
     fails = {"_target_": f"{__name__}.Fails"}
     bases = {"broken": fails, "task_arithmetic": TASK_ARITHMETIC}
     settings = {"bases": bases, "rivals": {"emr": EMR, "gone": fails}}
+    settings["methods"] = {"broken": {"_target_": f"{__name__}.FailingRepair"}}
     with pytest.raises(RuntimeError, match="no NVIDIA driver"):
         comparison(**settings).run(pool.pool)
     algorithm = comparison(**settings, keep_going=True, images={"emr": {"split": "test"}})
@@ -150,7 +156,8 @@ def test_a_failure_is_a_line_if_the_settings_say_so(pool, tmp_path, monkeypatch)
     assert list(models) == ["emr", "task_arithmetic"]
     results = parse_results(json.loads((tmp_path / "intervmerge.json").read_text()), "")
     line = "RuntimeError: no NVIDIA driver found"
-    assert results.problems == {"gone": line, "broken": line}
+    repair = {"task_arithmetic/broken": "RuntimeError: no memory"}
+    assert results.problems == {"gone": line, "broken": line, **repair}
     assert results.models["emr"].images[0].split == "test"
 
 
@@ -160,6 +167,14 @@ def test_a_failure_is_a_line_if_the_settings_say_so(pool, tmp_path, monkeypatch)
         ({"rivals": {"x": {"name": ""}}}, "rivals.x: names no method"),
         ({"rivals": {"task_arithmetic": EMR}}, "rivals.task_arithmetic: a base has that name"),
         ({"rivals": {"x": {"_target_": TALL_MASKS, "keep": 1}}}, "rivals.x.keep"),
+        ({"train_coefficients": {"task_arithmetic": []}}, "train_coefficients.task_arithmetic: no"),
+        (
+            {
+                "coefficients": {"task_arithmetic": {"granularity": "task"}},
+                "train_coefficients": {"task_arithmetic": ["gone"]},
+            },
+            "train_coefficients.task_arithmetic.gone: no such method",
+        ),
         ({"images": {"gone": {}}}, "images.gone: no such base or rival"),
         ({"images": {"task_arithmetic": {"splt": "test"}}}, "images.task_arithmetic"),
         ({"methods": {"x": EMR}}, "methods.x._target_: .*EMRMerging is not a repair"),

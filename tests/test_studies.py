@@ -9,6 +9,7 @@ import subprocess
 import time
 
 import pytest
+import synthetic_runs
 import torch
 from commands import COMMAND, QUIET, ROOT, compose, in_process, only, run_command
 from fusion_bench.utils import instantiate
@@ -17,6 +18,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
+from fusion_bench_intervmerge.report import write_study
 from fusion_bench_intervmerge.report.study import read_study, table
 from hydra_plugins.intervmerge_sweeper import GridSweeper
 
@@ -212,6 +214,25 @@ def test_a_study_holds_what_its_runs_reported(study):
         "study.json", "study.md", "study.csv", "study.png", "study.svg", "study_2.png",
         "study_2.svg",
     }  # fmt: skip
+
+
+def test_runs_of_different_tasks_stand_side_by_side(tmp_path):
+    whole = compose("+experiment=many_tasks", return_hydra_config=True)
+    grid = jobs(axes=dict(whole.hydra.sweeper.axes), also=whole.hydra.sweeper.also)
+    assert [job.labels for job in grid] == [{"tasks": str(n)} for n in range(2, 9)]
+    assert grid[0].overrides == ["modelpool.tasks=2"]
+    runs = [{"folder": job.folder, **job._asdict()} for job in grid[:2]]
+    index = {"study": dict(whole.hydra.sweeper.study), "jobs": runs}
+    (tmp_path / "study.json").write_text(json.dumps(index))
+    for job, tasks in zip(grid, (synthetic_runs.TASKS[:2], synthetic_runs.TASKS[:3]), strict=False):
+        synthetic_runs.comparison(tmp_path / job.folder, tasks=tasks)
+    write_study(tmp_path)
+    header, *lines = (tmp_path / "study.csv").read_text().splitlines()
+    assert header == "tasks,kind,base,method,average,std,seeds" and len(lines) == 2 * 6
+    report = json.loads((tmp_path / grid[1].folder / "program_report.json").read_text())
+    average = report["task_arithmetic"]["average"]["accuracy"]
+    assert f"3,merge,task_arithmetic,,{average:.6f},,1" in lines
+    assert "| model | 2 | 3 |" in (tmp_path / "study.md").read_text()
 
 
 # -- what the runs of a study share ---------------------------------------

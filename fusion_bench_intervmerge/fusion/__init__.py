@@ -3,6 +3,7 @@
 from .algorithm import IntervMergeAlgorithm
 from .calibrate import CalibrationAlgorithm, FeatCalAlgorithm
 from .comparison import ComparisonAlgorithm
+from .published import PublishedAlgorithm
 from .saved import AnalyseInterventionModel, LoadInterventionModel
 
 __all__ = [
@@ -12,4 +13,5 @@ __all__ = [
     "FeatCalAlgorithm",
     "IntervMergeAlgorithm",
     "LoadInterventionModel",
+    "PublishedAlgorithm",
 ]

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fusion_bench import BaseModelPool
+from fusion_bench.constants import RuntimeConstants
 from hydra.utils import get_class
+from omegaconf import OmegaConf
 from pydantic import Field, model_validator
+from torch import nn
 from typing_extensions import Self
 
+from .. import __version__
 from ..analysis import read_analyses
 from ..config import (
     HOST_KEYS,
@@ -29,12 +35,23 @@ from ..config import (
 )
 from ..data import DataSettings
 from ..encoders.base import VisionTower
+from ..files import write_json
 from ..merging import CoefficientSettings
 from ..model.model import InterventionModel
 from ..model.protocols import Repair
+from ..report.runs import read_json
 from ..results import ImagesUsed, Result
 from .algorithm import IntervMergeAlgorithm
-from .host import Method, attach, check_task_pool, host_in_the_log, name_models, one_line
+from .host import (
+    Method,
+    attach,
+    check_task_pool,
+    has_task_pool,
+    host_in_the_log,
+    name_models,
+    one_line,
+    plain,
+)
 from .hosted import hosted
 from .merge import merge_experts, run_adamerging
 from .pools import ExpertPool, prepare_task_pool
@@ -62,12 +79,16 @@ class ComparisonSettings(Settings):
             without are left out for methods that train coefficients.
         seeds: seeds of the repairs; edits that no seed decides (solved on all images) are found
             once.
+        train_coefficients: name of a base -> methods that train its coefficients with their edits,
+            as published for AdaMerging.
         steps: override every method's, so that all have the same; a method with ``steps: 0`` is
             solved, not trained, and keeps it.
         data: override every method's, so that all have the same.
         images: the images that bases and rivals see: name -> fields of ``results.ImagesUsed``.
         labels: labelled images per task that bases and rivals need, by name.
-        keep_going: whether a merge or rival that fails is a line in the results, and not the end.
+        keep_going: whether what fails is a line in the results, and not the end.
+        resume: ``auto``: models that an earlier run with these settings has evaluated in the same
+            folder are not made again; or ``never``.
         references: whether the pretrained encoder and the experts themselves are evaluated too.
         analyses: names of analyses of every merge and its repairs at the first seed, ``all``, or
             null; their values are written to ``analysis.json``.
@@ -85,6 +106,9 @@ class ComparisonSettings(Settings):
     coefficients: Annotated[
         dict[str, Json] | None, Field(description="coefficients, by the base's name")
     ] = None
+    train_coefficients: Annotated[
+        dict[str, list[str]], Field(description="names of methods, by the base's name")
+    ] = Field({})
     seeds: Annotated[
         list[Seed], Field(min_length=1, description="a list of whole numbers, 0 or more")
     ] = Field(default=[0])
@@ -93,6 +117,7 @@ class ComparisonSettings(Settings):
     images: Annotated[dict[str, Json], Field(description="images, by name")] = Field({})
     labels: Annotated[dict[str, int], Field(description="whole numbers, by name")] = Field({})
     keep_going: Flag = False
+    resume: Literal["auto", "never"] = "auto"
     references: Flag = True
     analyses: Any = None
     analysis_images: Annotated[int, whole(1, 10**9)] = 256
@@ -108,6 +133,13 @@ class ComparisonSettings(Settings):
             if name not in self.bases:
                 raise unknown_key(name, self.bases, "base").under("coefficients")
             CoefficientSettings.read(start, f"coefficients.{name}")
+        for name, methods in self.train_coefficients.items():
+            with named("train_coefficients"):
+                if name not in (self.coefficients or {}):
+                    raise unknown_key(name, self.coefficients or {}, "base with coefficients")
+                for method in methods:
+                    if method not in self.methods:
+                        raise unknown_key(method, self.methods, "method").under(name)
         DataSettings.read(self.data or {}, "data")
         for name, rival in self.rivals.items():
             check_method(rival, f"rivals.{name}")
@@ -168,10 +200,12 @@ def repair_class(config: Json) -> type[Repair] | None:
 
 
 class ComparisonAlgorithm(Method):
-    """Merge by each base, repair each merge by each method and seed, hand all to the task pool.
+    """Merge by each base, repair each merge by each method and seed, evaluate all.
 
     Every method gets the same images, steps and merged encoder. FusionBench's report then has the
-    accuracies of each model by name, and ``intervmerge.json`` beside it what each model is.
+    accuracies of each model by name, and ``intervmerge.json`` beside it what each model is. A model
+    is evaluated as soon as it is there, so that one at a time is in memory; its result is kept in
+    the folder ``models`` beside the report, and the same command goes on behind the last one.
     """
 
     Settings = ComparisonSettings
@@ -191,7 +225,7 @@ class ComparisonAlgorithm(Method):
     @host_in_the_log()
     @one_line
     def run(self, modelpool: BaseModelPool) -> dict[str, object]:
-        """Returns every model by name."""
+        """Returns every model's report by name; without a task pool, the models."""
         settings, pool = self.settings, ExpertPool(modelpool)
         check_task_pool(self._program, pool.family, pool.tasks)
         prepare_task_pool(self._program)
@@ -200,11 +234,15 @@ class ComparisonAlgorithm(Method):
             with named(f"methods.{method}"):
                 self._build(method).look_ahead(pool, tower)
         if settings.references:
-            self._models["pretrained"] = pool.pool.load_model("_pretrained_")
-            self._results["pretrained"] = Result(kind="pretrained")
-            self._models["experts"] = hosted(ExpertPerTask(pool), tower)
-            self._results["experts"] = Result(kind="experts")
+            if not self._is_finished("pretrained"):
+                pretrained = pool.pool.load_model("_pretrained_")
+                self._finish("pretrained", pretrained, Result(kind="pretrained"))
+            if not self._is_finished("experts"):
+                experts = hosted(ExpertPerTask(pool), tower)
+                self._finish("experts", experts, Result(kind="experts"))
         for name in settings.rivals:
+            if self._is_finished(name):
+                continue
             with self._going_on(name):
                 log.info("running: %s", name)
                 about = {"method": name, **settings.needs(name)}
@@ -212,33 +250,74 @@ class ComparisonAlgorithm(Method):
                 self._repair(rival, f"rivals.{name}", pool, pretrained, name, about)
         analyser = Analyser(settings.analyses, settings.analysis_images, "test", self.fabric.device)
         for name in settings.bases:
-            with self._going_on(name):
-                merged, start = self._merge(pool, name)
-            if name in self._problems:
-                continue
-            for method in settings.methods:
-                self._repair_merge(method, pool, merged, name, start)
-            if analyser.names and self.fabric.is_global_zero:
-                analyser.run(name, pool, merged, self._first_seed(name), pool.tasks)
+            models = self._merge_and_repair(pool, name)
+            if models and self.fabric.is_global_zero:
+                merged = models.pop(name)
+                analyser.run(name, pool, merged, models, pool.tasks)
                 analyser.write(Path(self.log_dir or "."), pool.tasks)
         self.write(pool.tasks, self._results, problems=self._problems)
-        name_models(self._program, self._models, [*settings.bases])
         for repair in self._repairs:
             repair.clear()
-        summarize_at_exit(self.log_dir)
+        self._say_at_exit(pool.tasks)
         return self._models
 
-    def _first_seed(self, base: str) -> dict[str, InterventionModel]:
-        """One repair of each method for the analyses, under the method's name."""
-        chosen: dict[str, InterventionModel] = {}
-        for name, result in self._results.items():
-            model = self._models[name]
-            if result.base == base and isinstance(model, InterventionModel):
-                chosen.setdefault(str(result.method), model)
-        return chosen
+    def _say_at_exit(self, tasks: Sequence[str]) -> None:
+        """Print the results once FusionBench has printed its own report."""
+        summarize_at_exit(self.log_dir)
 
-    def _merge(self, pool: ExpertPool, name: str) -> tuple[VisionTower, Json | None]:
-        """Merge by a base: the merged encoder, and the coefficients that reproduce it, if any."""
+    # -- one base --------------------------------------------------------------------------------
+
+    def _merge_and_repair(self, pool: ExpertPool, base: str) -> dict[str, Any]:
+        """Merge by a base and repair by each method and seed, as far as that is not finished.
+
+        Returns:
+            With analyses, what they compare: the merged encoder under the base's name, and one
+            repair of each method under the method's.
+        """
+        repairs = {
+            f"{base}/{method}" + ("" if seed is None else f"/seed{seed}"): (method, seed)
+            for method in self.settings.methods
+            for seed in (self.settings.seeds if self._build(method).seeded(pool) else [None])
+            if self._starts_from(method, base)
+        }
+        there = self._is_finished(base)
+        waiting = [name for name in repairs if not self._is_finished(name)]
+        if there and not waiting:
+            return {}
+        with self._going_on(base):
+            merged, start = self._merge(pool, base, there)
+        if base in self._problems:
+            return {}
+        analysed: dict[str, Any] = {base: merged}
+        for name in waiting:
+            method, seed = repairs[name]
+            log.info("repairing: %s", name)
+            with self._going_on(name):
+                changes: Json = {} if seed is None else {"seed": seed}
+                if self._trains_coefficients(method, base):
+                    changes["coefficients"] = {**(start or {}), "train": True}
+                about = {"base": base, "method": method, "seed": seed}
+                repair = self._build(method, **changes)
+                model = self._repair(repair, f"methods.{method}", pool, merged, name, about)
+                if self.settings.analyses is not None and isinstance(model, InterventionModel):
+                    analysed.setdefault(method, model)
+        pool.calibrated.clear()  # of use to the repairs of one merge alone
+        return analysed if self.settings.analyses is not None else {}
+
+    def _trains_coefficients(self, method: str, base: str) -> bool:
+        always = self.settings.methods[method].get("coefficients")
+        return bool(always) or method in self.settings.train_coefficients.get(base, [])
+
+    def _starts_from(self, method: str, base: str) -> bool:
+        """Whether the base has coefficients, if the method trains them."""
+        known = base in (self.settings.coefficients or {})
+        return known or not self._trains_coefficients(method, base)
+
+    def _merge(self, pool: ExpertPool, name: str, there: bool) -> tuple[VisionTower, Json | None]:
+        """Merge by a base: the merged encoder, and the coefficients that reproduce it, if any.
+
+        If it is ``there``, evaluated by an earlier run, it is not evaluated again.
+        """
         started, base = time.perf_counter(), self.settings.bases[name]
         start, settings = (self.settings.coefficients or {}).get(name), None
         if start is not None and start.get("init") == "base":
@@ -251,34 +330,17 @@ class ComparisonAlgorithm(Method):
             if error.where != "base":
                 raise
             raise ConfigError(f"bases.{name}", error.problem, error.allowed) from error
-        self._models[name] = copy.deepcopy(merged.library_model())
-        self._results[name] = Result(
-            kind="merge",
-            base=name,
-            extra_parameters=0,
-            bytes=0,
-            seconds=time.perf_counter() - started,
-            **self.settings.needs(name),
-        )
+        if not there:
+            result = Result(
+                kind="merge",
+                base=name,
+                extra_parameters=0,
+                bytes=0,
+                seconds=time.perf_counter() - started,
+                **self.settings.needs(name),
+            )
+            self._finish(name, copy.deepcopy(merged.library_model()), result)
         return merged, start
-
-    def _repair_merge(
-        self, method: str, pool: ExpertPool, merged: VisionTower, base: str, start: Json | None
-    ) -> None:
-        """Repair a merge by a method, with every seed that makes a difference."""
-        changes: Json = {}
-        if self.settings.methods[method].get("coefficients"):
-            if start is None:
-                return
-            changes = {"coefficients": {**start, "train": True}}
-        for seed in self.settings.seeds if self._build(method).seeded(pool) else [None]:
-            name = f"{base}/{method}" + ("" if seed is None else f"/seed{seed}")
-            log.info("repairing: %s", name)
-            if seed is not None:
-                changes["seed"] = seed
-            about = {"base": base, "method": method, "seed": seed}
-            repair = self._build(method, **changes)
-            self._repair(repair, f"methods.{method}", pool, merged, name, about)
 
     def _repair(
         self,
@@ -288,14 +350,78 @@ class ComparisonAlgorithm(Method):
         merged: VisionTower,
         name: str,
         about: Json,
-    ) -> None:
+    ) -> nn.Module:
         started = time.perf_counter()
         self._repairs.append(repair)
         with named(where):
             model: Any = repair.repair(pool, copy.deepcopy(merged))
         about = {"seconds": time.perf_counter() - started, **about}
-        self._results[name] = repair.record(model).model_copy(update=about)
-        self._models[name] = hosted(model, merged)
+        result = repair.record(model).model_copy(update=about)
+        self._finish(name, hosted(model, merged), result)
+        return model
+
+    # -- what is finished ------------------------------------------------------------------------
+
+    def _finish(self, name: str, model: nn.Module, result: Result) -> None:
+        """Evaluate a model and keep its report, if there is a task pool; else keep the model."""
+        self._results[name] = result
+        self._models[name] = model
+        program: Any = self._program
+        if not has_task_pool(program):
+            return
+        name_models(program, {name: model}, self.settings.bases)
+        report = program.taskpool.evaluate(model)
+        self._models[name] = report
+        file, run = self._file(name), self._identity(name)
+        if file is not None and run is not None:
+            if self.fabric.is_global_zero:
+                kept = {"run": run, "result": result.model_dump(exclude_defaults=True)}
+                write_json(file, {**kept, "report": report}, indent=None)
+            for repair in self._repairs:
+                repair.clear()
+            self._repairs.clear()
+
+    def _is_finished(self, name: str) -> bool:
+        """Whether an earlier run has evaluated a model, whose result is then taken over."""
+        file, run = self._file(name), self._identity(name)
+        if file is None or run is None or self.settings.analyses or self.settings.resume == "never":
+            return False
+        kept = read_json(file)
+        if kept is None or kept.get("run") != run:
+            return False
+        log.info("finished by an earlier run: %s", name)
+        self._results[name] = Result.read(kept["result"], str(file))
+        self._models[name] = kept["report"]
+        pool: Any = getattr(self._program, "taskpool", None)
+        if hasattr(pool, "recall"):
+            pool.recall(name)
+        return True
+
+    def _file(self, name: str) -> Path | None:
+        return Path(self.log_dir) / "models" / f"{name}.json" if self.log_dir else None
+
+    def _identity(self, name: str) -> str | None:
+        """A digest of all that a model and its accuracies depend on; None: nothing tells."""
+        base, _, method = name.partition("/")
+        method = method.partition("/")[0]
+        settings = self.settings
+        pools = [getattr(self._program, key, None) for key in ("_modelpool", "_taskpool")]
+        if not all(map(OmegaConf.is_config, pools)):
+            return None
+        facts = [
+            name,
+            settings.bases.get(base),
+            settings.rivals.get(base),
+            method and settings.method(method)[1],
+            method and (settings.coefficients or {}).get(base),
+            method and self._trains_coefficients(method, base),
+            *map(plain, pools),
+            str(getattr(self.fabric._precision, "precision", "")),
+            self.fabric.world_size,
+            RuntimeConstants.debug,
+            __version__,
+        ]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
 
     @contextmanager
     def _going_on(self, name: str) -> Iterator[None]:

@@ -9,7 +9,7 @@ and stays off the screen, as does everything else that it logs and prints while 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from functools import wraps
@@ -100,7 +100,9 @@ def check_task_pool(program: object, family: str, tasks: Iterable[str]) -> None:
         )
 
 
-def name_models(program: object, models: Mapping[str, object], merges: Sequence[str] = ()) -> None:
+def name_models(
+    program: object, models: Mapping[str, object], merges: Collection[str] = ()
+) -> None:
     """Tell a task pool of this package which models it will evaluate, and which are merges."""
     pool: Any = getattr(program, "taskpool", None)
     if hasattr(pool, "names"):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -31,7 +32,7 @@ from ..encoders.base import VisionTower
 from ..files import write_json
 from ..model.model import InterventionModel
 from ..model.protocols import TaskConditionalModel
-from ..report.answers import Answers
+from ..report.answers import Answers, read_answers
 from ..results import REFERENCES
 from .host import one_line, plain
 from .images import preprocessed
@@ -254,6 +255,7 @@ class Referenced:
     names: Mapping[int, str] = {}
     merges: Collection[str] = ()
     _answers: Answers | None = None
+    _earlier: Answers | None = None
     _watched: Mapping[str, Watched] = {}
 
     def _evaluate(
@@ -264,6 +266,13 @@ class Referenced:
         with watched.answering(classifier):
             report: dict[str, float] = host._evaluate(classifier, watched, num_classes, task_name)
         return report
+
+    def recall(self: Any, name: str) -> None:
+        """Take over what a model answered in an earlier run in the same folder."""
+        earlier = self._earlier = self._earlier or read_answers(Path(self.log_dir)) or Answers()
+        if name in earlier.models:
+            self._answers = self._answers or replace(earlier, models={})
+            self._answers.models[name] = earlier.models[name]
 
     def _keep_answers(self: Any, model: nn.Module) -> None:
         name, watched, self._watched = self.names.get(id(model)), self._watched, {}

@@ -85,6 +85,15 @@ def write_study(folder: str | Path, console: Console | None = None) -> None:
     Raises:
         ConfigError: as ``read_study``; or the folder cannot be written to.
     """
+    about, _ = study.read_index(Path(folder))
+    if about.get("apart"):  # runs of different tasks, which have no table together
+        lines = study.apart(Path(folder))
+        table = study.across(lines)
+        csv = lines.to_csv(index=False, float_format="%.6f", lineterminator="\n")
+        text = f"# {about['title']}\n\n{tables.markdown(table)}\n"
+        write_files(Path(folder), {"study.md": text, "study.csv": csv})
+        (console or Console()).print(tables.rich(table))
+        return
     grid = study.read_study(folder)
     content: dict[str, str | bytes] = {
         "study.md": study.to_markdown(grid),

@@ -7,7 +7,7 @@ studied, and the folder and the labels of every run.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import pandas as pd
 from ..config import ConfigError, Json
 from . import tables
 from .formatting import NONE, family, percent, readable
-from .runs import REPORT, Evaluation, Row, gather, read_json, read_run
+from .runs import KEY, REPORT, Evaluation, Row, Run, gather, read_json, read_run
 
 INDEX = "study.json"
 _NOT_SETTINGS = ("seed", "also")  # axes that do not tell one setting from another
@@ -70,6 +70,67 @@ class Study:
         return {name: dict(sorted(rows.items())) for name, rows in series.items()}
 
 
+def read_index(folder: Path) -> tuple[Json, list[tuple[str, dict[str, str]]]]:
+    """What a grid studies, and the folder and the labels of every run.
+
+    Raises:
+        ConfigError: this is no folder of a grid.
+    """
+    try:
+        index = json.loads((folder / INDEX).read_text("utf-8"))
+        jobs = [(str(job["folder"]), dict(job["labels"])) for job in index["jobs"]]
+        return {"title": folder.name, "name": folder.name, **(index["study"] or {})}, jobs
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"cannot be read ({error!r})".replace("\n", " ")
+        raise ConfigError(str(folder / INDEX), problem, "the folder of a grid of runs") from None
+
+
+def finished(
+    folder: Path, jobs: Sequence[tuple[str, dict[str, str]]]
+) -> Iterator[tuple[dict[str, str], Run]]:
+    """The labels of every finished run, and the run."""
+    for name, labels in jobs:
+        report = None
+        with suppress(ConfigError):  # of a run that was killed while it wrote it
+            report = read_json(folder / name / REPORT)
+        if report is not None:
+            yield labels, read_run(folder / name)
+
+
+def apart(folder: Path) -> pd.DataFrame:
+    """The averages of a grid whose runs are of different tasks, each by itself.
+
+    Returns:
+        One line per run and model: the run's labels, ``kind``, ``base``, ``method``, ``average``,
+        its deviation ``std`` and the number of ``seeds``, shares of test images.
+    """
+    lines = [
+        {
+            **labels,
+            **{key: getattr(row, key) for key in KEY},
+            "average": row.mean["average"],
+            "std": row.std["average"],
+            "seeds": max(1, len(row.seeds)),
+        }
+        for labels, run in finished(folder, read_index(folder)[1])
+        for row in gather([run]).rows
+    ]
+    return pd.DataFrame(lines)
+
+
+def across(lines: pd.DataFrame) -> pd.DataFrame:
+    """The lines of ``apart`` for people: models down, runs across."""
+    labels = [name for name in lines if name not in (*KEY, "average", "std", "seeds")]
+    shown = lines.assign(
+        model=[readable(line.method or line.base or line.kind) for line in lines.itertuples()],
+        run=lines[labels].agg(", ".join, axis=1),
+        cell=[percent(line.average, line.std) for line in lines.itertuples()],
+    )
+    table = shown.pivot(index="model", columns="run", values="cell")
+    table = table.reindex(index=shown["model"].unique(), columns=shown["run"].unique())
+    return table.rename_axis(columns=None).reset_index()
+
+
 def read_study(folder: str | Path) -> Study:
     """Read what is finished of a grid.
 
@@ -77,21 +138,9 @@ def read_study(folder: str | Path) -> Study:
         ConfigError: no run is finished, or the runs do not fit together.
     """
     folder = Path(folder)
-    try:
-        index = json.loads((folder / INDEX).read_text("utf-8"))
-        jobs = [(str(job["folder"]), dict(job["labels"])) for job in index["jobs"]]
-        about = {"title": folder.name, "name": folder.name, **(index["study"] or {})}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"cannot be read ({error!r})".replace("\n", " ")
-        raise ConfigError(str(folder / INDEX), problem, "the folder of a grid of runs") from None
+    about, jobs = read_index(folder)
     runs, labels = [], {}
-    for name, job in jobs:
-        report = None
-        with suppress(ConfigError):  # of a run that was killed while it wrote it
-            report = read_json(folder / name / REPORT)
-        if report is None:
-            continue
-        run = read_run(folder / name)
+    for job, run in finished(folder, jobs):
         if "also" not in job:
             setting = {a: v for a, v in job.items() if a.rpartition(".")[2] not in _NOT_SETTINGS}
             base = setting.pop("base", None)
@@ -106,7 +155,9 @@ def read_study(folder: str | Path) -> Study:
         runs.append(run)
     if not runs:
         raise ConfigError(str(folder), "no run of the grid is finished", f"{len(jobs)} runs")
-    along = pd.Series([label.get(about.get("x"), "0") for label in labels.values()], dtype=object)
+    along = pd.Series(
+        [label.get(str(about.get("x")), "0") for label in labels.values()], dtype=object
+    )
     if not np.isfinite(pd.to_numeric(along, errors="coerce")).all():
         del about["x"]  # the command line may replace an axis' numbers by any values
     return Study(about, gather(runs), labels, len(runs), len(jobs))

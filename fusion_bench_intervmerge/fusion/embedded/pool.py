@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import Field
 from transformers import BatchFeature, CLIPModel, CLIPProcessor
 
-from ...config import ConfigError, Folder, Seed, Settings, unknown_key
+from ...config import ConfigError, Folder, Seed, Settings, unknown_key, whole
 from ...tinyclip.pools import ABOUT, POOLS, TINY, Pool, ensure_pool, load_images
 from ...tinyclip.tasks import SIZE, SPLITS, Array
 from ..host import one_line
@@ -30,9 +30,10 @@ class PoolSettings(Settings):
     """An embedded pool's own settings."""
 
     seed: Seed = 0
-    tasks: Annotated[list[str] | None, Field(description="null, or a list of the pool's tasks")] = (
-        None
-    )
+    tasks: Annotated[
+        list[str] | Annotated[int, whole(1, 8)] | None,
+        Field(description="null, a list of the pool's tasks, or 1 to 8, the first of them"),
+    ] = None
     pool: Annotated[str, Field(description=f"one of {', '.join(POOLS)}")] = TINY.name
     folder: Folder | None = None
 
@@ -42,7 +43,7 @@ class EmbeddedCLIPVisionModelPool(CLIPVisionModelPool):
 
     Args:
         seed: of the pool; only 0 ships.
-        tasks: which experts to take, by task; all if None.
+        tasks: which experts to take, by task, or how many, the first ones; all if None.
         pool: its name, one of those in ``tinyclip/pools.py``.
         folder: of a pool that ``tools/build_pool.py`` built, in place of the one that ships.
         models: further models by name, such as ``_merged_``.
@@ -57,7 +58,7 @@ class EmbeddedCLIPVisionModelPool(CLIPVisionModelPool):
     def __init__(
         self,
         seed: int = 0,
-        tasks: Sequence[str] | None = None,
+        tasks: Sequence[str] | int | None = None,
         models: Mapping[str, object] | None = None,
         pool: str = TINY.name,
         folder: str | None = None,
@@ -131,13 +132,14 @@ def read_settings(
             shown = [name for name in names if name not in ("self", "args", "kwargs")]
             raise unknown_key(key, shown).under("modelpool")
     settings = PoolSettings.read(given, "modelpool")
-    known = Pool.named(settings.pool).tasks
-    for task in settings.tasks or ():
+    known = list(Pool.named(settings.pool).tasks)
+    chosen = settings.tasks if isinstance(settings.tasks, list) else known[: settings.tasks]
+    for task in chosen:
         if task not in known:
             raise unknown_key(task, known, "task").under("modelpool.tasks")
     pool_folder(settings.pool, settings.folder, settings.seed)
     one_thread()
-    return settings, list(known) if settings.tasks is None else settings.tasks
+    return settings, chosen
 
 
 def one_thread() -> None:
