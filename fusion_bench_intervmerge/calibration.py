@@ -4,9 +4,10 @@ Two linear maps of a block write into the residual stream: the attention's outpu
 MLP's last layer. From the first block to the last each is solved anew, for all tasks at once, so
 that behind it the stream is as close as it can be to the one in each task's expert. With h what the
 map reads in the calibrated encoder so far, s the stream that it adds to, and e the expert's stream
-behind the expert's own map, of the same images and tokens::
+behind the expert's own map (W_t, b_t), of the same images and tokens::
 
-    min over W, b   sum over tasks and rows  w |W h + b - (e - s)|^2  +  ridge * scale * |W - A|^2
+    min over W, b   sum over tasks and rows  w |W h + b - y|^2  +  ridge * scale * |W - A|^2
+    y = (1 - own_output) * (e - s) + own_output * (W_t h + b_t)
     A = W_pretrained + anchor * (W_merged - W_pretrained)
 
 w weighs tokens: the class token counts as much as half of the patches together, and alone in the
@@ -33,11 +34,12 @@ from typing import Annotated, cast
 import lightning as L
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import linear
 
-from .config import ConfigError, whole
+from .config import ConfigError, Json, whole
 from .data import (
     Datasets,
     ImageStates,
@@ -50,15 +52,14 @@ from .data import (
     read_images,
 )
 from .encoders.base import ExpertLoaders, ResidualMap, VisionTower, check_expert
-from .files import atomic_file
 
 log = logging.getLogger(__name__)
 
 RIDGES = tuple(10 ** (exponent / 2) for exponent in range(4, -9, -1))  # 100 to 1e-4
-START = 1e-2  # where the search for a ridge starts
+START = 1e-2  # where the search for the first ridge starts
 SKETCH = 128  # random directions of the outputs in which ridges are compared
-PANEL = 512  # columns of a product of which only the upper triangle is needed
-FILE = "calibration.safetensors"
+ROWS = 4096  # as many as wait for one product
+PANEL = 256  # columns of a product of which only the upper triangle is needed
 TINY, EPSILON = 1e-300, torch.finfo(torch.float64).eps
 _POSITIVE = "null, or a positive number"
 
@@ -72,11 +73,14 @@ class CalibrationSettings(RepairSettings):
         anchor: where solutions are drawn to, from the pretrained weights (0) over the merged ones
             (1) to beyond them, as far again (2).
         folds: of the cross-validation.
+        own_output: share of the target that is the output of the expert's own map, of what the
+            calibrated encoder's reads; the rest brings its stream to the expert's.
     """
 
     ridge: Annotated[float | None, Field(gt=0, description=_POSITIVE)] = None
     anchor: Annotated[float, Field(ge=0, le=10, description="a number, 0 to 10")] = 2.0
-    folds: Annotated[int, whole(2, 100)] = 5
+    folds: Annotated[int, whole(2, 100)] = 3
+    own_output: Annotated[float, Field(ge=0, le=1, description="a number, 0 to 1")] = 0.0
 
 
 @torch.no_grad()
@@ -103,7 +107,7 @@ def calibrate(
         settings: how, as the method's config file says it.
         class_weight: how many patch tokens the class token counts for; half of them by default.
         fabric: device, precision and processes; one device by default.
-        states: where to keep the finished blocks of a run that may be stopped, until ``clear``;
+        states: where to keep the finished maps of a run that may be stopped, until ``clear``;
             None: nowhere.
         keywords: in place of ``settings`` its fields, and those of its ``data``: ``split="train"``.
 
@@ -114,7 +118,7 @@ def calibrate(
     Raises:
         ConfigError: no experts, no images for a task, an expert of another architecture, or weights
             or images that are not finite.
-        Interrupted: on Ctrl-C; the blocks that were finished are kept.
+        Interrupted: on Ctrl-C; the maps that were finished are kept.
     """
     settings = CalibrationSettings.of(settings, keywords)
     fabric = fabric or L.Fabric(devices=1, accelerator="auto")
@@ -130,35 +134,39 @@ def calibrate(
         expert.in_dtype(dtype),
         progress_bar(fabric, "calibrating", tower.num_blocks) as shown,
     ):
-        at = fabric.device
         streams = Streams(calibrated, expert, experts, images, settings, fabric, Path(folder))
         streams.fill(settings.folds)
-        solved = _Solved(states, fabric)
+        solved: dict[tuple[int, int], Json] = {}
         for block in range(tower.num_blocks):
-            tokens = token_weights(tower, block, weight).to(at)
+            tokens = token_weights(tower, block, weight).to(fabric.device)
             for index, map_ in enumerate(calibrated.residual_maps(block)):
-                name, merged = f"{block}.{index}", tower.residual_maps(block)[index]
-                if solved.has(name):
+                name, previous = f"map-{block}-{index}", solved.get((block - 1, index))
+                state = None if states is None else states.load(name)
+                if state is not None:
                     for task in streams.load_experts(block):
                         streams.targets[task].move(expert.residual_maps(block)[index].add)
                 else:
+                    merged = tower.residual_maps(block)[index]
                     first = pretrained.residual_maps(block)[index]
                     anchor = (
-                        on_the_line(first.weight, merged.weight, settings.anchor).to(at),
-                        on_the_line(first.bias, merged.bias, settings.anchor).to(at),
+                        on_the_line(first.weight, merged.weight, settings.anchor).to(fabric.device),
+                        on_the_line(first.bias, merged.bias, settings.anchor).to(fabric.device),
                     )
-                    sums = _sums(streams, map_, expert, (block, index), anchor, tokens)
-                    solution, bias, ridge = sums.solve(settings.ridge, map_.scale)
+                    of = (map_, expert, (block, index))
+                    sums = _sums(streams, *of, anchor, tokens, settings.own_output)
+                    start = START if previous is None else previous["ridge"]
+                    solution, bias, ridge = sums.solve(settings.ridge, map_.scale, start)
                     log.info("block %d, map %d: ridge %.2g", block, index, ridge)
-                    solved.add(name, *_written(map_.scale, merged, solution, bias))
-                solved.write(name, map_)
-                for states_ in streams.states.values():
-                    states_.move(map_.add)
-            solved.save(block)
+                    state = _written(map_.scale, merged, solution, bias) | {"ridge": ridge}
+                    if states is not None and fabric.is_global_zero and states.save(name, state):
+                        after = f"block {block}, map {index}"
+                        states.progress = f"the same command goes on after {after}"
+                solved[block, index] = state
+                _write(state, map_)
+                streams.move(map_)
             shown.update()
-    for block in range(tower.num_blocks):  # in their own type now
-        for index, map_ in enumerate(calibrated.residual_maps(block)):
-            solved.write(f"{block}.{index}", map_)
+    for (block, index), state in solved.items():  # in their own type now
+        _write(state, calibrated.residual_maps(block)[index])
     return calibrated.to(tower.device)
 
 
@@ -174,6 +182,7 @@ def _sums(
     place: tuple[int, int],
     anchor: tuple[Tensor, Tensor],
     tokens: Tensor,
+    own_output: float,
 ) -> Sums:
     """The sums of a map's regression; the experts' own maps add to their streams."""
     block, index = place
@@ -185,24 +194,29 @@ def _sums(
     for task in streams.load_experts(block):
         own = expert.residual_maps(block)[index]
         streams.targets[task].move(own.add)
-        for fold, state, target in streams.batches(task):
-            x, y = map_.reads(state)[:, read], (target - state)[:, read]
+        for position, (fold, state, target) in enumerate(streams.batches(task)):
+            x, y = streams.read(map_, task, position, state)[:, read], (target - state)[:, read]
             if map_.scale is not None:
                 y = y / torch.where(map_.scale == 0, torch.inf, map_.scale)
+            if own_output > 0:
+                y = torch.lerp(y, linear(x, own.weight, own.bias), own_output)
             sums.add(fold, x.flatten(0, 1), y.flatten(0, 1), tokens[read].repeat(len(x)))
     return sums.gather(streams.fabric)
 
 
-def _written(
-    scale: Tensor | None, merged: ResidualMap, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor]:
+def _written(scale: Tensor | None, merged: ResidualMap, weight: Tensor, bias: Tensor) -> Json:
     """A solution in the merged map's type; an output that is scaled to nothing stays as it is."""
     weight, bias = weight.to(merged.weight), bias.to(merged.bias)
     if scale is not None:
         gone = (scale == 0).to(weight.device)
         weight = torch.where(gone.unsqueeze(1), merged.weight, weight)
         bias = torch.where(gone, merged.bias, bias)
-    return weight, bias
+    return {"weight": weight.cpu(), "bias": bias.cpu()}
+
+
+def _write(state: Json, map_: ResidualMap) -> None:
+    map_.weight.data.copy_(state["weight"])
+    map_.bias.data.copy_(state["bias"])
 
 
 def token_weights(tower: VisionTower, block: int, class_weight: float) -> Tensor:
@@ -266,6 +280,8 @@ class Streams:
         self._calibrated, self._expert, self._experts = calibrated, expert, experts
         self._images, self._settings, self._folder = images, settings, folder
         self._fold: dict[str, list[int]] = {}  # of each batch
+        self._inputs: dict[tuple[str, int], Tensor] = {}  # of the map that is solved, by batch
+        self._room = settings.data.cache_gb * 2**30 / 2
 
     def fill(self, folds: int) -> None:
         """Load each expert once, and read the images.
@@ -279,7 +295,7 @@ class Streams:
         data, seed, fabric = self._settings.data, self._settings.seed, self.fabric
         chosen = {t: choose_images(t, len(self._images[t]), data, seed) for t in self._experts}
         self.folds = min(folds, sum(map(len, chosen.values())))
-        room = data.cache_gb * 2**30 / (2 * len(chosen))
+        room = data.cache_gb * 2**30 / (4 * len(chosen))
         width = self._calibrated.num_tokens * self._calibrated.width
         size, seen = max(16, min(256, 2**20 // width)), 0
         for task, indices in chosen.items():
@@ -328,6 +344,22 @@ class Streams:
         """A task's batches: the fold, and the states in the calibrated encoder and the expert."""
         return zip(self._fold[task], self.states[task], self.targets[task], strict=True)
 
+    def read(self, map_: ResidualMap, task: str, position: int, state: Tensor) -> Tensor:
+        """What a map reads of a batch; kept for ``move``, if there is room."""
+        inputs = map_.reads(state)
+        if inputs.nbytes <= self._room:
+            self._inputs[task, position] = inputs
+            self._room -= inputs.nbytes
+        return inputs
+
+    def move(self, map_: ResidualMap) -> None:
+        """Replace the calibrated encoder's streams by those behind a map."""
+        for task, states in self.states.items():
+            for position, state in enumerate(states):
+                inputs = self._inputs.pop((task, position), None)
+                states[position] = map_.add(state, inputs)
+                self._room += 0 if inputs is None else inputs.nbytes
+
     def first_batch(self) -> Tensor:
         """Of the first task, in the first process."""
         return next(iter(next(iter(self.states.values()))))
@@ -346,8 +378,8 @@ class Sums:
         shift: (inputs), float64.
 
     Attributes:
-        second: (folds, inputs + 1, inputs + 1 + outputs), of [x, 1]' [x, 1, y]; its lower triangle
-            is not complete.
+        second: (folds, inputs + 1, inputs + 1 + outputs), of [x, 1]' [x, 1, y], once ``gather``
+            was called.
     """
 
     def __init__(self, folds: int, weight: Tensor, bias: Tensor, shift: Tensor):
@@ -355,6 +387,7 @@ class Sums:
         outputs, inputs = weight.shape
         self._output_at_shift = weight @ shift + bias
         self.second = weight.new_zeros(folds, inputs + 1, inputs + 1 + outputs)
+        self._waiting: list[list[Tensor]] = [[] for _ in range(folds)]
 
     def add(self, fold: int, x: Tensor, y: Tensor, weights: Tensor) -> None:
         """Take in rows.
@@ -367,33 +400,48 @@ class Sums:
         wide = torch.promote_types(x.dtype, torch.float32)
         x, y = x.to(wide) - self.shift.to(wide), y.to(wide) - self._output_at_shift.to(wide)
         root = weights.to(wide).sqrt().unsqueeze(1)
-        rows = torch.cat([x, torch.ones_like(root), y], dim=1) * root
+        waiting = self._waiting[fold]
+        waiting.append(torch.cat([x, torch.ones_like(root), y], dim=1) * root)
+        if sum(map(len, waiting)) >= ROWS:
+            self._add_up(fold)
+
+    def _add_up(self, fold: int) -> None:
+        if self._waiting[fold]:
+            rows = torch.cat(self._waiting[fold])
+            for start, stop in self._panels():
+                self.second[fold, start:stop, start:] += rows[:, start:stop].T @ rows[:, start:]
+            self._waiting[fold].clear()
+
+    def _panels(self) -> Iterator[tuple[int, int]]:
         inputs = self.second.shape[1]
-        for start in range(0, inputs, PANEL):
-            stop = min(start + PANEL, inputs)
-            self.second[fold, start:stop, start:] += rows[:, start:stop].T @ rows[:, start:]
+        return ((start, min(start + PANEL, inputs)) for start in range(0, inputs, PANEL))
 
     def gather(self, fabric: L.Fabric) -> Sums:
         """The sums over all processes' rows."""
+        for fold, second in enumerate(self.second):
+            self._add_up(fold)
+            for start, stop in self._panels():  # the lower triangle from the upper one
+                second[stop:, start:stop] = second[start:stop, stop : len(second)].T
         (self.second,) = over_processes(fabric, self.second)
         return self
 
     def solve(
-        self, ridge: float | None, scale: Tensor | None = None
+        self, ridge: float | None, scale: Tensor | None = None, start: float = START
     ) -> tuple[Tensor, Tensor, float]:
         """W (outputs, inputs), b (outputs) and the ridge, chosen by cross-validation if None.
 
         Args:
             ridge: as in the module's formula.
             scale: (outputs), of what is behind the map; in its units errors are compared.
+            start: of ``RIDGES``, where the search starts.
         """
         total = self.second.sum(dim=0)
         if ridge is None:
-            ridge = self._best_ridge(total, scale)
+            ridge = self._best_ridge(total, scale, start)
         weight, bias = _Ridge(total, self.weight).solve(ridge)
         return weight, self._output_at_shift + bias - weight @ self.shift, ridge
 
-    def _best_ridge(self, total: Tensor, scale: Tensor | None) -> float:
+    def _best_ridge(self, total: Tensor, scale: Tensor | None, start: float) -> float:
         """The one whose solutions are closest to the rows of the folds that they have not seen.
 
         The distance falls and then rises with the ridge: its minimum is found downhill. It is
@@ -425,20 +473,15 @@ class Sums:
             for solver, left in folds:
                 weight, bias = solver.solve(RIDGES[index])
                 both = torch.cat([weight.T, bias.unsqueeze(0)])
-                gram, cross = symmetric(left[:, : inputs + 1]), left[:, inputs + 1 :]
+                gram, cross = left[:, : inputs + 1], left[:, inputs + 1 :]
                 result += float((both * (gram @ both - 2 * cross)).sum())
             return result
 
-        best = RIDGES.index(START)
+        best = RIDGES.index(start)
         for step in (-1, 1):  # the larger of equals
             while 0 <= best + step < len(RIDGES) and distance(best + step) < distance(best):
                 best += step
         return RIDGES[best]
-
-
-def symmetric(upper: Tensor) -> Tensor:
-    """A symmetric matrix from its upper triangle."""
-    return upper.triu() + upper.triu(1).mT
 
 
 class _Ridge:
@@ -448,7 +491,7 @@ class _Ridge:
         inputs = len(second) - 1
         count = second[-1, inputs].clamp_min(TINY)
         self._mean_x, self._mean_y = second[:-1, inputs] / count, second[-1, inputs + 1 :] / count
-        gram = symmetric(second[:-1, :inputs])
+        gram = second[:-1, :inputs]
         self._gram = gram - count * torch.outer(self._mean_x, self._mean_x)
         cross = second[:-1, inputs + 1 :] - count * torch.outer(self._mean_x, self._mean_y)
         self._missing = cross - self._gram @ anchor.T
@@ -464,51 +507,3 @@ class _Ridge:
         change = torch.cholesky_solve(self._missing, torch.linalg.cholesky(penalised))
         weight = self._anchor + change.T
         return weight, self._mean_y - weight @ self._mean_x
-
-
-class _Solved:
-    """The solved maps of a run: in memory, and on disk if there is a folder.
-
-    Args:
-        folder: the run's, whose finished blocks are read at once; None: nothing is kept.
-        fabric: its first process writes.
-    """
-
-    def __init__(self, folder: RunFolder | None, fabric: L.Fabric):
-        self._folder, self._writes = folder, fabric.is_global_zero
-        self._tensors: dict[str, Tensor] = {}
-        if folder is not None:
-            path = folder.file(FILE)
-            try:
-                with safe_open(path, framework="pt") as file:
-                    if file.metadata()["run"] != folder.run:
-                        raise ValueError("it belongs to another run")
-                    self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            except FileNotFoundError:
-                return
-            except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
-                log.warning("%s is not used: %s", path, error)
-
-    def has(self, name: str) -> bool:
-        return f"{name}.weight" in self._tensors
-
-    def add(self, name: str, weight: Tensor, bias: Tensor) -> None:
-        self._tensors[f"{name}.weight"] = weight.cpu().contiguous()
-        self._tensors[f"{name}.bias"] = bias.cpu().contiguous()
-
-    def write(self, name: str, map_: ResidualMap) -> None:
-        """Put a solution into its map, in the map's type."""
-        map_.weight.data.copy_(self._tensors[f"{name}.weight"])
-        map_.bias.data.copy_(self._tensors[f"{name}.bias"])
-
-    def save(self, block: int) -> None:
-        """Keep what is solved up to a block; a failure (a full disk, say) is logged."""
-        if self._folder is None or not self._writes:
-            return
-        try:
-            with atomic_file(self._folder.file(FILE)) as temporary:
-                save_file(self._tensors, temporary, {"run": self._folder.run})
-        except (ConfigError, SafetensorError, OSError) as error:
-            log.warning("block %d was not kept: %s", block, error)
-        else:
-            self._folder.progress = f"the same command goes on behind block {block}"

@@ -66,9 +66,10 @@ class ResidualMap:
     bias: nn.Parameter
     scale: Tensor | None = None
 
-    def add(self, states: Tensor) -> Tensor:
-        """The states behind the map, (batch, num_tokens, width)."""
-        added = functional.linear(self.reads(states), self.weight, self.bias)
+    def add(self, states: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """The states behind the map, (batch, num_tokens, width); its inputs, if they are known."""
+        inputs = self.reads(states) if inputs is None else inputs
+        added = functional.linear(inputs, self.weight, self.bias)
         return states + (added if self.scale is None else self.scale * added)
 
 
