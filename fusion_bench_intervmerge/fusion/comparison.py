@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,6 @@ from pydantic import Field, model_validator
 from torch import nn
 from typing_extensions import Self
 
-from .. import __version__
 from ..analysis import read_analyses
 from ..config import (
     HOST_KEYS,
@@ -87,8 +87,8 @@ class ComparisonSettings(Settings):
         images: the images that bases and rivals see: name -> fields of ``results.ImagesUsed``.
         labels: labelled images per task that bases and rivals need, by name.
         keep_going: whether what fails is a line in the results, and not the end.
-        resume: ``auto``: models that an earlier run with these settings has evaluated in the same
-            folder are not made again; or ``never``.
+        resume: ``auto``: models that an earlier run with these settings and this code has evaluated
+            in the same folder are not made again; or ``never``.
         references: whether the pretrained encoder and the experts themselves are evaluated too.
         analyses: names of analyses of every merge and its repairs at the first seed, ``all``, or
             null; their values are written to ``analysis.json``.
@@ -183,6 +183,15 @@ class ComparisonSettings(Settings):
         if "data" in fields and self.data is not None:
             own["data"] = {**own.get("data", {}), **self.data}
         return cls, own
+
+
+@cache
+def _code() -> str:
+    """A digest of this package's code: another version gives other results."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def repair_class(config: Json) -> type[Repair] | None:
@@ -419,7 +428,7 @@ class ComparisonAlgorithm(Method):
             str(getattr(self.fabric._precision, "precision", "")),
             self.fabric.world_size,
             RuntimeConstants.debug,
-            __version__,
+            _code(),
         ]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
 
