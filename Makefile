@@ -41,6 +41,7 @@ docs: $(VENV)/installed
 # The oldest releases that pyproject.toml allows: the published numbers, artifacts, the main job.
 lowest: VERSIONS = --resolution lowest-direct
 lowest: TESTED = artifact embedded_pool functions model towers
+lowest: MORE = tests/test_command.py::test_the_main_job_reports_what_it_did
 # The core has no FusionBench, which does not run beside transformers 5.
 transformers5: VERSIONS = --override $(VENV)-transformers5/newer.txt
 transformers5: TESTED = calibration distillation files functions model placement routing \
@@ -51,4 +52,4 @@ lowest transformers5: $(VENV)/installed
 	printf 'transformers>=5\nhuggingface_hub>=1\n' > $(VENV)-$@/newer.txt
 	$(BIN)/uv pip install --quiet --python $(VENV)-$@ $(VERSIONS) --editable '.[test]'
 	[ $@ = lowest ] || $(BIN)/uv pip uninstall --quiet --python $(VENV)-$@ fusion-bench
-	OMP_NUM_THREADS=1 $(VENV)-$@/bin/python -m pytest $(TESTED:%=tests/test_%.py)
+	OMP_NUM_THREADS=1 $(VENV)-$@/bin/python -m pytest $(TESTED:%=tests/test_%.py) $(MORE)

@@ -154,7 +154,9 @@ def _export(options: argparse.Namespace) -> None:
             heads, names = known_heads(model, options.tasks, classes, options.clip)
         folder = Path(options.model).absolute()
         beside = folder.parent if folder.exists() else Path()
-        file = options.to_file or beside / f"{folder.name}{SUFFIXES[options.to]}"
+        file = Path(options.to_file or beside / f"{folder.name}{SUFFIXES[options.to]}")
+        if file.is_dir():  # said now, not after the export
+            raise ConfigError("--to-file", f"{file} is a folder", "a file")
         settings = {name: getattr(options, name) for name in ("to", "tasks", "fold", "dtype")}
         file = export(model, file, **settings, heads=heads, classes=names, tell=tell)
     console = Console(soft_wrap=True, highlight=False)

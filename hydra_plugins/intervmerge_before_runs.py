@@ -5,13 +5,16 @@ Hydra imports this module at every start of every Hydra application, so it impor
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 PACKAGE = "fusion_bench_intervmerge."
@@ -34,9 +37,23 @@ class BeforeRuns(Callback):
             check_folder(_value(config, "hydra.sweep.dir"), "hydra.sweep.dir")
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        from torch import get_num_threads  # as FusionBench's command has done
+
+        self.threads = get_num_threads()
+        if not _ours(config):
+            return
+        if sys.flags.optimize > 1:
+            raise SystemExit("PYTHONOPTIMIZE: 2, and transformers needs docstrings; allowed: 0, 1")
         target = OmegaConf.select(config, "modelpool._target_")
-        if _ours(config) and isinstance(target, str):
+        if isinstance(target, str):
             check_pool(target)
+        check_fabric(config.get("fabric"))
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """An embedded pool's one thread is not for the next job in this process."""
+        from torch import set_num_threads
+
+        set_num_threads(self.threads)
 
 
 def _ours(config: DictConfig) -> bool:
@@ -89,3 +106,17 @@ def check_pool(target: str) -> None:
         if name == "OpenCLIPVisionModelPool":
             allowed = f"modelpool=openclip-vit-b32_TA8, or another of this package's; {allowed}"
         raise SystemExit(f"modelpool: {name}: {error}; allowed: {allowed}") from None
+
+
+def check_fabric(config: DictConfig | None) -> None:
+    """End the process if there is no such device, precision or strategy.
+
+    Args:
+        config: of ``lightning.Fabric``.
+    """
+    if config is None:
+        return
+    try:
+        instantiate(config, loggers=None)
+    except Exception as error:  # Lightning's reasons have no class in common
+        raise SystemExit(f"fabric: {' '.join(str(error.__cause__ or error).split())}") from None

@@ -19,21 +19,28 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 ANY = f"/api/(models|datasets)/{REPO}"  # they share their names here
+# data sets that were once named without their owner
+OWNERS = {"mnist": "ylecun", "svhn": "ufldl-stanford"}
+UNOWNED = rf"(?P<start>(/api)?/datasets/)(?P<name>{'|'.join(OWNERS)})(?P<rest>/.*)?"
 LFS_SUFFIXES = (".safetensors", ".onnx")
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories below a folder: ``<owner>/<name>/<commit>/<file>``, and the LFS store beside."""
+    """Repositories below a folder: ``<owner>/<name>/<commit>/<file>``, and the LFS store beside.
+
+    A data set that is asked for without its owner is ``redirect``ed, as today, is not found
+    (``404``), or is no name at all (``strict``, as huggingface_hub 1 has it).
+    """
 
     daemon_threads = True
 
-    def __init__(self, folder: Path, port: int = 0):
+    def __init__(self, folder: Path, port: int = 0, unowned: str = "redirect"):
         super().__init__(("127.0.0.1", port), Handler)
-        self.folder = folder
+        self.folder, self.unowned = folder, unowned
         self.asked: list[str] = []
 
     @property
@@ -67,6 +74,7 @@ class Handler(BaseHTTPRequestHandler):
     ROUTES = (
         ("POST", "/api/repos/create", "create"),
         ("POST", "/api/validate-yaml", "validate"),
+        ("POST", f"{ANY}/paths-info/(?P<revision>[^/]+)", "paths"),
         ("POST", f"/api/models/{REPO}/preupload/[^/]+", "preupload"),
         ("POST", f"/{REPO}\\.git/info/lfs/objects/batch", "batch"),
         ("PUT", r"/lfs/(?P<oid>\w+)", "store"),
@@ -81,15 +89,21 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
         self.server.asked.append(f"{self.command} {path}")
+        if found := re.fullmatch(UNOWNED, path):
+            return self.without_owner(**found.groupdict())
         for method, pattern, name in self.ROUTES:
             found = re.fullmatch(pattern, path) if method == self.command else None
             if found is None:
                 continue
-            if method in ("POST", "PUT") and name != "store" and not self.authorised():
+            if (
+                method in ("POST", "PUT")
+                and name not in ("store", "paths")
+                and not self.authorised()
+            ):
                 return self.send(401, {"error": "a token is needed"})
             repo = found.groupdict().get("repo")
             if repo and not (self.server.folder / repo / "HEAD").exists():
-                return self.send(404, {"error": "Repository Not Found"}, "RepoNotFound")
+                return self.not_found()
             return getattr(self, name)(**found.groupdict())
         self.send(404, {"error": f"nothing at {path}"}, "EntryNotFound")
 
@@ -161,18 +175,40 @@ class Handler(BaseHTTPRequestHandler):
 
     # -- reading -------------------------------------------------------------------------------
 
+    def not_found(self) -> None:
+        self.send(404, {"error": "Repository Not Found"}, "RepoNotFound")
+
+    def without_owner(self, start: str, name: str, rest: str | None) -> None:
+        if self.server.unowned == "404":
+            return self.not_found()
+        if self.server.unowned == "strict":
+            return self.send(400, {"error": "Repository id must be 'namespace/name'"})
+        self.send_response(307)
+        self.send_header("Location", f"{start}{OWNERS[name]}/{name}{rest or ''}")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def paths(self, repo: str, revision: str) -> None:
+        asked = parse_qs(self.body.decode())["paths"]
+        entries = self.entries(repo, revision)
+        self.send(200, [entry for entry in entries if entry["path"] in asked])
+
+    def entries(self, repo: str, revision: str) -> list[dict[str, Any]]:
+        files = self.server.files(repo, self.commit_of(repo, revision))
+        return [
+            {"type": "file", "path": n, "size": len(c), "oid": hashlib.sha1(c).hexdigest()}
+            for n, c in files.items()
+        ]
+
     def info(self, repo: str, revision: str | None) -> None:
         sha = self.commit_of(repo, revision)
         siblings = [{"rfilename": name} for name in self.server.files(repo, sha)]
         self.send(200, {"id": repo, "modelId": repo, "sha": sha, "siblings": siblings})
 
     def tree(self, repo: str, revision: str, below: str | None) -> None:
-        entries: list[dict[str, Any]] = []
-        for name, content in self.server.files(repo, self.commit_of(repo, revision)).items():
-            if below is None or name.startswith(f"{below}/"):
-                oid = hashlib.sha1(content).hexdigest()
-                entries.append({"type": "file", "path": name, "size": len(content), "oid": oid})
-        self.send(200, entries)
+        start = "" if below is None else f"{below}/"
+        entries = self.entries(repo, revision)
+        self.send(200, [entry for entry in entries if entry["path"].startswith(start)])
 
     def resolve(self, repo: str, revision: str, name: str) -> None:
         commit = self.commit_of(repo, revision)
@@ -212,9 +248,9 @@ def _files(root: Path) -> list[Path]:
 
 
 @contextmanager
-def serve(folder: Path) -> Iterator[Hub]:
+def serve(folder: Path, unowned: str = "redirect") -> Iterator[Hub]:
     """A hub while the block runs."""
-    hub = Hub(folder)
+    hub = Hub(folder, unowned=unowned)
     thread = threading.Thread(target=hub.serve_forever, daemon=True)
     thread.start()
     try:

@@ -174,9 +174,10 @@ def test_together_equals_one_by_one(make_tower, datasets, images, sites, loss):
     experts = fine_tuned(make_tower)
     together = InterventionModel(make_tower(), TASKS, sites)
     alone = copy.deepcopy(together)
-    run = {"steps": 12, "batch_size": 4, "loss": loss}
+    run = {"steps": 12, "batch_size": 10, "loss": loss}
     done = distill(together, experts, datasets, **run)
-    assert done.losses[-4:].mean() < done.losses[:4].mean()
+    # two steps see all 20 images: of others the loss may be higher, whatever was learned
+    assert done.losses[-2:].mean() < done.losses[:2].mean()
     pairs = zip(together.edits.parameters(), alone.edits.parameters(), strict=True)
     assert any(relative(trained, start) > 1e-2 for trained, start in pairs)
     for column, task in enumerate(TASKS):

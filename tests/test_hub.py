@@ -9,35 +9,47 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import huggingface_hub
 import pytest
 import torch
 from conftest import TASKS, blocks, hf_tower, openclip_tower, perturbed
+from fusion_bench.modelpool import CLIPVisionModelPool
 from huggingface_hub import ModelCard, constants, file_download
 from huggingface_hub.utils import reset_sessions
-from loopback_hub import serve
+from loopback_hub import OWNERS, serve
+from omegaconf import OmegaConf
 from PIL import Image
 from test_clip import make_repaired
 from test_command import in_process
 from test_examples import commands
+from test_experts import clip_pool, lora
+from test_missing import told
+from transformers import CLIPVisionModel
 
 from fusion_bench_intervmerge.cli import main
 from fusion_bench_intervmerge.config import ArtifactError, ConfigError
 from fusion_bench_intervmerge.deploy.clip import image_processor
 from fusion_bench_intervmerge.deploy.heads import known_heads
 from fusion_bench_intervmerge.deploy.push import read_results
+from fusion_bench_intervmerge.fusion.pools import ExpertPool
 from fusion_bench_intervmerge.model.model import InterventionModel
+from fusion_bench_intervmerge.tinyclip import ensure_pool
 
 UV = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
+def hub(request, tmp_path, monkeypatch):
+    """A hub; its parameter is what it does with names of data sets that lack their owner."""
     reset_sessions()  # the client remembers that another test was offline
-    with serve(tmp_path / "hub") as hub:
+    with serve(tmp_path / "hub", getattr(request, "param", "redirect")) as hub:
         # What HF_ENDPOINT, HF_TOKEN and HF_HOME say to a process that starts.
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)
-        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        for module in (constants, file_download):
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("HF_TOKEN", "hf_of_this_test")
@@ -74,6 +86,53 @@ def test_an_older_revision_and_a_second_push(hub, model, images):
 
 def _files(folder):
     return [path for path in folder.rglob("*") if path.is_file()]
+
+
+# -- what a pool names -------------------------------------------------------------------------
+
+
+def digit_pool(**paths):
+    """FusionBench's own pool; its data sets by the names that are given."""
+    sets = {
+        task: {"_target_": "datasets.load_dataset", "path": path, "split": "test"}
+        for task, path in paths.items()
+    }
+    models = {"_pretrained_": hf_tower().model, **{task: hf_tower().model for task in paths}}
+    processor = {"_target_": "transformers.CLIPProcessor.from_pretrained"}
+    processor["pretrained_model_name_or_path"] = str(ensure_pool() / "pretrained")
+    kwargs = {"test_datasets": OmegaConf.create(sets), "processor": OmegaConf.create(processor)}
+    return ExpertPool(CLIPVisionModelPool(models, **kwargs))
+
+
+@pytest.mark.parametrize("hub", ["redirect", "404", "strict"], indirect=True)
+@pytest.mark.parametrize("name", OWNERS)
+def test_data_sets_with_and_without_their_owner(name, hub, tmp_path):
+    image = Image.effect_noise((28, 28), 60).convert("L")
+    rows = {"image": [image] * 3, "label": [0, 1, 2]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "test.parquet")
+    owned = f"{OWNERS[name]}/{name}"
+    content = (tmp_path / "test.parquet").read_bytes()
+    hub.commit(owned, {"test.parquet": content, "README.md": b"# a data set"})
+    ours = digit_pool(**{name: owned})
+    assert ours.images(name, "test")[2][1] == 2
+    stock = digit_pool(**{name: name})
+    if hub.unowned == "redirect":
+        assert torch.equal(stock.images(name, "test")[0][0], ours.images(name, "test")[0][0])
+        return
+    line = told(stock.images, name, "test")
+    assert line.startswith(f"modelpool.test_datasets.{name}: could not be loaded (")
+    assert f"the hub's {owned}, as in modelpool=clip-vit-b32_TA8 and our others" in line
+
+
+def test_an_adapter_by_its_id(hub, tmp_path):
+    tiny = ensure_pool()
+    lora(CLIPVisionModel.from_pretrained(tiny / "pretrained")).save_pretrained(tmp_path / "lora")
+    hub.commit("me/lora", {p.name: p.read_bytes() for p in _files(tmp_path / "lora")})
+    pool = ExpertPool(clip_pool(tiny, far="me/lora", near=str(tmp_path / "lora")))
+    pixels = torch.randn(2, 3, 32, 32)
+    far, near, before = (pool.tower(n).features(pixels) for n in ("far", "near", "_pretrained_"))
+    assert torch.equal(far, near) and not torch.allclose(far, before, atol=1e-2)
 
 
 # -- the card ----------------------------------------------------------------------------------

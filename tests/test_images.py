@@ -13,12 +13,16 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from fusion_bench.taskpool import CLIPVisionModelTaskPool as HostCLIPVisionModelTaskPool
+from hydra.core.hydra_config import HydraConfig
 from PIL import Image
-from transformers import CLIPImageProcessor
+from transformers import CLIPImageProcessor, CLIPModel
 
 from fusion_bench_intervmerge.config import ConfigError
 from fusion_bench_intervmerge.data import read_images
 from fusion_bench_intervmerge.deploy.images import decode_image, pixel_values
+from fusion_bench_intervmerge.fusion.embedded import load_processor
+from fusion_bench_intervmerge.fusion.host import OneLineError
 from fusion_bench_intervmerge.fusion.hosted import CLIPVisionModelTaskPool
 from fusion_bench_intervmerge.fusion.images import preprocessed
 from fusion_bench_intervmerge.fusion.pools import prepare_task_pool
@@ -153,6 +157,31 @@ def test_a_broken_image_is_one_line_from_a_worker_too(workers):
     images = preprocessed(files, PROCESSOR, "modelpool.test_datasets.mnist")
     with pytest.raises(ConfigError, match=r"\Amodelpool.test_datasets.mnist\[1\]: .*; allowed: im"):
         list(read_images({"mnist": images}, [[("mnist", 0)], [("mnist", 1)]], workers))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("own", [True, False], ids=["our task pool", "FusionBench's"])
+def test_a_broken_image_is_one_line_in_an_evaluation(own, workers, monkeypatch):
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    clip = CLIPModel.from_pretrained(ensure_pool("clip-vit-tiny_TA8") / "pretrained")
+    kind = CLIPVisionModelTaskPool if own else HostCLIPVisionModelTaskPool
+    pool = kind(
+        {"digits": Files([every_kind()[0], every_kind()[0][:60]])},
+        processor=load_processor(),
+        clip_model=clip,
+        dataloader_kwargs={"num_workers": workers},
+    )
+    prepare_task_pool(types.SimpleNamespace(taskpool=pool))
+    with pytest.raises(OneLineError, match=r"\Ataskpool.test_datasets.digits\[1\]: [^\n]*\Z"):
+        pool.evaluate(clip.vision_model)
+
+
+def test_an_evaluation_without_class_names_is_refused_beforehand():
+    folder = str(ensure_pool("clip-vit-tiny_TA8") / "pretrained")
+    items = [(Image.fromarray(PIXELS), 1)]
+    pool = HostCLIPVisionModelTaskPool({"birds": items}, processor=folder, clip_model=folder)
+    with pytest.raises(ConfigError, match=r"\Ataskpool.test_datasets.birds: FusionBench knows no"):
+        prepare_task_pool(types.SimpleNamespace(taskpool=pool))
 
 
 @pytest.mark.parametrize(

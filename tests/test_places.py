@@ -7,7 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from commands import compose
+from hydra.core.utils import JobReturn
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
@@ -92,6 +94,24 @@ def test_a_pool_that_this_python_cannot_import(monkeypatch):
     told = line(check_pool, "fusion_bench.modelpool.OpenCLIPVisionModelPool")
     assert told.startswith("modelpool: OpenCLIPVisionModelPool: cannot import name 'override'")
     assert "modelpool=openclip-vit-b32_TA8" in told
+
+
+@pytest.mark.parametrize(
+    "words", ["accelerator=cuda", "precision=half", "strategy=nonsense", "devices=0"]
+)
+def test_a_device_that_is_not_there(words, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = compose("method=intervmerge", f"fabric.{words}", return_hydra_config=True)
+    with pytest.raises(SystemExit, match=r"\Afabric: [^\n]+\Z"):
+        BeforeRuns().on_job_start(config=config)
+
+
+def test_a_jobs_threads_are_not_the_next_ones():
+    before, callback = torch.get_num_threads(), BeforeRuns()
+    callback.on_job_start(config=OmegaConf.create())
+    torch.set_num_threads(before + 1)
+    callback.on_job_end(OmegaConf.create(), JobReturn())
+    assert torch.get_num_threads() == before
 
 
 def test_pools_of_use_and_other_methods_pass(tmp_path):

@@ -9,6 +9,7 @@ and stays off the screen, as does everything else that it logs and prints while 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
@@ -127,6 +128,10 @@ def after_evaluation(
 # -- the screen ------------------------------------------------------------------------------------
 
 
+# What is left of a ConfigError in a process that reads images: torch sends its trace.
+_FROM_A_WORKER = re.compile(r"in DataLoader worker .*\.ConfigError: (.*?)\s*\Z", re.DOTALL)
+
+
 class OneLineError(CompactHydraException):
     """An error of ours that Hydra prints as one line."""
 
@@ -150,6 +155,10 @@ def one_line(call: Callable[P, T]) -> Callable[P, T]:
             raise _off_screen(OneLineError(str(typed))) from error
         except (ArtifactError, DistillationError) as error:
             raise _off_screen(OneLineError(str(error))) from error
+        except RuntimeError as error:
+            if (sent := _FROM_A_WORKER.search(str(error))) is None:
+                raise
+            raise _off_screen(OneLineError(sent[1])) from error
         except KeyboardInterrupt as stop:
             message = str(stop) or "stopped; the same command starts again"
             raise _off_screen(SystemExit(message)) from stop

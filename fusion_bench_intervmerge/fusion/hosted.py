@@ -11,6 +11,7 @@ reports a mark, ``"unseen": true``.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -35,7 +36,7 @@ from ..model.protocols import TaskConditionalModel
 from ..report.answers import Answers, read_answers
 from ..results import REFERENCES
 from .host import one_line, plain
-from .images import preprocessed
+from .images import prepare_images
 
 
 class _NamedAfterwards(nn.Module):
@@ -334,14 +335,16 @@ class CLIPVisionModelTaskPool(Referenced, HostCLIPVisionModelTaskPool):
 
     def setup(self) -> None:
         """Load the CLIP, the datasets and the processor."""
-        super().setup()
-        datasets: Any = self.test_datasets  # the loaders have them already
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of FusionBench's own class
+            super().setup()
+        datasets: Any = self.test_datasets
         for task, data in datasets.items():
-            where = f"taskpool.test_datasets.{task}"
             name_classes(task, data.dataset, self._classes.get(task, {}))
-            vars(data).update(vars(preprocessed(data.dataset, data.processor, where)))
+        prepare_images(self)
         self._pretrained = self.clip_model.vision_model  # evaluating puts another in its place
 
+    @one_line
     def evaluate(self, model: Any, name: str | None = None, **kwargs: Any) -> Json:
         """FusionBench's report: accuracy and loss, per task and on average."""
         report = super().evaluate(by_task(model), name, **kwargs)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from fusion_bench.dataset import CLIPDataset
+from fusion_bench.dataset import ImageClassificationDataset
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -18,7 +18,7 @@ from ..deploy.images import check_shape, pixel_values, upright
 T = TypeVar("T")
 
 
-def preprocessed(dataset: Sequence[Any], processor: Any, where: str) -> CLIPDataset:
+def preprocessed(dataset: Sequence[Any], processor: Any, where: str) -> ImageClassificationDataset:
     """A data set's images, preprocessed: items are (pixel values, label), -1 for no label.
 
     Args:
@@ -28,7 +28,14 @@ def preprocessed(dataset: Sequence[Any], processor: Any, where: str) -> CLIPData
     """
     # any function will do, against its annotation
     prepare: Any = None if processor is None else partial(_pixels, processor)
-    return CLIPDataset(Items(dataset, where), prepare)
+    return ImageClassificationDataset(Items(dataset, where), prepare)
+
+
+def prepare_images(task_pool: Any) -> None:
+    """Let a task pool that is set up read its images as ``preprocessed`` does."""
+    for task, data in task_pool.test_datasets.items():  # the loaders have them already
+        where = f"taskpool.test_datasets.{task}"
+        vars(data).update(vars(preprocessed(data.dataset, data.processor, where)))
 
 
 class Items(Dataset[Any]):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fusion_bench import BaseModelPool
-from fusion_bench.dataset import CLIPDataset
+from fusion_bench.dataset import ImageClassificationDataset
 from fusion_bench.models.hf_clip import HFCLIPClassifier
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
 from fusion_bench.tasks.clip_classification import get_classnames_and_templates
@@ -29,7 +29,8 @@ from ..encoders import as_tower
 from ..encoders.base import MissingProjectionError, VisionTower, check_expert
 from ..encoders.dinov2 import DINOv2Tower
 from .experts import checkpoint, load_clip, load_model, warn_of_twins
-from .images import load_or_explain, preprocessed
+from .host import one_line
+from .images import load_or_explain, prepare_images, preprocessed
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ WITH_IMAGES = (
     "a pool with images, such as ours (modelpool=clip-vit-b32_TA8), or "
     "+dataset/image_classification/{0}@modelpool.{0}_datasets=[{1},...]"
 )
+NO_NAMES = "FusionBench knows no class names for this task"
+NAMES = "a task that it knows; taskpool=own takes the names that the data set has"
 # FusionBench 0.2.33 names these data sets without their owner, which the hub no longer takes.
 OWNERS = {"mnist": "ylecun", "svhn": "ufldl-stanford"}
 
@@ -78,7 +81,7 @@ class ExpertPool:
         if "load_model" not in vars(pool):  # for the first on this pool, not for a nested method
             warn_of_twins(self.pool._models, self.tasks)
         self._projection: nn.Linear | None = None
-        self._images: dict[tuple[str, str], CLIPDataset] = {}
+        self._images: dict[tuple[str, str], ImageClassificationDataset] = {}
         self.features = FeatureCache()  # for the next method on this pool
         self.calibrated: dict[str, VisionTower] = {}  # likewise, by what their weights depend on
 
@@ -133,7 +136,7 @@ class ExpertPool:
         except TypeError as error:
             raise ConfigError(where, str(error), "models of one CLIP architecture") from None
 
-    def images(self, task: str, split: str) -> CLIPDataset:
+    def images(self, task: str, split: str) -> ImageClassificationDataset:
         """A split's images, preprocessed: items are (pixel values, label), -1 for no label.
 
         Raises:
@@ -287,12 +290,19 @@ def prepare_task_pool(program: object) -> None:
             _owned(config, f"taskpool.test_datasets.{name}")
         if not pool._is_setup:
             load_or_explain(pool.setup, "taskpool", REACHABLE)
+        if not hasattr(pool, "after_evaluation"):  # FusionBench's own
+            prepare_images(pool)
+            vars(pool)["evaluate"] = one_line(pool.evaluate)
         datasets: Any = pool.test_datasets
         for name, dataset in datasets.items():
             where = f"taskpool.test_datasets.{name}"
             _, label = load_or_explain(partial(dataset.__getitem__, 0), where, REACHABLE)
             if label == -1:
                 raise ConfigError(where, "its images have no labels", "labelled images")
+            try:
+                get_classnames_and_templates(name)
+            except ValueError:
+                raise ConfigError(where, NO_NAMES, NAMES) from None
 
 
 def _load(

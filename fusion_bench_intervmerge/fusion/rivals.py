@@ -24,7 +24,7 @@ from ..results import Result
 from .host import Method, check_task_pool, host_in_the_log, one_line
 from .hosted import hosted
 from .merge import run_method
-from .pools import ExpertPool
+from .pools import ExpertPool, prepare_task_pool
 
 NotNegative = Annotated[float, Field(ge=0, description="a number, 0 or more")]
 
@@ -138,6 +138,7 @@ class Rival(Method, Repair):
         """
         pool = ExpertPool(modelpool)
         check_task_pool(self._program, pool.family, pool.tasks)
+        prepare_task_pool(self._program)
         tower = pool.tower("_pretrained_")
         model: Any = self.repair(pool, tower)
         name = type(self).__name__

@@ -18,7 +18,7 @@ from ..model.model import InterventionModel
 from ..results import Result
 from .host import Method, check_task_pool, has_task_pool, host_in_the_log, name_models, one_line
 from .hosted import HostedInterventionModel
-from .pools import ExpertPool
+from .pools import ExpertPool, prepare_task_pool
 from .records import Analyser, diagnosis_table, saved_result
 
 
@@ -57,6 +57,7 @@ class LoadInterventionModel(Method):
                 raise unknown_key(task, model.tasks, "task").under("drop")
             model.drop_task(task)
         check_task_pool(self._program, model.tower.family, model.tasks)
+        prepare_task_pool(self._program)
         if self.settings.fold:
             model = model.fold()
         if self._program is not None:
@@ -108,6 +109,7 @@ class AnalyseInterventionModel(Method):
         analyser = Analyser(settings.analyses, settings.images, settings.split, self.fabric.device)
         model = HostedInterventionModel.from_pretrained(folder)
         check_task_pool(self._program, pool.family, model.tasks)
+        prepare_task_pool(self._program)
         tasks = [task for task in pool.tasks if task in model.tasks]
         if not tasks:
             allowed = ", ".join(model.tasks)

@@ -195,7 +195,7 @@ def read_run(folder: str | Path) -> Run:
         own = results.parse_results(details, str(folder / results.FILE))
     try:
         # a run of one model reports it alone, others by name
-        alone = report is not None and set(own.tasks) <= set(report)
+        alone = report is not None and "average" in report
         reports = {} if report is None else {n: report if alone else report[n] for n in own.models}
         if alone:  # what it is compared with has a file of its own
             references = read_json(folder / results.REFERENCES) or {}
@@ -207,15 +207,19 @@ def read_run(folder: str | Path) -> Run:
             }
             own = own.model_copy(update={"models": known | own.models})
             reports = references | reports
-        for name, task in ((name, task) for name in reports for task in own.tasks):
+        tasks = [t for t in own.tasks if not reports or any(t in one for one in reports.values())]
+        if own.tasks and not tasks:
+            raise ValueError("none of the run's tasks was evaluated")
+        lacking = {task: "the task pool lacks it" for task in own.tasks if task not in tasks}
+        for name, task in ((name, task) for name in reports for task in tasks):
             share = reports[name][task]["accuracy"]
             if not isinstance(share, (int, float)) or not 0 <= share <= 1:
                 raise ValueError(f"{name}: the accuracy of {task} is {share!r}, which is no share")
     except (KeyError, TypeError, ValueError) as error:
         raise wrong_layout(folder / REPORT, error) from None
     analysis = (analysed or {}).get("merges", {})
-    about = reports, *_hydra(folder), analysis, own.problems, read_answers(folder)
-    return Run(folder, own.tasks, own.models, *about)
+    about = reports, *_hydra(folder), analysis, own.problems | lacking, read_answers(folder)
+    return Run(folder, tasks, own.models, *about)
 
 
 def gather(runs: Sequence[Run], bases: Sequence[str] = ()) -> Evaluation:

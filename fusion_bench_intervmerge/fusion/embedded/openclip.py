@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fusion_bench.models.hf_clip import HFCLIPClassifier
@@ -31,24 +31,25 @@ class EmbeddedOpenCLIPVisionModelPool(OpenCLIPVisionModelPool):
     """A small OpenCLIP encoder with eight experts, their heads and datasets.
 
     Args:
-        seed, models, pool, folder: as in ``EmbeddedCLIPVisionModelPool``.
+        seed, tasks, models, pool, folder: as in ``EmbeddedCLIPVisionModelPool``.
     """
 
     @one_line
     def __init__(
         self,
         seed: int = 0,
+        tasks: Sequence[str] | int | None = None,
         models: Mapping[str, object] | None = None,
         pool: str = TINY.name,
         folder: str | None = None,
         **kwargs: Any,
     ):
-        given = {"seed": seed, "pool": pool, "folder": folder}
-        settings, tasks = read_settings(type(self), kwargs, given)
+        given = {"seed": seed, "tasks": tasks, "pool": pool, "folder": folder}
+        settings, chosen = read_settings(type(self), kwargs, given)
         place = {"pool": settings.pool, "folder": settings.folder}
-        own = {name: target(load_encoder, name=name, **place) for name in folders(tasks)}
-        heads = OmegaConf.create({name: target(load_head, task=name, **place) for name in tasks})
-        data = datasets(tasks, **place)
+        own = {name: target(load_encoder, name=name, **place) for name in folders(chosen)}
+        heads = OmegaConf.create({name: target(load_head, task=name, **place) for name in chosen})
+        data = datasets(chosen, **place)
         everything: Any = {**own, **(models or {})}
         super().__init__(everything, classification_heads=heads, **data, **kwargs)
 

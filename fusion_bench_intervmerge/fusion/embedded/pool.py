@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import Field
 from transformers import BatchFeature, CLIPModel, CLIPProcessor
 
-from ...config import ConfigError, Folder, Seed, Settings, unknown_key, whole
+from ...config import ConfigError, Folder, Seed, Settings, check_task_name, unknown_key, whole
 from ...tinyclip.pools import ABOUT, POOLS, TINY, Pool, ensure_pool, load_images
 from ...tinyclip.tasks import SIZE, SPLITS, Array
 from ..host import one_line
@@ -134,9 +134,10 @@ def read_settings(
     settings = PoolSettings.read(given, "modelpool")
     known = list(Pool.named(settings.pool).tasks)
     chosen = settings.tasks if isinstance(settings.tasks, list) else known[: settings.tasks]
-    for task in chosen:
+    for index, task in enumerate(chosen):
         if task not in known:
             raise unknown_key(task, known, "task").under("modelpool.tasks")
+        check_task_name(task, chosen[:index], "modelpool.tasks")
     pool_folder(settings.pool, settings.folder, settings.seed)
     one_thread()
     return settings, chosen

@@ -108,7 +108,7 @@ class OpenCLIPVisionModelTaskPool(Referenced, HostOpenCLIPVisionModelTaskPool):
     def setup(self) -> None:
         """Load the datasets and the heads."""
         host: Any = self  # whose annotations do not know that a task's name is a string
-        self.classifier_heads, self.test_datasets, self.test_dataloaders = {}, {}, {}
+        host.classifier_heads, host.test_datasets, host.test_dataloaders = {}, {}, {}
         for task, dataset in host._test_datasets.items():
             where = f"taskpool.classification_heads.{task}"
             if task not in host._classifier_heads:
@@ -118,7 +118,7 @@ class OpenCLIPVisionModelTaskPool(Referenced, HostOpenCLIPVisionModelTaskPool):
             if isinstance(dataset, DictConfig):
                 dataset = instantiate(dataset)
             where = f"taskpool.test_datasets.{task}"
-            self.test_datasets[task] = preprocessed(dataset, host.processor, where)
+            host.test_datasets[task] = preprocessed(dataset, host.processor, where)
             loader = DataLoader(self.test_datasets[task], **host._dataloader_kwargs)
             self.test_dataloaders[task] = self.fabric.setup_dataloaders(loader)
         self._is_setup = True
