@@ -151,16 +151,19 @@ class Results:
     def __init__(self, path: Path, tasks: list[str]):
         self.path, self.tasks = path, tasks
         self.fields = [*self.KEY, "parameters", "seconds", *tasks, "average"]
-        self.done = set()
-        if path.is_file():
-            with path.open(newline="") as file:
-                self.done = {tuple(row[name] for name in self.KEY) for row in csv.DictReader(file)}
+
+    def done(self) -> set[tuple[str, ...]]:
+        """What the file has; several processes may write it."""
+        if not self.path.is_file():
+            return set()
+        with self.path.open(newline="") as file:
+            return {tuple(row[name] for name in self.KEY) for row in csv.DictReader(file)}
 
     def once(
         self, key: tuple[object, ...], run: Callable[[], tuple[dict[str, float], int, float]]
     ) -> None:
         key = tuple(map(str, key))
-        if key in self.done:
+        if key in self.done():
             return
         found, parameters, seconds = run()
         average = round(statistics.mean(found.values()), 2)
