@@ -76,7 +76,7 @@ def by_images(repairs: pd.DataFrame, merge: float, experts: float) -> Figure:
     return finish(figure, [look.handle() for n in LABELS if (look := PALETTE[n]).colour in shown])
 
 
-def by_numbers(repairs: pd.DataFrame, merge: float, experts: float) -> Figure:
+def by_numbers(repairs: pd.DataFrame, experts: float) -> Figure:
     """Accuracy against extra parameters over all tasks, from COUNT images per task."""
     figure, (panel,) = blank()
     own = repairs[repairs.images.eq(COUNT)]
@@ -94,12 +94,13 @@ def by_numbers(repairs: pd.DataFrame, merge: float, experts: float) -> Figure:
         look = PALETTE[name]
         line = own[own.method.map(lambda m, s=starts: any(map(m.startswith, s)))]
         line = line.sort_values("numbers")
+        if line.empty:
+            continue
         at = line.numbers
         panel.errorbar(at, line.average, line.deviation, color=look.colour, lw=1.1)
         panel.plot(at, line.average, **look.point)
         handles.append(look.handle(names.get(name, "")))
     size_axis(panel, own.numbers)
-    panel.axhline(merge, color=GREY, ls=DASHES, lw=1.1)
     panel.axhline(experts, color=INK, lw=1.1)
     percent_axis(panel.yaxis)
     name_axes(figure, "extra parameters over all tasks", "accuracy")
@@ -109,7 +110,7 @@ def by_numbers(repairs: pd.DataFrame, merge: float, experts: float) -> Figure:
 def by_task(results: pd.DataFrame, tasks: list[str]) -> Figure:
     """Every task's accuracy, merged, repaired from COUNT images, and the expert's."""
     means = results.groupby("method")[[*tasks, "average"]].mean()
-    merged = results[results.method.eq("merge") & results.merge.eq("task_arithmetic")]
+    merged = results[results.method.eq("merge") & results["merge"].eq("task_arithmetic")]
     repaired = results[results.images.eq(COUNT)].groupby("method")[[*tasks, "average"]].mean()
     names = ("surgery", "intervmerge_r4", "closed_form_r4", "calibration", "calibrated_r4")
     columns = {
@@ -132,13 +133,13 @@ def main() -> None:
     tasks = list(results.columns[results.columns.get_loc("seconds") + 1 : -1])
     precise = results[results.precision.eq("bf16")]
     found = found[found.precision.eq("bf16")]
-    repairs = found[found.merge.eq("task_arithmetic") & found.method.ne("merge")]
-    merge = found[found.method.eq("merge") & found.merge.eq("task_arithmetic")].average.item()
+    repairs = found[found["merge"].eq("task_arithmetic") & found.method.ne("merge")]
+    merge = found[found.method.eq("merge") & found["merge"].eq("task_arithmetic")].average.item()
     experts = found[found.method.eq("experts")].average.item()
     with style():
         drawn = {
             "images": by_images(repairs, merge, experts),
-            "numbers": by_numbers(repairs, merge, experts),
+            "numbers": by_numbers(repairs, experts),
             "by_task": by_task(precise, tasks),
         }
     for name, figure in drawn.items():
