@@ -137,11 +137,9 @@ def main() -> None:
     merge = found[found.method.eq("merge") & found["merge"].eq("task_arithmetic")].average.item()
     experts = found[found.method.eq("experts")].average.item()
     with style():
-        drawn = {
-            "images": by_images(repairs, merge, experts),
-            "numbers": by_numbers(repairs, experts),
-            "by_task": by_task(precise, tasks),
-        }
+        drawn = {"numbers": by_numbers(repairs, experts), "by_task": by_task(precise, tasks)}
+        if repairs.images.nunique() > 1:
+            drawn["images"] = by_images(repairs, merge, experts)
     for name, figure in drawn.items():
         (options.folder / f"dinov2_{name}.png").write_bytes(to_png(figure))
 
