@@ -443,6 +443,24 @@ def test_a_stopped_run_knows_its_images():
     assert identity("a", "b") == identity("a", "c") != identity("b", "b")
 
 
+def test_a_training_outlives_an_evaluation_that_failed(tmp_path, own_cache, monkeypatch):
+    """What is wrong with the last test image shows after the repair, and costs no second one."""
+    words = ["method=intervmerge", "method.steps=3", "method.data.images=8", *only("digits")]
+    with monkeypatch.context() as broken:
+
+        def fail(*args, **kwargs):
+            raise ConfigError("taskpool.test_datasets.digits[479]", "cannot be read")
+
+        broken.setattr(HFCLIPClassifier, "forward", fail)
+        with pytest.raises(OneLineError, match="479"):
+            in_process(*words, folder=tmp_path)
+    monkeypatch.setattr(loop._Trainer, "_step", None)  # no step is left to be done
+    report = in_process(*words, folder=tmp_path)["report"]
+    assert report["digits"]["accuracy"] > 0.1
+    assert only_result(tmp_path / "log")[1]["resumed_at"] == 3
+    assert not list((own_cache / "states").iterdir()), "it is evaluated"
+
+
 @pytest.mark.parametrize(
     ("failure", "message"),
     [

@@ -53,7 +53,8 @@ def clip_pool(tiny, **models):
     models = {"_pretrained_": str(tiny / "pretrained"), **models}
     processor = {"_target_": "transformers.CLIPProcessor.from_pretrained"}
     processor["pretrained_model_name_or_path"] = str(tiny / "pretrained")
-    return CLIPVisionModelPool(OmegaConf.create(models), processor=OmegaConf.create(processor))
+    models = OmegaConf.create(models, flags={"allow_objects": True})  # live modules
+    return CLIPVisionModelPool(models, processor=OmegaConf.create(processor))
 
 
 def lora(part, **options):
@@ -283,3 +284,22 @@ def test_dinov2_classifiers_of_unequal_classes(tmp_path, monkeypatch):
 def test_dinov2_says_how_to_take_smaller_images():
     with pytest.raises(ValueError, match=r"images of 16 pixels, not 32: .*image_size=16"):
         dinov2_tower().features(torch.randn(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("live", [False, True])
+def test_an_expert_in_half_precision(tiny, tmp_path, dtype, live):
+    """Rounded weights are an expert like any other, and the merge is in full precision."""
+    expert = CLIPVisionModel.from_pretrained(tiny / "experts" / "digits").to(dtype)
+    expert.save_pretrained(tmp_path / "half")
+    half = expert if live else str(tmp_path / "half")
+    pool = ExpertPool(clip_pool(tiny, digits=half, letters=str(tiny / "experts" / "letters")))
+    base = TaskArithmeticAlgorithm(scaling_factor=0.3)
+    merged, _ = merge_experts(pool, base, None, HOST, None)
+    rounded = expert.float().state_dict()
+    letters = CLIPVisionModel.from_pretrained(tiny / "experts" / "letters").state_dict()
+    first = CLIPVisionModel.from_pretrained(tiny / "pretrained").state_dict()
+    for name, tensor in merged.library_model().state_dict().items():
+        if tensor.is_floating_point():
+            by_hand = first[name] + 0.3 * (rounded[name] - first[name] + letters[name] - first[name])
+            assert tensor.dtype == torch.float32 and torch.allclose(tensor, by_hand, atol=1e-6)

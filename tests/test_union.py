@@ -122,6 +122,7 @@ def test_corrupted_images_are_the_same_every_time(corruption):
 
 def test_every_named_pool_has_its_stream():
     named = {p.stem for p in (ROOT / "config" / "taskpool").glob("*.yaml")} - set(UNIONS)
+    named -= {"own", "published"}  # of whatever tasks the model pool has
     assert {f"{name}_union" for name in named if not name.startswith("_")} == set(UNIONS)
 
 

@@ -322,7 +322,9 @@ class ComparisonAlgorithm(Method):
         known = base in (self.settings.coefficients or {})
         return known or not self._trains_coefficients(method, base)
 
-    def _merge(self, pool: ExpertPool, name: str, there: bool) -> tuple[VisionTower, Json | None]:
+    def _merge(
+        self, pool: ExpertPool, name: str, there: bool = False
+    ) -> tuple[VisionTower, Json | None]:
         """Merge by a base: the merged encoder, and the coefficients that reproduce it, if any.
 
         If it is ``there``, evaluated by an earlier run, it is not evaluated again.

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from fusion_bench import BaseModelPool
 from fusion_bench.modelpool import CLIPVisionModelPool
 from fusion_bench.utils.modelscope import resolve_repo_path
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 NAMES = ("pretrained_model_name_or_path", "model_name", "base_model_name", "config_path")
 FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 WHOLE = "the id or the folder of a whole CLIP"
+HALF = (torch.float16, torch.bfloat16)
 FOLDER = "a folder that CLIPVisionModel.save_pretrained wrote, an adapter's folder, or a hub id"
 
 
@@ -54,7 +56,8 @@ def load_model(
 
     PEFT's adapters are merged into a copy of what they adapt; an adapter's folder or id is one for
     the pool's ``_pretrained_``. A bare ``CLIPVisionTransformer`` is put into a ``CLIPVisionModel``,
-    and an image classifier's head is replaced by an ``OwnHead``.
+    and an image classifier's head is replaced by an ``OwnHead``. Weights in half precision become
+    float32.
 
     Args:
         pool: the pool.
@@ -85,6 +88,8 @@ def load_model(
         model = as_vision_model(merge_adapters(model))
     except TypeError as error:
         raise ConfigError(where, str(error), "LoRA, or another adapter of weights") from None
+    if any(p.dtype in HALF for p in model.parameters()):  # FusionBench merges one type alone
+        model = copy.deepcopy(model).float()
     head = getattr(model, "classifier", None)
     if isinstance(head, nn.Module) and DINOv2Tower.wrap(model) is not None:
         if isinstance(config, nn.Module):
