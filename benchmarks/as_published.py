@@ -3,7 +3,7 @@
     python benchmarks/as_published.py
 
 Trains the same edits from the same start with each habit, and prints the loss and how far the
-features are from those of our default. docs/evidence.md quotes the table.
+features are from those of our default. benchmarks/README.md quotes the table.
 """
 
 from __future__ import annotations
