@@ -114,7 +114,8 @@ def others() -> str:
 def presets() -> str:
     rows = []
     for name, file in method_files():
-        rows.append([code(f"method={name}"), ticks(comment_above(file)), setting_list(file)])
+        first = re.split(r"(?<=\.)\s", comment_above(file))[0]  # the file has the rest
+        rows.append([code(f"method={name}"), ticks(first), setting_list(file)])
     return table(["preset", "what it is", "what it sets"], rows)
 
 
@@ -221,7 +222,7 @@ def setting_list(file: Path) -> str:
         return " ".join(shown) or "nothing: the default, by name"
     if file.stem == MAIN:
         return "the defaults above"
-    return f"a method of its own: `{target(file).rpartition('.')[2]}`, below"
+    return f"see `{target(file).rpartition('.')[2]}`, below"
 
 
 # -- reading docstrings ----------------------------------------------------------------------------
