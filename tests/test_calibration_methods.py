@@ -91,6 +91,7 @@ def test_bad_settings_are_said_in_one_line():
         (CalibrationAlgorithm, {"data": {"imges": 3}}, r"^data\.imges: no such setting"),
         (CalibrationAlgorithm, {"data": 3}, r"^data: 3; allowed"),
         (CalibrationAlgorithm, {"base": {"scaling_factor": 0.3}}, "^base: names no method"),
+        (CalibrationAlgorithm, {"references": "no"}, "^references: 'no'; allowed: true, false"),
         (FeatCalAlgorithm, {"mixture": 2}, "^mixture: 2; allowed: a number, 0 to 1"),
     ):
         with pytest.raises(ConfigError, match=line):

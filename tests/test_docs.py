@@ -31,6 +31,7 @@ from fusion_bench_intervmerge.interventions.config import InterventionConfig
 from fusion_bench_intervmerge.interventions.functions import FUNCTIONS
 from fusion_bench_intervmerge.merging import CoefficientSettings
 from fusion_bench_intervmerge.model.model import InterventionModel
+from fusion_bench_intervmerge.report.answers import read_answers
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = (ROOT / "docs" / "settings.md").read_text()
@@ -240,7 +241,11 @@ def test_a_pool_of_ones_own_needs_no_class_names_and_is_evaluated_with_the_data_
         f"hydra.searchpath=[file://{tmp_path}]",
         folder=tmp_path / "own",
     )
-    assert 0 <= done["report"]["birds"]["accuracy"] <= 1
+    answers = read_answers(tmp_path / "own" / "log")
+    assert answers.classes["birds"] == ["class0", "class1"]
+    right = answers.right(next(n for n in answers.models if "/" in n), "birds")
+    assert len(right) == 6 and done["report"]["birds"]["accuracy"] == pytest.approx(right.mean())
+    assert answers.labels["birds"].tolist() == [0, 0, 0, 1, 1, 1]
     names, templates = get_classnames_and_templates("signs")
     assert [names, templates[0]("one")] == [["one", "two"], "the number one"]
     assert get_classnames_and_templates("birds")[0] == ["class0", "class1"]

@@ -19,7 +19,7 @@ from fusion_bench.utils import instantiate
 from torch import nn
 
 from ..calibration import CalibrationSettings, calibrate
-from ..config import Json
+from ..config import ConfigError, Json
 from ..data import RepairSettings, RunFolder, choose_images
 from ..encoders.base import VisionTower
 from ..files import cache_root
@@ -67,6 +67,8 @@ class WeightsAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
     def __init__(self, base: object = None, references: bool = True, **settings: object):
         given, host = split_settings(settings)
         super().__init__(**host)
+        if not isinstance(references, bool):
+            raise ConfigError("references", f"{references!r}", "true, false")
         self.base, self.references = plain(base), references
         check_method(self.base, "base")
         if isinstance(data := given.pop("data", {}), Mapping):
@@ -93,15 +95,16 @@ class WeightsAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
             announce(f"{self.name.capitalize()}: {self.images_used()[-1].in_words()}")
         plain_merge = copy.deepcopy(merged.library_model()) if self.references else None
         model = self.repair(pool, merged)
+        base = "merged" if pool.pool.has_merged else base_name(self.base)
+        name = f"{base}/{self.name}"
         if self.fabric.is_global_zero:
-            base = "merged" if pool.pool.has_merged else base_name(self.base)
             more = {"base": base, "settings": {"base": self.base, **settings.to_dict()}}
-            result, name = self.record(model), f"{base}/{self.name}"
+            result = self.record(model)
             result = result.model_copy(update={"method": self.name, **more})
             Results(tasks=list(pool.tasks), models={name: result}).write(self.log_dir)
-            name_models(self._program, {name: model})
-            references = {} if plain_merge is None else {base: plain_merge}
-            after_evaluation(self._program, lambda: None, references)
+        name_models(self._program, {name: model})
+        references = {} if plain_merge is None else {base: plain_merge}
+        after_evaluation(self._program, lambda: None, references)
         summarize_at_exit(self.log_dir)
         return model
 

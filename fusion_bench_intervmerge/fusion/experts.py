@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from fusion_bench import BaseModelPool
@@ -88,13 +88,15 @@ def load_model(
         model = as_vision_model(merge_adapters(model))
     except TypeError as error:
         raise ConfigError(where, str(error), "LoRA, or another adapter of weights") from None
-    if any(p.dtype in HALF for p in model.parameters()):  # FusionBench merges one type alone
-        model = copy.deepcopy(model).float()
     head = getattr(model, "classifier", None)
-    if isinstance(head, nn.Module) and DINOv2Tower.wrap(model) is not None:
-        if isinstance(config, nn.Module):
-            model = copy.deepcopy(model)  # a live module is the user's
-        model.classifier = OwnHead(head)
+    has_head = isinstance(head, nn.Module) and DINOv2Tower.wrap(model) is not None
+    half = any(p.dtype in HALF for p in model.parameters())
+    if isinstance(config, nn.Module) and (has_head or half):
+        model = copy.deepcopy(model)  # a live module is the user's
+    if half:  # FusionBench merges models of one type alone
+        model = model.float()
+    if has_head:
+        model.classifier = OwnHead(cast(nn.Module, model.classifier))
     if isinstance(model, PreTrainedModel) and _is_the_hosts(config):
         kind: Any = type(model)
         info = _loading_info(kind, str(checkpoint(config)))

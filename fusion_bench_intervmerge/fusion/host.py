@@ -22,6 +22,7 @@ from fusion_bench import BaseAlgorithm
 from fusion_bench.constants import RuntimeConstants
 from fusion_bench.mixins import LightningFabricMixin
 from fusion_bench.taskpool import CLIPVisionModelTaskPool, DummyTaskPool
+from fusion_bench.tasks.clip_classification import CLIPTemplateFactory
 from fusion_bench.utils import set_print_function_call, set_print_function_call_permeanent
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
@@ -99,6 +100,15 @@ def check_task_pool(program: object, family: str, tasks: Iterable[str]) -> None:
             "no expert knows %s: evaluated with the merged encoder, and marked as unseen",
             ", ".join(unseen),
         )
+
+
+def register_classes(
+    task: str, names: Sequence[str], templates: Sequence[Callable[[str], str]]
+) -> None:
+    """Tell FusionBench the names of a task's classes, and what makes captions of them."""
+    info: Any = {"classnames": list(names), "templates": list(templates)}
+    # ``dataset_info`` as well: without it FusionBench stores them under a wrong key
+    CLIPTemplateFactory.register_dataset(task, dataset_info=info, **info)
 
 
 def name_models(

@@ -21,10 +21,7 @@ from typing import Annotated, Any, cast
 
 import torch
 from fusion_bench.taskpool import CLIPVisionModelTaskPool as HostCLIPVisionModelTaskPool
-from fusion_bench.tasks.clip_classification import (
-    CLIPTemplateFactory,
-    get_classnames_and_templates,
-)
+from fusion_bench.tasks.clip_classification import get_classnames_and_templates
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -35,7 +32,7 @@ from ..model.model import InterventionModel
 from ..model.protocols import TaskConditionalModel
 from ..report.answers import Answers, read_answers
 from ..results import REFERENCES
-from .host import one_line, plain
+from .host import one_line, plain, register_classes
 from .images import prepare_images
 
 
@@ -199,11 +196,8 @@ def name_classes(task: str, dataset: object, given: Json) -> None:
     if names is None:
         problem = "FusionBench does not know the task's classes, and its data set names none"
         raise ConfigError(where, problem, "{names: [ant, bee], templates: ['a photo of a {}']}")
-    # register_dataset of fusion-bench 0.2.33 takes neither of its two forms
-    CLIPTemplateFactory._dataset_mapping[task] = {
-        "classnames": [name.replace("_", " ") for name in names],
-        "templates": [partial(str.format, text) for text in classes.templates],
-    }
+    templates = [partial(str.format, text) for text in classes.templates]
+    register_classes(task, [name.replace("_", " ") for name in names], templates)
 
 
 class Watched:

@@ -142,10 +142,8 @@ def to_terminal(evaluation: Evaluation, console: Console) -> Table:
 
 def rich(table: pd.DataFrame, ends: Collection[int] = ()) -> Table:
     """Lines of text for a terminal, with a rule behind some of them."""
-    shown, titles = (
-        Table(title_justify="left", caption_justify="left"),
-        [BELOW, *(c.title for c in COLUMNS)],
-    )
+    shown = Table(title_justify="left", caption_justify="left")
+    titles = [BELOW, *(column.title for column in COLUMNS)]
     for i, head in enumerate(table):
         words = head.replace(" ", "\n", 1) if head in titles else head
         shown.add_column(words, justify="right" if i else "left", no_wrap=True)

@@ -23,7 +23,7 @@ from transformers import BatchFeature, CLIPModel, CLIPProcessor
 from ...config import ConfigError, Folder, Seed, Settings, check_task_name, unknown_key, whole
 from ...tinyclip.pools import ABOUT, POOLS, TINY, Pool, ensure_pool, load_images
 from ...tinyclip.tasks import SIZE, SPLITS, Array
-from ..host import one_line
+from ..host import one_line, register_classes
 
 
 class PoolSettings(Settings):
@@ -225,6 +225,4 @@ def register_tasks() -> None:
         for task in pool.tasks.values():
             if task.name in CLIPTemplateFactory.get_available_datasets():
                 continue
-            info: Any = {"classnames": list(task.classnames), "templates": task.templates}
-            # ``dataset_info`` as well: without it FusionBench stores them under a wrong key.
-            CLIPTemplateFactory.register_dataset(task.name, dataset_info=info, **info)
+            register_classes(task.name, task.classnames, task.templates)
