@@ -21,6 +21,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import datasets
+import pytest
+from huggingface_hub import constants, file_download
+from huggingface_hub.utils import reset_sessions
+from transformers.utils import hub as hub_utils
+
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 ANY = f"/api/(models|datasets)/{REPO}"  # they share their names here
 # data sets that were once named without their owner
@@ -259,6 +265,20 @@ def serve(folder: Path, unowned: str = "redirect") -> Iterator[Hub]:
         hub.shutdown()
         hub.server_close()
         thread.join()
+
+
+def address(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``HF_ENDPOINT`` and ``HF_HOME`` say to a process that starts, said to this one."""
+    reset_sessions()  # the client remembers that another test was offline
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)
+    for module in (constants, file_download):
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
+    # transformers 4 has copied it
+    for module, name in ((constants, "HF_HUB_CACHE"), (hub_utils, "TRANSFORMERS_CACHE")):
+        monkeypatch.setattr(module, name, str(home / "hub"), raising=False)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,8 @@ import pytest
 import torch
 from conftest import TASKS, blocks, hf_tower, openclip_tower, perturbed
 from fusion_bench.modelpool import CLIPVisionModelPool
-from huggingface_hub import ModelCard, constants, file_download
-from huggingface_hub.utils import reset_sessions
-from loopback_hub import OWNERS, serve
+from huggingface_hub import ModelCard, constants
+from loopback_hub import OWNERS, address, serve
 from omegaconf import OmegaConf
 from PIL import Image
 from test_clip import make_repaired
@@ -42,16 +41,8 @@ UV = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).pare
 @pytest.fixture
 def hub(request, tmp_path, monkeypatch):
     """A hub; its parameter is what it does with names of data sets that lack their owner."""
-    reset_sessions()  # the client remembers that another test was offline
     with serve(tmp_path / "hub", getattr(request, "param", "redirect")) as hub:
-        # What HF_ENDPOINT, HF_TOKEN and HF_HOME say to a process that starts.
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)
-        for module in (constants, file_download):
-            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        address(hub, tmp_path, monkeypatch)
         monkeypatch.setenv("HF_TOKEN", "hf_of_this_test")
         yield hub
 

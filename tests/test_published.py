@@ -11,11 +11,8 @@ import time
 import pandas as pd
 import pytest
 from commands import COMMAND, QUIET, compose, in_process
-from datasets import config as datasets_config
 from fusion_bench.utils import instantiate
-from huggingface_hub import constants, file_download
-from huggingface_hub.utils import reset_sessions
-from loopback_hub import serve
+from loopback_hub import address, serve
 from published_hub import TASKS, fill
 from transformers import CLIPConfig
 
@@ -128,17 +125,7 @@ def hub(tmp_path, monkeypatch):
     vision |= {"image_size": 32, "patch_size": 8}
     with serve(tmp_path / "hub") as hub:
         fill(hub, CLIPConfig(text | sizes, vision | sizes, projection_dim=16), 4)
-        reset_sessions()
-        for module, name in ((constants, "ENDPOINT"), (datasets_config, "HF_ENDPOINT")):
-            monkeypatch.setattr(module, name, hub.endpoint)
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(
-            "https://huggingface.co", hub.endpoint
-        )
-        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-        monkeypatch.setattr(
-            datasets_config, "HF_DATASETS_CACHE", str(tmp_path / "home" / "datasets")
-        )
+        address(hub, tmp_path / "home", monkeypatch)
         yield hub
 
 
