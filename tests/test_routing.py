@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fusion_bench_intervmerge.config import ArtifactError, ConfigError
 from fusion_bench_intervmerge.model.model import InterventionModel
-from fusion_bench_intervmerge.model.router import RouterSettings
+from fusion_bench_intervmerge.model.router import RouterSettings, rows_of
 from fusion_bench_intervmerge.solving.fit_router import fit_router
 
 SITES = {
@@ -65,6 +65,19 @@ def test_routed_is_the_same_as_told_in_one_pass(sites, make):
     assert sum(worked) <= (3 * 17 + 1) * 32 * len(images)
     torch.testing.assert_close(routed, model.encode(images, tasks), rtol=1e-5, atol=1e-5)
     assert (routed - model.encode(images)).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_where_edits_begin_later_the_embedding_is_read_as_well():
+    images, _ = mixed()
+    tower = hf_tower()
+    model = InterventionModel(tower, TASKS, {"block": {"tokens": "all", "blocks": [2]}})
+    embedded = tower.embed(images)
+    entered = tower.run_block(1, tower.run_block(0, embedded))
+    rows = [rows_of(states, tower.num_tokens) for states in (embedded, entered)]
+    assert torch.equal(model.router_rows(images), torch.cat(rows, dim=1))
+    model = InterventionModel(tower, TASKS, {"block": {"tokens": "all"}})
+    assert torch.equal(model.router_rows(images), rows[0])
 
 
 def test_both_families_route_alike():

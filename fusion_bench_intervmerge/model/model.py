@@ -143,7 +143,7 @@ class InterventionModel(nn.Module, ModelHubMixin):
             prefix, router = self.prefix(), self._known_router()
             with self.for_task(None):
                 start = prefix.of(images)
-                tasks = router(self._rows(prefix, start))
+                tasks = router(self._rows(prefix, images, start))
             with self.for_task(tasks):
                 return prefix.features(start)
         with self.for_task(task, len(images)):
@@ -397,10 +397,11 @@ class InterventionModel(nn.Module, ModelHubMixin):
         """What a router reads of images: (batch, dims), float64, on the CPU."""
         prefix = self.prefix()
         with self.for_task(None):
-            return self._rows(prefix, prefix.of(images))
+            return self._rows(prefix, images, prefix.of(images))
 
-    def _rows(self, prefix: Prefix, start: Tensor) -> Tensor:
-        return rows_of(prefix.states(start), self.tower.num_tokens, self.tower.prefix_tokens)
+    def _rows(self, prefix: Prefix, images: Tensor, start: Tensor) -> Tensor:
+        tokens = self.tower.num_tokens, self.tower.prefix_tokens
+        return torch.cat([rows_of(part, *tokens) for part in prefix.read(images, start)], dim=1)
 
     def _known_router(self) -> Router:
         if self.router is None or not self.router.tasks:

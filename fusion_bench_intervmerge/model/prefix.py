@@ -36,9 +36,12 @@ class Prefix(ABC):
     def features(self, prefix: Tensor, after_block: AfterBlock | None = None) -> Tensor:
         """Image features (batch, projection_dim) from what ``of`` gave, or from rows of it."""
 
-    def states(self, prefix: Tensor) -> Tensor:
-        """What a router reads of images: tokens (batch, any, width), or their image features."""
-        return prefix
+    @torch.no_grad()
+    def read(self, images: Tensor, prefix: Tensor) -> list[Tensor]:
+        """What a router reads of images: their embedding, whose colours and textures later blocks
+        forget, and what ``of`` gave; tokens (batch, any, width), or image features.
+        """
+        return [self._embed(images), prefix]
 
     def _embed(self, images: Tensor) -> Tensor:
         return self.tower.embed(images.to(self.tower.device, self.tower.dtype))
@@ -62,8 +65,8 @@ class Images(Prefix):
         return self._features_from(self._embed(prefix), 0, after_block)
 
     @torch.no_grad()
-    def states(self, prefix: Tensor) -> Tensor:
-        return self._embed(prefix)
+    def read(self, images: Tensor, prefix: Tensor) -> list[Tensor]:
+        return [self._embed(images)]
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,9 @@ class States(Prefix):
         for block in range(self.first):
             states = self.tower.run_block(block, states)
         return states
+
+    def read(self, images: Tensor, prefix: Tensor) -> list[Tensor]:
+        return super().read(images, prefix) if self.first else [prefix]
 
     def features(self, prefix: Tensor, after_block: AfterBlock | None = None) -> Tensor:
         return self._features_from(prefix, self.first, after_block)

@@ -48,20 +48,20 @@ class RouterSettings(Settings):
         return super().read({"name": value} if isinstance(value, str) else value, where)
 
 
-def rows_of(prefix: Tensor, num_tokens: int, prefix_tokens: int = 1) -> Tensor:
-    """One row per image, from the tensor of a ``Prefix``.
+def rows_of(states: Tensor, num_tokens: int, prefix_tokens: int = 1) -> Tensor:
+    """One row per image, from what ``Prefix.read`` gives of it.
 
     Mean, standard deviation, largest and smallest value over the patch tokens, behind the class
     token as it is (and its self-attention output, if that is common to all tasks).
 
     Args:
-        prefix: image features (batch, projection_dim), or tokens (batch, any, width).
+        states: image features (batch, projection_dim), or tokens (batch, any, width).
         num_tokens, prefix_tokens: of the encoder, and how many of them stand before the patches.
 
     Returns:
         (batch, dims), float64, on the CPU.
     """
-    states = prefix.detach().float()
+    states = states.detach().float()
     if states.ndim == 2:
         return states.double().cpu()
     # the last block's prefix has no patch tokens, the others one or two vectors before them
