@@ -20,6 +20,7 @@ from fusion_bench_intervmerge.fusion import (
 )
 from fusion_bench_intervmerge.fusion.calibrate import ALONE, images_of, nested_in
 from fusion_bench_intervmerge.fusion.featcal import LinearFit, featcal, layers
+from fusion_bench_intervmerge.fusion.records import summary
 
 TWO = ["digits", "positions"]
 TASK_ARITHMETIC = {"_target_": "fusion_bench.method.TaskArithmeticAlgorithm", "scaling_factor": 0.3}
@@ -58,7 +59,9 @@ def test_it_is_saved_and_loaded_by_the_library(calibrated, tmp_path):
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
 
 
-def test_edits_go_on_top_of_it_with_the_same_images(tmp_path):
+def test_edits_go_on_top_of_it_with_the_same_images(tmp_path, monkeypatch):
+    at_exit = []
+    monkeypatch.setattr("atexit.register", lambda *call: at_exit.append(call))
     more = [EIGHT, "method.data.split=train", "method.seed=1", "method.budget=258"]
     in_process("method=intervmerge/calibrated", *more, *only(*TWO), folder=tmp_path)
     models = read_json(tmp_path / "log" / "intervmerge.json")["models"]
@@ -66,6 +69,9 @@ def test_edits_go_on_top_of_it_with_the_same_images(tmp_path):
     one = {"split": "train", "at_most": 8, "solved": True, "seed": 1}
     assert result["images"] == [one, one] and result["base"] == "calibration"
     assert result["extra_parameters"] == 258
+    references = read_json(tmp_path / "log" / "reference_report.json")
+    assert list(references) == ["pretrained", "task_arithmetic", "calibration"]
+    assert len([call for call in at_exit if call[0] is summary]) == 1, "one table at the end"
 
 
 def test_what_is_null_in_a_nested_base_is_the_repairs():

@@ -95,7 +95,13 @@ class WeightsAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
             announce(f"{self.name.capitalize()}: {self.images_used()[-1].in_words()}")
         plain_merge = copy.deepcopy(merged.library_model()) if self.references else None
         model = self.repair(pool, merged)
-        base = "merged" if pool.pool.has_merged else base_name(self.base)
+        nested = getattr(self._program, "method", self) is not self
+        where = "method.base.base" if nested else "method.base"
+        base = "merged" if pool.pool.has_merged else base_name(self.base, where)
+        references = {} if plain_merge is None else {base: plain_merge}
+        after_evaluation(self._program, lambda: None, references)
+        if nested:
+            return model
         name = f"{base}/{self.name}"
         if self.fabric.is_global_zero:
             more = {"base": base, "settings": {"base": self.base, **settings.to_dict()}}
@@ -103,8 +109,6 @@ class WeightsAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
             result = result.model_copy(update={"method": self.name, **more})
             Results(tasks=list(pool.tasks), models={name: result}).write(self.log_dir)
         name_models(self._program, {name: model})
-        references = {} if plain_merge is None else {base: plain_merge}
-        after_evaluation(self._program, lambda: None, references)
         summarize_at_exit(self.log_dir)
         return model
 

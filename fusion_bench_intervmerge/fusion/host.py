@@ -126,11 +126,13 @@ def after_evaluation(
 ) -> None:
     """Let a task pool of this package evaluate the merge too, given by its name, then clear.
 
-    If the task pool is another's, clear now.
+    Merges that the method's base has given come before it, unless there are none now. If the task
+    pool is another's, clear now.
     """
     pool: Any = getattr(program, "taskpool", None)
     if hasattr(pool, "after_evaluation"):
-        pool.references, pool.after_evaluation = references, clear
+        pool.references = {**pool.references, **references} if references else {}
+        pool.after_evaluation = clear
     else:
         clear()
 

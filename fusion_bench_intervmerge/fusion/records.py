@@ -76,9 +76,9 @@ def method_name(result: Result) -> str:
     return name if result.rank is None else f"{name}_r{result.rank}"
 
 
-def base_name(base: object) -> str:
-    """A base method's name on the command line; in Python, the name of its class."""
-    if chosen := hydra_choices().get("method@method.base"):
+def base_name(base: object, where: str = "method.base") -> str:
+    """A base method's name on the command line, at its key; in Python, the name of its class."""
+    if chosen := hydra_choices().get(f"method@{where}"):
         return chosen.replace("/", "_")
     named = base.get("_target_") or base.get("name") if isinstance(base, Mapping) else None
     return str(named or type(base).__name__).rpartition(".")[2]
