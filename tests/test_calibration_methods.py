@@ -59,7 +59,7 @@ def test_it_is_saved_and_loaded_by_the_library(calibrated, tmp_path):
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
 
 
-def test_edits_go_on_top_of_it_with_the_same_images(tmp_path, monkeypatch):
+def test_edits_go_on_top_of_it_with_the_same_images(tmp_path, monkeypatch, capsys):
     at_exit = []
     monkeypatch.setattr("atexit.register", lambda *call: at_exit.append(call))
     more = [EIGHT, "method.data.split=train", "method.seed=1", "method.budget=258"]
@@ -71,7 +71,12 @@ def test_edits_go_on_top_of_it_with_the_same_images(tmp_path, monkeypatch):
     assert result["extra_parameters"] == 258
     references = read_json(tmp_path / "log" / "reference_report.json")
     assert list(references) == ["pretrained", "task_arithmetic", "calibration"]
-    assert len([call for call in at_exit if call[0] is summary]) == 1, "one table at the end"
+    (show,) = (call for call in at_exit if call[0] is summary)  # one table, of all of them
+    capsys.readouterr()
+    show[0](*show[1:])
+    shown = capsys.readouterr().out
+    for name in ("Pretrained", "Task Arithmetic", "Calibration", "To keep the model"):
+        assert name in shown
 
 
 def test_what_is_null_in_a_nested_base_is_the_repairs():

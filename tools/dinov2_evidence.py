@@ -36,6 +36,8 @@ Encode = Callable[[Tensor, str], Tensor]
 
 CLASS_TOKEN = {"attention": {"function": "noreft"}}
 EVERY_TOKEN = {"block": {"function": "nodireft", "tokens": "all", "init": "regression"}}
+LATE = {"block": {**EVERY_TOKEN["block"], "blocks": [9, 10, 11]}}
+ROUTERS = {"router": CLASS_TOKEN, "router_late": LATE}  # they read where the first edit begins
 SURGERY = {"output": {"function": "surgery", "rank": 16}}
 EDITS = {  # method -> sites, budget, whether it is trained, whether the merge is calibrated
     "surgery": (SURGERY, None, True, False),
@@ -54,6 +56,7 @@ EDITS = {  # method -> sites, budget, whether it is trained, whether the merge i
     "closed_form_r4": (EVERY_TOKEN, "rank_4", False, False),
     "refined_r4": (EVERY_TOKEN, "rank_4", True, False),
     "calibrated_r0.25": (EVERY_TOKEN, 13842, False, True),
+    "calibrated_late_r0.25": (LATE, 13842, False, True),
     "calibrated_r1": (EVERY_TOKEN, "rank_1", False, True),
     "calibrated_r4": (EVERY_TOKEN, "rank_4", False, True),
 }
@@ -123,7 +126,7 @@ class Bench:
             base, _ = self.calibrated(merge, count, seed)
             started = time.process_time()
         model = InterventionModel(copy.deepcopy(base), self.pool.tasks, sites, seed=seed)
-        if sites is EVERY_TOKEN:
+        if sites in (EVERY_TOKEN, LATE):
             solve(model, self.experts, images, budget=budget, **more)
         if trained:
             loss = "blocks" if method == "surgery_v2" else "output"
@@ -134,7 +137,8 @@ class Bench:
 
     def routed(self, method: str, merge: str, count: int, seed: int) -> dict[str, float]:
         """Percent of the test images whose task a router finds, fitted on the repair's images."""
-        model = InterventionModel(copy.deepcopy(self.merge(merge)), self.pool.tasks, CLASS_TOKEN)
+        base = copy.deepcopy(self.merge(merge))
+        model = InterventionModel(base, self.pool.tasks, ROUTERS[method])
         images, _ = self.found_on(count, seed)
         fit_router(model, images, {"images": count or 512}, seed=seed)
         return {
@@ -180,7 +184,7 @@ class Results:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    known = ["router", *WEIGHTS, *EDITS]
+    known = [*ROUTERS, *WEIGHTS, *EDITS]
     parser.add_argument("--methods", nargs="*", choices=known, default=known, metavar="METHOD")
     parser.add_argument("--merge", default="task_arithmetic")
     parser.add_argument("--images", type=int, nargs="+", default=[8, 32, 128, 512])
@@ -207,7 +211,7 @@ def main() -> None:
                 key = (method, options.merge, count, seed, *steps, options.precision)
                 of = (method, options.merge, count, seed)
                 run = partial(bench.repair, *of)
-                if method == "router":
+                if method in ROUTERS:
                     run = lambda of=of: (bench.routed(*of), 0, 0)  # noqa: E731
                 results.once(key, run)
 

@@ -44,6 +44,7 @@ from ..results import ImagesUsed, Result
 from .algorithm import IntervMergeAlgorithm
 from .host import (
     Method,
+    after_evaluation,
     attach,
     check_task_pool,
     has_task_pool,
@@ -341,6 +342,7 @@ class ComparisonAlgorithm(Method):
             if error.where != "base":
                 raise
             raise ConfigError(f"bases.{name}", error.problem, error.allowed) from error
+        after_evaluation(self._program, lambda: None, {})  # not the merge below a calibrated base
         if not there:
             result = Result(
                 kind="merge",

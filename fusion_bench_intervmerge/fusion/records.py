@@ -280,7 +280,7 @@ def summary(folder: Path) -> None:
     saved = [path.parent.name for path in folder.glob("*/interventions")]
     if saved:
         plain.print(f"Model: {folder / saved[0]}; for elsewhere: intervmerge export")
-    elif len(evaluation.models) < 4 and evaluation.repairs:  # a comparison keeps none
+    elif evaluation.repairs and not (folder / "models").is_dir():  # a comparison keeps none
         weights = evaluation.repairs[0].costs.get("needs_task") is False  # and no edits
         where = "merged_model_save_path='{log_dir}/model'"
         where = where if weights else "method.save_to='{log_dir}/intervmerge'"
