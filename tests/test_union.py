@@ -169,15 +169,15 @@ def test_both_families_give_one_report(tmp_path, monkeypatch):
 
 # -- a run -----------------------------------------------------------------------------------------
 
-QUICK = ["method=intervmerge/closed_form", "method.data.images=24", "method.data.split=validation"]
+FEW = ["method.data.images=24", "method.data.split=validation"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("union")
     in_process(
-        *QUICK,
-        "method.router=gaussian",
+        "method=intervmerge/routed",
+        *FEW,
         "method.save_to='{log_dir}/model'",
         "modelpool=clip-vit-tiny_TA8",
         "modelpool.tasks=[digits,counting,gratings]",
@@ -197,15 +197,17 @@ def test_a_run_fits_its_router_and_tells_the_honest_numbers(run):
     assert average["given"] >= average["routed"] > 0.3
     about = json.loads((run / "intervmerge.json").read_text())["models"]
     (result,) = about.values()
-    assert result["settings"]["router"]["name"] == "gaussian"
+    assert result["settings"]["router"]["name"] == "gaussian" and result["base"] == "calibration"
     assert "routing" in result["seconds_by_part"]
     model = InterventionModel.from_pretrained(run / "model")
     assert model.router.tasks == ["digits", "counting", "gratings"] == model.tasks
+    assert model.placements["block"].blocks == [3, 4, 5]
 
 
 def test_a_task_that_joins_is_routed_and_the_others_stay(run, tmp_path):
     in_process(
-        *QUICK,
+        "method=intervmerge/closed_form",
+        *FEW,
         f"method.extend={run / 'model'}",
         "method.save_to='{log_dir}/more'",
         "modelpool=clip-vit-tiny_TA8",
@@ -224,7 +226,8 @@ def test_no_router_joins_a_model_whose_images_are_gone(tmp_path):
     InterventionModel(hf_tower(), [], sites).save_pretrained(tmp_path / "model")
     with pytest.raises(OneLineError, match=r"router: .* has none, and its tasks' images"):
         in_process(
-            *QUICK,
+            "method=intervmerge/closed_form",
+            *FEW,
             f"method.extend={tmp_path / 'model'}",
             "method.router=gaussian",
             "modelpool=clip-vit-tiny_TA8",
