@@ -243,7 +243,6 @@ def test_coefficients_of_adamerging_are_found_once_per_pool(
 ):
     """The second run takes the first one's; another method, or `resume: never`, does not."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "outputs").mkdir()  # FusionBench's AdaMerging writes there
 
     def run(name, *overrides):
         words = ["method=intervmerge/adamerging_task", "method.base.num_workers=0", *overrides]

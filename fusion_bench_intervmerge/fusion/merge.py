@@ -110,6 +110,9 @@ def run_method(config: object, pool: BaseModelPool, fabric: Fabric, program: obj
     if isinstance(config, Mapping):
         if not isinstance(config, DictConfig):
             config = OmegaConf.create(dict(config))
+        if isinstance(cache := config.get("cache_dir"), str):
+            # fusion-bench 0.2.33: the task-wise AdaMerging writes into it, and does not make it
+            Path(cache).mkdir(parents=True, exist_ok=True)
         if "_target_" in config:
             method = instantiate(config, _recursive_=config.get("_recursive_", False))
         elif "name" in config:
