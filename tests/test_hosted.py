@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from commands import compose, only
 from conftest import TASKS, hf_tower, openclip_tower, perturbed
+from fusion_bench.models.hf_clip import HFCLIPClassifier
+from fusion_bench.utils import instantiate
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -138,3 +141,22 @@ def test_outside_of_fusionbench_a_forward_pass_wants_a_task(images):
         model(images)
     with model.for_task(None):
         assert torch.equal(model(images).pooler_output, hf_tower().model(images).pooler_output)
+
+
+def test_captions_are_encoded_once_for_all_models_of_a_run(monkeypatch):
+    """FusionBench's own pool encodes them for each model, and gives the same report."""
+    config = compose(*only("digits", "positions"))
+    models, encoded = instantiate(config.modelpool), []
+    encode = HFCLIPClassifier.set_classification_task
+
+    def counted(self, classnames, templates):
+        encoded.append(len(classnames))
+        encode(self, classnames, templates)
+
+    monkeypatch.setattr(HFCLIPClassifier, "set_classification_task", counted)
+    reports = []
+    for target in (config.taskpool._target_, "fusion_bench.taskpool.CLIPVisionModelTaskPool"):
+        pool = instantiate({**config.taskpool, "_target_": target}, _recursive_=False)
+        reports.append([pool.evaluate(models.load_model(name)) for name in models.model_names])
+    assert reports[0] == reports[1] and reports[0][0] != reports[0][1]
+    assert len(encoded) == 2 + 4
