@@ -38,6 +38,7 @@ LABELS = {
     "calibrated_r4": "calibrated, then edits, rank 4's",
 }
 PALETTE = Palette((name, label, -at) for at, (name, label) in enumerate(LABELS.items()))
+BY_IMAGES = ("calibration", "featcal", "surgery", "intervmerge_r4", "closed_form_r4")
 COUNT = 128  # images per task of the figures that show one
 
 
@@ -58,7 +59,7 @@ def summary(results: pd.DataFrame) -> pd.DataFrame:
 def by_images(repairs: pd.DataFrame, merge: float, experts: float) -> Figure:
     """Accuracy against unlabelled images per task, held-out."""
     figure, (panel,) = blank()
-    for name, look in ((n, PALETTE[n]) for n in LABELS):
+    for name, look in ((n, PALETTE[n]) for n in BY_IMAGES):
         own = repairs[repairs.method.eq(name) & repairs.images.gt(0)].sort_values("images")
         if len(own) > 1:
             panel.errorbar(own.images, own.average, own.deviation, color=look.colour, lw=1.1)
@@ -73,13 +74,15 @@ def by_images(repairs: pd.DataFrame, merge: float, experts: float) -> Figure:
     panel.axhline(experts, color=INK, lw=1.1)
     percent_axis(panel.yaxis)
     name_axes(figure, "unlabelled images per task", "accuracy")
-    return finish(figure, [look.handle() for n in LABELS if (look := PALETTE[n]).colour in shown])
+    return finish(
+        figure, [look.handle() for n in BY_IMAGES if (look := PALETTE[n]).colour in shown]
+    )
 
 
 def by_numbers(repairs: pd.DataFrame, experts: float) -> Figure:
     """Accuracy against extra parameters over all tasks, from COUNT images per task."""
     figure, (panel,) = blank()
-    own = repairs[repairs.images.eq(COUNT)]
+    own = repairs[repairs.images.eq(COUNT) & ~repairs.method.str.contains("late|refined|router")]
     families = {
         "closed_form_r1": ["closed_form"],
         "calibrated_r1": ["calibration", "calibrated"],
@@ -88,7 +91,7 @@ def by_numbers(repairs: pd.DataFrame, experts: float) -> Figure:
         "featcal": ["featcal"],
     }
     names = {"closed_form_r1": "closed form", "calibrated_r1": "calibrated, edits on top"}
-    names |= {"intervmerge_r1": "IntervMerge"}
+    names |= {"intervmerge_r1": "IntervMerge", "surgery": "Surgery, SurgeryV2 r=16"}
     handles = []
     for name, starts in families.items():
         look = PALETTE[name]
@@ -110,8 +113,9 @@ def by_numbers(repairs: pd.DataFrame, experts: float) -> Figure:
 def by_task(results: pd.DataFrame, tasks: list[str]) -> Figure:
     """Every task's accuracy, merged, repaired from COUNT images, and the expert's."""
     means = results.groupby("method")[[*tasks, "average"]].mean()
-    merged = results[results.method.eq("merge") & results["merge"].eq("task_arithmetic")]
-    repaired = results[results.images.eq(COUNT)].groupby("method")[[*tasks, "average"]].mean()
+    own = results[results["merge"].eq("task_arithmetic")]
+    merged = own[own.method.eq("merge")]
+    repaired = own[own.images.eq(COUNT)].groupby("method")[[*tasks, "average"]].mean()
     names = ("surgery", "intervmerge_r4", "closed_form_r4", "calibration", "calibrated_r4")
     columns = {
         "merged": merged.iloc[0][[*tasks, "average"]],
