@@ -10,9 +10,10 @@ behind the expert's own map (W_t, b_t), of the same images and tokens::
     y = (1 - own_output) * (e - s) + own_output * (W_t h + b_t)
     A = W_pretrained + anchor * (W_merged - W_pretrained)
 
-w weighs tokens: the class token counts as much as half of the patches together, and alone in the
-last block if nothing else is read there. scale is the mean variance of the entries of h. Since each
-map is solved on what the maps before it give, errors do not add up from block to block.
+w weighs tokens: the class token counts as much as half of the patches together (class_weight), and
+alone in the last block if nothing else is read there. scale is the mean variance of the entries of
+h. Since each map is solved on what the maps before it give, errors do not add up from block to
+block.
 
 Only sums over rows are kept, for each fold of the images, so that the ridge of each map can be
 chosen by cross-validation over images: rows of one image are not independent of each other.
@@ -75,12 +76,14 @@ class CalibrationSettings(RepairSettings):
         folds: of the cross-validation.
         own_output: share of the target that is the output of the expert's own map, of what the
             calibrated encoder's reads; the rest brings its stream to the expert's.
+        class_weight: what the class token counts for, in units of all patch tokens together.
     """
 
     ridge: Annotated[float | None, Field(gt=0, description=_POSITIVE)] = None
     anchor: Annotated[float, Field(ge=0, le=10, description="a number, 0 to 10")] = 2.0
     folds: Annotated[int, whole(2, 100)] = 3
     own_output: Annotated[float, Field(ge=0, le=1, description="a number, 0 to 1")] = 0.0
+    class_weight: Annotated[float, Field(gt=0, le=1000, description="a number, above 0")] = 0.5
 
 
 @torch.no_grad()
@@ -91,7 +94,6 @@ def calibrate(
     images: Datasets,
     settings: CalibrationSettings | None = None,
     *,
-    class_weight: float | None = None,
     fabric: L.Fabric | None = None,
     states: RunFolder | None = None,
     **keywords: object,
@@ -105,7 +107,6 @@ def calibrate(
             files are kept.
         images: task -> dataset of pixel values, or of (pixel values, anything).
         settings: how, as the method's config file says it.
-        class_weight: how many patch tokens the class token counts for; half of them by default.
         fabric: device, precision and processes; one device by default.
         states: where to keep the finished maps of a run that may be stopped, until ``clear``;
             None: nowhere.
@@ -123,7 +124,7 @@ def calibrate(
     settings = CalibrationSettings.of(settings, keywords)
     fabric = fabric or L.Fabric(devices=1, accelerator="auto")
     check_inputs(tower, pretrained, experts, images)
-    weight = (tower.num_tokens - 1) / 2 if class_weight is None else class_weight
+    weight = settings.class_weight * (tower.num_tokens - 1)
     calibrated = copy.deepcopy(tower).to(fabric.device).eval()
     expert = copy.deepcopy(calibrated)
     dtype = computing_dtype(fabric)

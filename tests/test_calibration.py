@@ -61,15 +61,15 @@ def test_in_float64_each_map_is_a_dense_ridge_regression(datasets, ridge):
     experts = double_experts()
     tower, pretrained = merge(hf_tower, experts, dtype=torch.float64)
     fabric = L.Fabric(devices=1, accelerator="cpu", precision="64-true")
-    options = {"ridge": ridge, "anchor": 1.5, "own_output": 0.2, "fabric": fabric}
-    result = calibrate(tower, pretrained, experts, datasets, **options)
+    options = {"ridge": ridge, "anchor": 1.5, "own_output": 0.2, "class_weight": 1.5}
+    result = calibrate(tower, pretrained, experts, datasets, fabric=fabric, **options)
     states = {task: tower.embed(datasets[task].double()) for task in TASKS}
     towers = {task: load() for task, load in experts.items()}
     targets = {task: towers[task].embed(datasets[task].double()) for task in TASKS}
     for block in range(tower.num_blocks):
         last = block == tower.num_blocks - 1
-        tokens = token_weights(tower, block, 8.0)
-        assert tokens.tolist() == [8.0, *[0.0 if last else 1.0] * 16]
+        tokens = token_weights(tower, block, 24.0)
+        assert tokens.tolist() == [24.0, *[0.0 if last else 1.0] * 16]
         for index in range(2):
             maps = [t.residual_maps(block)[index] for t in (result, tower, pretrained)]
             found, merged, first = maps
