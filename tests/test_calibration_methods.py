@@ -59,7 +59,7 @@ def test_it_is_saved_and_loaded_by_the_library(calibrated, tmp_path):
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
 
 
-def test_edits_go_on_top_of_it_with_the_same_images(tmp_path, monkeypatch, capsys):
+def test_edits_go_on_top_of_it_with_the_same_images(tmp_path, monkeypatch, capfd):
     at_exit = []
     monkeypatch.setattr("atexit.register", lambda *call: at_exit.append(call))
     more = [EIGHT, "method.data.split=train", "method.seed=1", "method.budget=258"]
@@ -72,9 +72,9 @@ def test_edits_go_on_top_of_it_with_the_same_images(tmp_path, monkeypatch, capsy
     references = read_json(tmp_path / "log" / "reference_report.json")
     assert list(references) == ["pretrained", "task_arithmetic", "calibration"]
     (show,) = (call for call in at_exit if call[0] is summary)  # one table, of all of them
-    capsys.readouterr()
+    capfd.readouterr()
     show[0](*show[1:])
-    shown = capsys.readouterr().out
+    shown = capfd.readouterr().out
     for name in ("Pretrained", "Task Arithmetic", "Calibration", "To keep the model"):
         assert name in shown
 

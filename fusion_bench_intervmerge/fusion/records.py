@@ -6,6 +6,7 @@ import atexit
 from collections.abc import Callable, Mapping, Sequence
 from math import isnan
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import pandas as pd
@@ -291,6 +292,6 @@ def by_task(evaluation: Evaluation) -> Table:
     """Accuracy in percent, one line per task and one column per model."""
     names = [*evaluation.tasks, "average"]
     shown = tables.cells(evaluation)[names].map(lambda cell: cell.text).T
-    shown.columns = pd.Index(map(tables.label, evaluation.rows))
+    shown.columns = pd.Index([fill(tables.label(row), 15) for row in evaluation.rows])
     shown.insert(0, "accuracy, %", names)
     return tables.rich(shown, [len(names) - 2])

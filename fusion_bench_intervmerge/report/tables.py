@@ -10,7 +10,6 @@ from typing import NamedTuple
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from .differences import to_best
 from .formatting import NONE, count, duration, percent, readable
@@ -146,7 +145,7 @@ def rich(table: pd.DataFrame, ends: Collection[int] = ()) -> Table:
     shown = Table(title_justify="left", caption_justify="left")
     titles = [BELOW, *(column.title for column in COLUMNS)]
     for i, head in enumerate(table):
-        words = Text(head.replace(" ", "\n", 1) if head in titles else head, no_wrap=False)
+        words = head.replace(" ", "\n", 1) if head in titles else head
         shown.add_column(words, justify="right" if i else "left", no_wrap=True)
     for i, line in enumerate(table.to_numpy().tolist()):
         shown.add_row(*line, end_section=i in ends)
