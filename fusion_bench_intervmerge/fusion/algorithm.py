@@ -302,7 +302,8 @@ class IntervMergeAlgorithm(Method, Repair):
             base = "the pool's merged model"
         how = {s: c.init == "regression" for s, c in settings.interventions.items()}
         edits = ", ".join(f"{site} ({'solved' if how[site] else 'trained'})" for site in how)
-        budget = "" if settings.budget is None else f", budget {settings.budget} numbers"
+        budget = "" if settings.budget is None else f", budget {settings.budget}"
+        budget += " numbers" * isinstance(settings.budget, int)
         images = self._images_used(any(how.values()))
         tested = " (transductive: the split that is tested)" * images.transductive
         if self.fabric.is_global_zero:

@@ -114,7 +114,7 @@ def solve(
     settings: SolveSettings | None = None,
     *,
     ridge: float | None = None,
-    class_weight: float | None = None,
+    class_weight: float = 0.5,
     fabric: L.Fabric | None = None,
     states: RunFolder | None = None,
     **keywords: object,
@@ -133,7 +133,7 @@ def solve(
         ridge: of the regressions, in mean variances of what an edit reads (0 is for float64 alone,
             whose rounding it does not fit); None chooses one for each by generalised
             cross-validation.
-        class_weight: how many patch tokens the class token counts for; half of them by default.
+        class_weight: what the class token counts for, in units of all patch tokens together.
         fabric: device, precision and processes; one device by default.
         states: where to keep the finished tasks of a run that may be stopped; None: nowhere.
         keywords: in place of ``settings`` its fields, and those of its ``data``: ``budget=6192``.
@@ -159,7 +159,7 @@ def solve(
     finished = _Finished(states, len(experts), writes=fabric.is_global_zero)
     started = time.perf_counter()
     home, dtype = model.tower.device, computing_dtype(fabric)
-    weight = (model.tower.num_tokens - 1) / 2 if class_weight is None else class_weight
+    weight = class_weight * (model.tower.num_tokens - 1)
     gains: dict[str, Gains] = {}
     features: dict[str, Tensor] = {}
 

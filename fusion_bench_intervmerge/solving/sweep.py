@@ -51,7 +51,8 @@ class Sweep:
         expert: the task's.
         places: (site, block), in the order of the forward pass.
         fabric: device and processes; each process takes its share of the images.
-        ridge, class_weight: as in ``solve``.
+        ridge: as in ``solve``.
+        class_weight: how many patch tokens the class token counts for.
         ranks: of the places; None for as many as gain anything.
 
     Attributes:
