@@ -21,6 +21,9 @@ from fusion_bench_intervmerge.fusion import (
 from fusion_bench_intervmerge.fusion.calibrate import ALONE, images_of, nested_in
 from fusion_bench_intervmerge.fusion.featcal import LinearFit, featcal, layers
 from fusion_bench_intervmerge.fusion.records import summary
+from fusion_bench_intervmerge.report.figures.accuracy import by_task
+from fusion_bench_intervmerge.report.runs import gather, read_run
+from fusion_bench_intervmerge.report.style import Palette
 
 TWO = ["digits", "positions"]
 TASK_ARITHMETIC = {"_target_": "fusion_bench.method.TaskArithmeticAlgorithm", "scaling_factor": 0.3}
@@ -77,6 +80,9 @@ def test_edits_go_on_top_of_it_with_the_same_images(tmp_path, monkeypatch, capfd
     shown = capfd.readouterr().out
     for name in ("Pretrained", "Task Arithmetic", "Calibration", "To keep the model"):
         assert name in shown
+    evaluation = gather([read_run(tmp_path / "log")])
+    (picture,) = by_task(evaluation, Palette(evaluation.methods))
+    assert len(picture.figure.axes) == 1, "the merge below the calibrated one has no repair"
 
 
 def test_what_is_null_in_a_nested_base_is_the_repairs():

@@ -105,13 +105,15 @@ def by_task(of: Evaluation, palette: Palette) -> Iterator[Picture]:
     order = ["merged", *(name for family in families for name in family), "expert"]
     encoders, tasks = {"merge": "merged", "experts": "expert"}, [*of.tasks, "average"]
     means, deviations = {}, {}
-    for base in of.bases or [""]:
+    # a merge below a calibrated one is in the table; alone it shows nothing here
+    bases = list(dict.fromkeys(row.base for row in of.repairs)) or of.bases or [""]
+    for base in bases:
         rows = {
             encoders.get(row.kind, row.method): row
             for row in of.rows
             if row.base in (base, "") and row.kind != "pretrained"
         }
-        title, shown = readable(base) if len(of.bases) > 1 else "", [n for n in order if n in rows]
+        title, shown = readable(base) if len(bases) > 1 else "", [n for n in order if n in rows]
         means[title] = pd.DataFrame({name: 100 * rows[name].mean[tasks] for name in shown})
         deviations[title] = pd.DataFrame({name: 100 * rows[name].std[tasks] for name in shown})
     yield Picture(
