@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .model.model import InterventionModel
     from .model.router import RouterSettings
     from .solving.fit_router import fit_router
+    from .solving.recalibrate import recalibrate
     from .solving.solve import SolveSettings, solve
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "calibrate",
     "distill",
     "fit_router",
+    "recalibrate",
     "solve",
     "to_clip_model",
 ]
@@ -40,6 +42,7 @@ _HOME = {
     "calibrate": ".calibration",
     "distill": ".distillation.loop",
     "fit_router": ".solving.fit_router",
+    "recalibrate": ".solving.recalibrate",
     "solve": ".solving.solve",
     "to_clip_model": ".deploy.clip",
 }

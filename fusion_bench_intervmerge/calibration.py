@@ -10,7 +10,7 @@ behind the expert's own map (W_t, b_t), of the same images and tokens::
     y = (1 - own_output) * (e - s) + own_output * (W_t h + b_t)
     A = W_pretrained + anchor * (W_merged - W_pretrained)
 
-w weighs tokens: the class token counts as much as half of the patches together (class_weight), and
+w weighs tokens: the class token counts twice as much as all patches together (class_weight), and
 alone in the last block if nothing else is read there. scale is the mean variance of the entries of
 h. Since each map is solved on what the maps before it give, errors do not add up from block to
 block.
@@ -27,7 +27,7 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Annotated, cast
@@ -83,7 +83,7 @@ class CalibrationSettings(RepairSettings):
     anchor: Annotated[float, Field(ge=0, le=10, description="a number, 0 to 10")] = 2.0
     folds: Annotated[int, whole(2, 100)] = 3
     own_output: Annotated[float, Field(ge=0, le=1, description="a number, 0 to 1")] = 0.0
-    class_weight: Annotated[float, Field(gt=0, le=1000, description="a number, above 0")] = 0.5
+    class_weight: Annotated[float, Field(gt=0, le=1000, description="a number, above 0")] = 2.0
 
 
 @torch.no_grad()
@@ -96,6 +96,7 @@ def calibrate(
     *,
     fabric: L.Fabric | None = None,
     states: RunFolder | None = None,
+    after_block: Callable[[int, Streams], None] | None = None,
     **keywords: object,
 ) -> VisionTower:
     """Solve the maps that write into the residual stream anew, block by block, without labels.
@@ -110,6 +111,8 @@ def calibrate(
         fabric: device, precision and processes; one device by default.
         states: where to keep the finished maps of a run that may be stopped, until ``clear``;
             None: nowhere.
+        after_block: called with each block and the streams behind it, which it may change: the
+            maps of the blocks that follow are solved on what it makes of them.
         keywords: in place of ``settings`` its fields, and those of its ``data``: ``split="train"``.
 
     Returns:
@@ -165,6 +168,8 @@ def calibrate(
                 solved[block, index] = state
                 _write(state, map_)
                 streams.move(map_)
+            if after_block is not None:
+                after_block(block, streams)
             shown.update()
     for (block, index), state in solved.items():  # in their own type now
         _write(state, calibrated.residual_maps(block)[index])

@@ -71,11 +71,14 @@ def test_edits_go_on_top_of_it_with_the_same_images(tmp_path, monkeypatch, capfd
     (result,) = models.values()
     one = {"split": "train", "at_most": 8, "solved": True, "seed": 1}
     assert result["images"] == [one, one] and result["base"] == "calibration"
-    assert result["extra_parameters"] == 258
+    assert result["extra_parameters"] == 258 and result["settings"]["recalibrate"]
+    assert "recalibrating" in result["seconds_by_part"]
     references = read_json(tmp_path / "log" / "reference_report.json")
     assert list(references) == ["pretrained", "task_arithmetic", "calibration"]
     (show,) = (call for call in at_exit if call[0] is summary)  # one table, of all of them
-    capfd.readouterr()
+    assert "Merge: 2 experts (digits, positions) by task_arithmetic\n" in capfd.readouterr().out, (
+        "not the calibration, which has a line of its own"
+    )
     show[0](*show[1:])
     shown = capfd.readouterr().out
     for name in ("Pretrained", "Task Arithmetic", "Calibration", "To keep the model"):
@@ -83,6 +86,32 @@ def test_edits_go_on_top_of_it_with_the_same_images(tmp_path, monkeypatch, capfd
     evaluation = gather([read_run(tmp_path / "log")])
     (picture,) = by_task(evaluation, Palette(evaluation.methods))
     assert len(picture.figure.axes) == 1, "the merge below the calibrated one has no repair"
+
+
+def test_a_merged_model_of_the_pool_is_calibrated_too(calibrated, tmp_path):
+    merged = tmp_path / "merged"
+    calibrated[0].save_pretrained(merged)
+    more = ["method.data.split=train", f"+modelpool.models._merged_={merged}", *only(*TWO)]
+    in_process("method=intervmerge/calibrated", EIGHT, *more, folder=tmp_path)
+    references = read_json(tmp_path / "log" / "reference_report.json")
+    assert list(references) == ["pretrained", "merged", "calibration"]
+    assert references["merged"]["average"] != references["calibration"]["average"]
+
+
+def test_what_is_solved_together_needs_a_calibrated_base_and_edits_of_blocks():
+    block = {"block": {"function": "nodireft", "init": "regression"}}
+    attention = {"attention": {"function": "noreft", "init": "regression"}}
+    trained = {"block": {"function": "nodireft"}}
+    calibration, featcal = (config_of(cls) for cls in (CalibrationAlgorithm, FeatCalAlgorithm))
+    for edits, base, line in (
+        (block, TASK_ARITHMETIC, "the base does not calibrate; allowed: false, or method@method.b"),
+        (block, featcal, "the base does not calibrate"),
+        (block | attention, calibration, "edits at attention cannot be solved together"),
+        (trained, calibration, "its edits are not in closed form; allowed: false, or init: reg"),
+    ):
+        with pytest.raises(ConfigError, match=f"^recalibrate: {line}"):
+            IntervMergeAlgorithm(edits, base, recalibrate=True)
+    assert IntervMergeAlgorithm(block, calibration, recalibrate=True).settings.recalibrate
 
 
 def test_what_is_null_in_a_nested_base_is_the_repairs():

@@ -25,7 +25,14 @@ import torch
 from dinov2_pool import Pool
 from torch import Tensor
 
-from fusion_bench_intervmerge import InterventionModel, calibrate, distill, fit_router, solve
+from fusion_bench_intervmerge import (
+    InterventionModel,
+    calibrate,
+    distill,
+    fit_router,
+    recalibrate,
+    solve,
+)
 from fusion_bench_intervmerge.encoders.base import VisionTower
 from fusion_bench_intervmerge.fusion.featcal import featcal
 from fusion_bench_intervmerge.merging import CoefficientSettings, mix
@@ -128,6 +135,9 @@ class Bench:
         model = InterventionModel(copy.deepcopy(base), self.pool.tasks, sites, seed=seed)
         if sites in (EVERY_TOKEN, LATE):
             solve(model, self.experts, images, budget=budget, **more)
+        if calibrated:
+            plain, pretrained = self.merge(merge), self.pool.tower("pretrained")
+            recalibrate(model, plain, pretrained, self.experts, images, **more)
         if trained:
             loss = "blocks" if method == "surgery_v2" else "output"
             distill(model, self.experts, images, steps=self.steps, loss=loss, **more)

@@ -5,6 +5,7 @@ Surgery and SurgeryV2 are configs of the same algorithm.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from fusion_bench import BaseModelPool
@@ -23,18 +24,26 @@ from safetensors import SafetensorError
 from torch.utils.data import Subset
 
 from ..config import ConfigError, Json
-from ..data import RunFolder, interruptible
+from ..data import Datasets, RunFolder, interruptible
 from ..distillation.loop import Distillation, distill
-from ..encoders.base import VisionTower
+from ..encoders.base import ExpertLoaders, VisionTower
 from ..files import cache_root
-from ..merging import Mixture
 from ..model.artifact import check_place
 from ..model.model import InterventionModel
 from ..model.protocols import Experts, Repair
 from ..results import ImagesUsed, Result
 from ..solving.fit_router import fit_router
-from ..solving.solve import budget_in_numbers, solve
-from .calibrate import images_of, nested_in, weights_method
+from ..solving.recalibrate import recalibrate
+from ..solving.solve import Solution, budget_in_numbers, solve
+from .calibrate import (
+    CalibrationAlgorithm,
+    Merged,
+    WeightsAlgorithm,
+    merge,
+    merge_name,
+    nested_in,
+    weights_method,
+)
 from .host import (
     Method,
     after_evaluation,
@@ -47,11 +56,9 @@ from .host import (
     plain,
 )
 from .hosted import HostedInterventionModel, OneTask
-from .merge import merge_experts
 from .pools import ExpertPool, prepare_task_pool
 from .records import (
     announce,
-    base_name,
     diagnose,
     diagnosis_table,
     fitting_task_pool,
@@ -83,6 +90,7 @@ class IntervMergeAlgorithm(Method, Repair):
     """
 
     Settings = MethodSettings
+    _weights: WeightsAlgorithm | None  # gives the merged encoder other weights, if the base does
 
     @one_line
     def __init__(self, interventions: object = None, base: object = None, **settings: object):
@@ -91,6 +99,13 @@ class IntervMergeAlgorithm(Method, Repair):
         if RuntimeConstants.debug:  # fast_dev_run=true
             changes["steps"] = min(self.settings.steps, 2)
         self.settings = self.settings.model_copy(update=changes)
+        own, self._weights = self.settings, None
+        if own.extend is None:  # else nothing is merged
+            if own.coefficients is None:
+                self._weights = weights_method(own.base)
+            if own.recalibrate and not isinstance(self._weights, CalibrationAlgorithm):
+                allowed = "false, or method@method.base=calibration"
+                raise ConfigError("recalibrate", "the base does not calibrate", allowed)
 
     @host_in_the_log()
     @one_line
@@ -112,23 +127,25 @@ class IntervMergeAlgorithm(Method, Repair):
             model = HostedInterventionModel.from_pretrained(Path(self.settings.extend))
             check_task_pool(self._program, pool.family, {*model.tasks, *pool.tasks})
             prepare_task_pool(self._program)
-            repaired = self._extend(pool, model)
+            merged, repaired = None, self._extend(pool, model)
         else:
             check_task_pool(self._program, pool.family, pool.tasks)
             self.look_ahead(pool, pool.first_tower())
             self._announce(pool)
             prepare_task_pool(self._program)
             with interruptible("merging the experts"):
-                merged, mixture = self.merge(pool)
-            repaired = self._repair(pool, merged, mixture)
+                merged = self.merge(pool)
+            repaired = self._repair(pool, merged)
         with interruptible("measuring the repair", repaired.done.states):
-            result = self._report(pool, repaired)
+            result = self._report(pool, repaired, merged)
         self._add_metadata(pool, repaired, result)
         if self.settings.save_to is not None and self.fabric.is_global_zero:
             self._save(repaired)
         references: dict[str, object] = {}
         if self.settings.references:
-            references[str(result.base)] = OneTask(repaired.model, merged=True)
+            references |= {} if merged is None else merged.models()
+            if not self.settings.recalibrate:  # else the model's own encoder is another
+                references[str(result.base)] = OneTask(repaired.model, merged=True)
         after_evaluation(self._program, repaired.done.clear, references)
         summarize_at_exit(self.log_dir)
         return repaired.model
@@ -150,11 +167,11 @@ class IntervMergeAlgorithm(Method, Repair):
         for task in pool.tasks:
             pool.images(task, self.settings.data.split)
 
-    def merge(self, pool: ExpertPool) -> tuple[VisionTower, Mixture | None]:
-        """The merged encoder, and the mixture it came from if ``coefficients`` are set."""
+    def merge(self, pool: ExpertPool) -> Merged:
+        """The merged encoder that the settings name."""
         settings, keep = self.settings, self.settings.resume == "auto"
         how = settings.base, settings.coefficients
-        return merge_experts(pool, *how, self.fabric, self._program, keep)
+        return merge(pool, *how, self.fabric, self._program, keep)
 
     def repair(self, pool: Any, merged: VisionTower) -> InterventionModel:
         """Find edits for a merged encoder, which the model takes over.
@@ -162,13 +179,13 @@ class IntervMergeAlgorithm(Method, Repair):
         If ``coefficients`` are set the merge is made anew, by these; if the base calibrates, the
         merge is calibrated first.
         """
-        mixture = None
+        made = Merged("merged", merged)
         if self.settings.coefficients is not None:
-            merged, mixture = self.merge(pool)
-        elif (weights := weights_method(self.settings.base)) is not None:
+            made = self.merge(pool)
+        elif (weights := self._weights) is not None:
             attach(weights, self._program, self.fabric)
-            merged = weights.solve_weights(pool, merged)
-        repaired = self._repair(pool, merged, mixture)
+            made = Merged(weights.name, weights.solve_weights(pool, merged), below=made)
+        repaired = self._repair(pool, made)
         # the features are large, and of no use to a comparison
         self._last = replace(repaired, done=replace(repaired.done, expert_features={}))
         return repaired.model
@@ -176,7 +193,7 @@ class IntervMergeAlgorithm(Method, Repair):
     def record(self, model: Any) -> Result:
         # the base among the settings is not the one that a comparison repaired
         last = replace(self._last, model=model, settings=self._last.settings | {"base": None})
-        images = [*images_of(self.settings.base), self._images_used(solves(model))]
+        images = [*self._images_below(), self._images_used(solves(model))]
         return self._result(last, images)
 
     def clear(self) -> None:
@@ -184,11 +201,12 @@ class IntervMergeAlgorithm(Method, Repair):
 
     # -- the repair ------------------------------------------------------------------------------
 
-    def _repair(self, pool: ExpertPool, merged: VisionTower, mixture: Mixture | None) -> Repaired:
-        settings = self.settings
-        model = HostedInterventionModel(merged, pool.tasks, settings.interventions, settings.seed)
-        trains = settings.coefficients is not None and settings.coefficients.train
-        repaired = self._train(pool, model, pool.tasks, mixture if trains else None)
+    def _repair(self, pool: ExpertPool, merged: Merged) -> Repaired:
+        settings, mixture, tower = self.settings, merged.mixture, merged.tower
+        if settings.recalibrate and settings.references:
+            tower = copy.deepcopy(tower)  # the calibrated one is evaluated too
+        model = HostedInterventionModel(tower, pool.tasks, settings.interventions, settings.seed)
+        repaired = self._train(pool, model, pool.tasks, merged)
         if mixture is not None:
             model.metadata["coefficients"] = {"coefficients": mixture.coefficients.detach().cpu()}
         return repaired
@@ -228,7 +246,7 @@ class IntervMergeAlgorithm(Method, Repair):
         pool: ExpertPool,
         model: InterventionModel,
         tasks: Sequence[str],
-        mixture: Mixture | None,
+        merged: Merged | None,
     ) -> Repaired:
         """Solve the edits that the settings say are solved, train, round, and fit the router."""
         settings = self.settings
@@ -243,10 +261,15 @@ class IntervMergeAlgorithm(Method, Repair):
         more: Json = {"fabric": self.fabric, "states": states}
         if solves(model):
             solved = solve(model, experts, images, settings, **more)
+        below = None if merged is None else merged.below
+        if solved is not None and below is not None and settings.recalibrate:
+            self._recalibrate(pool, model, below.tower, experts, images, more, solved)
         if solved is not None and not settings.steps:
             losses, parts = torch.empty(0, len(tasks)), (solved.images, solved.seconds)
             done = Distillation(losses, *parts, solved.expert_features, states=solved.states)
         else:
+            trains = settings.coefficients is not None and settings.coefficients.train
+            mixture = merged.mixture if merged is not None and trains else None
             more |= {"mixture": mixture, "cache": pool.features}
             done = distill(model, experts, images, settings, **more)
             done.seconds = (solved.seconds if solved else {}) | done.seconds
@@ -259,6 +282,24 @@ class IntervMergeAlgorithm(Method, Repair):
         elif settings.router is not None:
             self._fit_router(pool, model, done, settings.router)
         return Repaired(model, done, described)
+
+    def _recalibrate(
+        self,
+        pool: ExpertPool,
+        model: InterventionModel,
+        plain: VisionTower,
+        experts: ExpertLoaders,
+        images: Datasets,
+        more: Json,
+        solved: Solution,
+    ) -> None:
+        """Solve the base's maps once more, with the edits in place, on the edits' images."""
+        started, settings = time.perf_counter(), self.settings
+        own = {"data": settings.data, "seed": settings.seed}
+        how = cast(CalibrationAlgorithm, self._weights).settings.model_copy(update=own)
+        pretrained = pool.tower("_pretrained_")
+        recalibrate(model, plain, pretrained, experts, images, how, **more)
+        solved.seconds["recalibrating"] = time.perf_counter() - started
 
     def _describe(self, model: InterventionModel, tasks: Sequence[str]) -> Json:
         """The settings that decide a result, as plain values."""
@@ -275,7 +316,8 @@ class IntervMergeAlgorithm(Method, Repair):
             "optimizer": settings.optimizer,
             "seed": settings.seed,
         }
-        return described | ({} if settings.storage == "float32" else {"storage": settings.storage})
+        described |= {} if settings.storage == "float32" else {"storage": settings.storage}
+        return described | ({"recalibrate": True} if settings.recalibrate else {})
 
     def _identity(
         self, pool: ExpertPool, model: InterventionModel, tasks: Sequence[str], settings: Json
@@ -295,11 +337,12 @@ class IntervMergeAlgorithm(Method, Repair):
 
     def _announce(self, pool: ExpertPool) -> None:
         """Print what is going to be done; progress bars then show the time that is left."""
-        settings, base = self.settings, base_name(self.settings.base)
-        if settings.coefficients is not None:
-            base = "coefficients of its own"
-        elif pool.pool.has_merged:
-            base = "the pool's merged model"
+        settings, base, where = self.settings, self.settings.base, "method.base"
+        while settings.coefficients is None and (weights := weights_method(base)) is not None:
+            base, where = weights.base, f"{where}.base"
+        name = merge_name(pool, base, settings.coefficients, where)
+        own = {"coefficients": "coefficients of its own", "merged": "the pool's merged model"}
+        tasks = f"{len(pool.tasks)} experts ({', '.join(pool.tasks)})"
         how = {s: c.init == "regression" for s, c in settings.interventions.items()}
         edits = ", ".join(f"{site} ({'solved' if how[site] else 'trained'})" for site in how)
         budget = "" if settings.budget is None else f", budget {settings.budget}"
@@ -308,12 +351,16 @@ class IntervMergeAlgorithm(Method, Repair):
         tested = " (transductive: the split that is tested)" * images.transductive
         if self.fabric.is_global_zero:
             announce(
-                f"Merge: {len(pool.tasks)} experts ({', '.join(pool.tasks)}) by {base}",
+                f"Merge: {tasks} by {own.get(name, name)}",
                 f"Repair: edits at {edits}{budget}",
                 f"Images: {images.in_words()}{tested}",
             )
 
     # -- what is said of it ----------------------------------------------------------------------
+
+    def _images_below(self) -> list[ImagesUsed]:
+        """The images that the weights of the merged encoder are solved on, if they are."""
+        return [] if self._weights is None else self._weights.images_used()
 
     def _images_used(self, solved: bool) -> ImagesUsed:
         """The images that the edits are found on."""
@@ -344,7 +391,7 @@ class IntervMergeAlgorithm(Method, Repair):
             **more,
         )
 
-    def _report(self, pool: ExpertPool, repaired: Repaired) -> Result:
+    def _report(self, pool: ExpertPool, repaired: Repaired, merged: Merged | None) -> Result:
         """Print how close the model came to its experts, and write the run's results."""
         model, done = repaired.model, repaired.done
         alone = self._program is not None and not has_task_pool(self._program)
@@ -358,14 +405,11 @@ class IntervMergeAlgorithm(Method, Repair):
             rows[task] = diagnose(model, task, images, seen[:count], expert, head)
         model.to(home)  # a caller's images are where the pool's models were
         used = [self._images_used(solves(model))]
-        if self.settings.extend is not None:
+        if merged is None:
             base = model.metadata.get("base", "merged")
             used = [*saved_images(model), used[0].model_copy(update={"tasks": list(done.images)})]
-        elif self.settings.coefficients is not None:
-            base = "coefficients"
         else:
-            base = "merged" if pool.pool.has_merged else base_name(self.settings.base)
-            used = [*([] if pool.pool.has_merged else images_of(self.settings.base)), *used]
+            base, used = merged.name, [*self._images_below(), *used]
         result = self._result(
             repaired,
             used,

@@ -10,12 +10,14 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 from fusion_bench import BaseAlgorithm, BaseModelPool
 from fusion_bench.mixins import LightningFabricMixin
 from fusion_bench.utils import instantiate
+from lightning import Fabric
 from torch import nn
 
 from ..calibration import CalibrationSettings, calibrate
@@ -23,11 +25,13 @@ from ..config import ConfigError, Json
 from ..data import RepairSettings, RunFolder, choose_images
 from ..encoders.base import VisionTower
 from ..files import cache_root
+from ..merging import CoefficientSettings, Mixture
 from ..model.protocols import Repair
 from ..results import ImagesUsed, Result, Results
 from .featcal import FeatCalSettings, featcal
 from .host import (
     after_evaluation,
+    attach,
     check_task_pool,
     host_in_the_log,
     name_models,
@@ -90,19 +94,10 @@ class WeightsAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
         check_task_pool(self._program, pool.family, pool.tasks)
         self.look_ahead(pool, pool.first_tower())
         prepare_task_pool(self._program)
-        merged, _ = merge_experts(pool, self.base, None, self.fabric, self._program)
-        if self.fabric.is_global_zero:
-            announce(f"{self.name.capitalize()}: {self.images_used()[-1].in_words()}")
-        plain_merge = copy.deepcopy(merged.library_model()) if self.references else None
-        model = self.repair(pool, merged)
-        nested = getattr(self._program, "method", self) is not self
-        where = "method.base.base" if nested else "method.base"
-        base = "merged" if pool.pool.has_merged else base_name(self.base, where)
-        references = {} if plain_merge is None else {base: plain_merge}
-        after_evaluation(self._program, lambda: None, references)
-        if nested:
-            return model
-        name = f"{base}/{self.name}"
+        below = merge(pool, self.base, None, self.fabric, self._program)
+        model = self.over(pool, below).tower.library_model()
+        after_evaluation(self._program, lambda: None, below.models() if self.references else {})
+        name, base = f"{below.name}/{self.name}", below.name
         if self.fabric.is_global_zero:
             more = {"base": base, "settings": {"base": self.base, **settings.to_dict()}}
             result = self.record(model)
@@ -128,6 +123,12 @@ class WeightsAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
     def repair(self, pool: Any, merged: VisionTower) -> nn.Module:
         """A merged encoder with other weights, as the pool's own models are."""
         return self.solve_weights(pool, merged).library_model()
+
+    def over(self, pool: ExpertPool, below: Merged) -> Merged:
+        """What a merge becomes, said on the screen."""
+        if self.fabric.is_global_zero:
+            announce(f"{self.name.capitalize()}: {self.images_used()[-1].in_words()}")
+        return Merged(self.name, self.solve_weights(pool, below.tower), below=below)
 
     def solve_weights(self, pool: ExpertPool, merged: VisionTower) -> VisionTower:
         """A merged encoder with other weights; solved once for all repairs of a comparison."""
@@ -236,3 +237,51 @@ def images_of(base: object) -> list[ImagesUsed]:
     """The images that a base sees: none, unless it is one of these methods."""
     method = weights_method(base)
     return [] if method is None else method.images_used()
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged encoder, and what it is made of.
+
+    Attributes:
+        name: of the method that made it, as results call it.
+        tower: the encoder.
+        mixture: of what coefficients, if they are set.
+        below: the merge that has other weights now, if it has.
+    """
+
+    name: str
+    tower: VisionTower
+    mixture: Mixture | None = None
+    below: Merged | None = None
+
+    def models(self) -> dict[str, nn.Module]:
+        """Name -> model of this merge and of those below, the lowest first."""
+        below = {} if self.below is None else self.below.models()
+        return {**below, self.name: self.tower.library_model()}
+
+
+def merge(
+    pool: ExpertPool,
+    base: object,
+    coefficients: CoefficientSettings | None,
+    fabric: Fabric,
+    program: object = None,
+    keep: bool = True,
+    where: str = "method.base",
+) -> Merged:
+    """Merge a pool's experts; arguments as in ``merge_experts``, ``where`` being the base's key."""
+    weights = None if coefficients is not None else weights_method(base)
+    if weights is not None:
+        attach(weights, program, fabric)
+        below = merge(pool, weights.base, None, fabric, program, keep, f"{where}.base")
+        return weights.over(pool, below)
+    tower, mixture = merge_experts(pool, base, coefficients, fabric, program, keep)
+    return Merged(merge_name(pool, base, coefficients, where), tower, mixture)
+
+
+def merge_name(pool: ExpertPool, base: object, coefficients: object, where: str) -> str:
+    """What results call a merge."""
+    if coefficients is not None:
+        return "coefficients"
+    return "merged" if pool.pool.has_merged else base_name(base, where)

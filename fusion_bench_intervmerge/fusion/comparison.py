@@ -42,9 +42,9 @@ from ..model.protocols import Repair
 from ..report.runs import read_json
 from ..results import ImagesUsed, Result
 from .algorithm import IntervMergeAlgorithm
+from .calibrate import merge
 from .host import (
     Method,
-    after_evaluation,
     attach,
     check_task_pool,
     has_task_pool,
@@ -54,7 +54,7 @@ from .host import (
     plain,
 )
 from .hosted import hosted
-from .merge import merge_experts, run_adamerging
+from .merge import run_adamerging
 from .pools import ExpertPool, prepare_task_pool
 from .records import Analyser, summarize_at_exit
 from .rivals import ExpertPerTask, FusionBenchMethod
@@ -337,12 +337,11 @@ class ComparisonAlgorithm(Method):
             start = {**start, "init": coefficients.tolist()}
             settings = CoefficientSettings.read({**start, "train": False}, "coefficients")
         try:
-            merged = merge_experts(pool, base, settings, self.fabric, self._program)[0]
+            merged = merge(pool, base, settings, self.fabric, self._program).tower
         except ConfigError as error:
             if error.where != "base":
                 raise
             raise ConfigError(f"bases.{name}", error.problem, error.allowed) from error
-        after_evaluation(self._program, lambda: None, {})  # not the merge below a calibrated base
         if not there:
             result = Result(
                 kind="merge",

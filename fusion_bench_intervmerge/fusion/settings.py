@@ -14,6 +14,7 @@ from ..interventions.config import Interventions
 from ..merging import CoefficientSettings
 from ..model.artifact import Storage
 from ..model.router import RouterSettings
+from ..solving.recalibrate import check_sites
 from ..solving.solve import SolveSettings
 
 OPTIONAL_FOLDER = Field(description="null, or the path of a folder")
@@ -42,6 +43,8 @@ class MethodSettings(DistillSettings, SolveSettings, MergeSettings):
     Args:
         storage: type of the saved edits: ``float32``, ``float16``, or ``int8`` with a scale per
             row. They are rounded before they are evaluated.
+        recalibrate: with ``base: calibration``, solve its maps once more, together with the edits
+            of each block; for edits at block outputs alone, in closed form.
         router: names an image's task if nobody does; fitted on the same images. A name, or
             ``RouterSettings``.
         references: evaluate the merge, and the pretrained encoder if it is at hand, beside the
@@ -58,6 +61,7 @@ class MethodSettings(DistillSettings, SolveSettings, MergeSettings):
     """
 
     storage: Storage = "float32"
+    recalibrate: Flag = False
     router: Annotated[
         RouterSettings | None,
         BeforeValidator(lambda value: None if value is None else RouterSettings.read(value)),
@@ -76,6 +80,11 @@ class MethodSettings(DistillSettings, SolveSettings, MergeSettings):
                 "only edits in closed form have one",
                 "null, or a site with init: regression",
             )
+        if self.recalibrate and self.extend is None:
+            check_sites(self.interventions)
+            if "regression" not in inits:
+                problem, allowed = "its edits are not in closed form", "false, or init: regression"
+                raise ConfigError("recalibrate", problem, allowed)
         if self.save_to is not None:
             try:
                 self.save_to.format(log_dir="")

@@ -29,7 +29,7 @@ from ..interventions.edits import Edits
 from ..interventions.functions import function_class
 from ..interventions.sites import SITES
 from ..model.model import InterventionModel
-from .sweep import Place, Sweep
+from .sweep import CLASS_WEIGHT, Place, Sweep
 
 _MOST = 10**12
 _RANKS = Annotated[str, Field(pattern=r"^rank_[1-9]\d{0,5}$")]
@@ -114,7 +114,7 @@ def solve(
     settings: SolveSettings | None = None,
     *,
     ridge: float | None = None,
-    class_weight: float = 0.5,
+    class_weight: float = CLASS_WEIGHT,
     fabric: L.Fabric | None = None,
     states: RunFolder | None = None,
     **keywords: object,
@@ -167,7 +167,16 @@ def solve(
         keys = [(task, index) for index in chosen[task]]
         expert = experts[task]()
         check_expert(task, expert, model.tower)
-        done = Sweep(model, task, expert, places, fabric, ridge, weight, ranks)
+        done = Sweep(
+            model=model,
+            task=task,
+            fabric=fabric,
+            ridge=ridge,
+            class_weight=weight,
+            ranks=ranks,
+            expert=expert,
+            places=places,
+        )
         with model.for_task(task), expert.in_dtype(dtype), model.tower.in_dtype(dtype):
             done.run(images, keys, data.num_workers, data.cache_gb * 2**30, shown.update)
         return done

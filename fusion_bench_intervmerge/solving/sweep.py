@@ -31,6 +31,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from ..calibration import token_weights
 from ..data import Datasets, ImageStates, read_images
 from ..encoders.base import VisionTower
 from ..interventions.functions import function_class
@@ -39,40 +40,104 @@ from ..model.model import InterventionModel
 from .regression import Moments, Regression
 
 Place = tuple[str, int]  # site, block
+CLASS_WEIGHT = 0.5  # what the class token counts for, in units of all patch tokens together
 
 
-@dataclass
-class Sweep:
-    """One task's images on their way through the repaired encoder and the expert.
+@dataclass(kw_only=True)
+class EditSolver:
+    """Finds one task's edits from rows of what they read and what they should add.
 
     Args:
         model: the edits at the places are replaced.
         task: whose edits.
-        expert: the task's.
-        places: (site, block), in the order of the forward pass.
-        fabric: device and processes; each process takes its share of the images.
+        fabric: device and processes; each process has its share of the images.
         ridge: as in ``solve``.
         class_weight: how many patch tokens the class token counts for.
         ranks: of the places; None for as many as gain anything.
 
     Attributes:
         gains: place -> what each further rank there takes off the mean squared distance of a row.
-        features: the expert's image features, (images, projection_dim).
     """
 
     model: InterventionModel
     task: str
-    expert: VisionTower
-    places: Sequence[Place]
     fabric: L.Fabric
     ridge: float | None
     class_weight: float
     ranks: Mapping[Place, int] | None
     gains: dict[Place, list[float]] = field(default_factory=dict)
-    features: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.tower, self.device = self.model.tower, self.fabric.device
+
+    def place(self, site: str, block: int, moments: Moments) -> None:
+        """Put the solved edit into the model."""
+        moments = self._over_processes(site, moments)
+        regression = Regression(moments, self.ridge)
+        form = function_class(self.model.interventions[site].function)
+        # copies have one rank, so what it gains is the mean over them
+        gains = form.gains(regression).mean(dim=0).tolist()
+        worthwhile = next((rank for rank, gain in enumerate(gains) if gain <= 0), len(gains))
+        self.gains[site, block] = gains[:worthwhile]
+        rank = worthwhile if self.ranks is None else self.ranks[site, block]
+        if not moments.weight.any():
+            rank = 0  # no token here is read by anything
+        function = self.model.edits_of(self.task).set_rank(site, block, rank)
+        if function is not None:
+            function.to(self.device)
+            one = self.model.placements[site].copies is None
+            solved = form.solved(regression, rank)
+            function.load({name: t.squeeze(0) if one else t for name, t in solved.items()})
+
+    def empty_moments(self, site: str) -> Moments:
+        placement = self.model.placements[site]
+        return Moments.none(placement.width, placement.copies or 1, self.device)
+
+    def add(self, moments: Moments, site: str, block: int, x: Tensor, y: Tensor) -> None:
+        """Add a batch: x is what the edit reads, y what it should add, (images, tokens, _)."""
+        placement, alone = self.model.placements[site], x.shape[1] == 1
+        tokens = slice(0, 1) if alone or placement.tokens is None else placement.tokens
+        part = placement.parts[block]
+        weights = torch.ones(1)
+        if not alone:
+            weights = token_weights(self.tower, block, self.class_weight)[tokens]
+        weights = weights.to(x.device).expand(len(x), -1)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x, y = (z[:, tokens][..., part].to(wide) for z in (x, y))
+        if placement.copies is None:
+            rows = (x.flatten(0, 1)[None], y.flatten(0, 1)[None], weights.flatten()[None])
+        else:
+            rows = (x.transpose(0, 1), y.transpose(0, 1), weights.mT)
+        moments.merge(Moments.of(*rows))
+
+    def _over_processes(self, site: str, moments: Moments) -> Moments:
+        if self.fabric.world_size == 1:
+            return moments
+        parts = {name: self.fabric.all_gather(t) for name, t in vars(moments).items()}
+        total = self.empty_moments(site)
+        for rank in range(self.fabric.world_size):
+            total.merge(Moments(**{name: part[rank] for name, part in parts.items()}))
+        return total
+
+
+@dataclass(kw_only=True)
+class Sweep(EditSolver):
+    """One task's images on their way through the repaired encoder and the expert.
+
+    Args:
+        expert: the task's.
+        places: (site, block), in the order of the forward pass.
+
+    Attributes:
+        features: the expert's image features, (images, projection_dim).
+    """
+
+    expert: VisionTower
+    places: Sequence[Place]
+    features: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.expert.to(self.device).eval()
 
     def run(
@@ -112,11 +177,11 @@ class Sweep:
             after_block()
         features = [self.expert.readout(target) for target in targets]
         if ("output", 0) in self.places:
-            moments = self._empty_moments("output")
+            moments = self.empty_moments("output")
             for state, target in zip(states, features, strict=True):
                 x = self.tower.readout(state)  # without an edit there yet
-                self._add(moments, "output", 0, x.unsqueeze(1), (target - x).unsqueeze(1))
-            self._place("output", 0, moments)
+                self.add(moments, "output", 0, x.unsqueeze(1), (target - x).unsqueeze(1))
+            self.place("output", 0, moments)
         self.features = self._gathered(features, mine, len(keys))
 
     # -- a place -----------------------------------------------------------------------------------
@@ -125,7 +190,7 @@ class Sweep:
         self, site: str, block: int, states: ImageStates, targets: ImageStates, leave: bool
     ) -> None:
         """Solve a site of a block; with ``leave`` all images leave the block then."""
-        moments = self._empty_moments(site)
+        moments = self.empty_moments(site)
         for index, (state, target) in enumerate(zip(states, targets, strict=True)):
             out, x = self._through(self.tower, block, state, site)
             wanted, theirs = self._through(self.expert, block, target, site)
@@ -133,61 +198,16 @@ class Sweep:
                 missing = (target[:, : theirs.shape[1]] + theirs) - (state[:, : x.shape[1]] + x)
             else:
                 missing = wanted - out
-            self._add(moments, site, block, x, missing)
+            self.add(moments, site, block, x, missing)
             if leave:
                 targets[index] = wanted
                 if site == "block":
                     states[index] = out
-        self._place(site, block, moments)
+        self.place(site, block, moments)
         if leave and site == "block":
             states.move(partial(self.tower.tapped, site, block))
         elif leave:
             self._move_on(self.tower, block, states)
-
-    def _place(self, site: str, block: int, moments: Moments) -> None:
-        """Put the solved edit into the model."""
-        moments = self._over_processes(site, moments)
-        regression = Regression(moments, self.ridge)
-        form = function_class(self.model.interventions[site].function)
-        # copies have one rank, so what it gains is the mean over them
-        gains = form.gains(regression).mean(dim=0).tolist()
-        worthwhile = next((rank for rank, gain in enumerate(gains) if gain <= 0), len(gains))
-        self.gains[site, block] = gains[:worthwhile]
-        rank = worthwhile if self.ranks is None else self.ranks[site, block]
-        if not moments.weight.any():
-            rank = 0  # no token here is read by anything
-        function = self.model.edits_of(self.task).set_rank(site, block, rank)
-        if function is not None:
-            function.to(self.device)
-            one = self.model.placements[site].copies is None
-            solved = form.solved(regression, rank)
-            function.load({name: t.squeeze(0) if one else t for name, t in solved.items()})
-
-    def _empty_moments(self, site: str) -> Moments:
-        placement = self.model.placements[site]
-        return Moments.none(placement.width, placement.copies or 1, self.device)
-
-    def _add(self, moments: Moments, site: str, block: int, x: Tensor, y: Tensor) -> None:
-        """Add a batch: x is what the edit reads, y what it should add, (images, tokens, _)."""
-        placement, alone = self.model.placements[site], x.shape[1] == 1
-        tokens = slice(0, 1) if alone or placement.tokens is None else placement.tokens
-        part = placement.parts[block]
-        weights = torch.ones(1) if alone else self._weights(block)[tokens]
-        weights = weights.to(x.device).expand(len(x), -1)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x, y = (z[:, tokens][..., part].to(wide) for z in (x, y))
-        if placement.copies is None:
-            rows = (x.flatten(0, 1)[None], y.flatten(0, 1)[None], weights.flatten()[None])
-        else:
-            rows = (x.transpose(0, 1), y.transpose(0, 1), weights.mT)
-        moments.merge(Moments.of(*rows))
-
-    def _weights(self, block: int) -> Tensor:
-        """The weight of each token."""
-        read = self.tower.reads_patches or block < self.tower.num_blocks - 1
-        weights = torch.full((self.tower.num_tokens,), 1.0 if read else 0.0)
-        weights[0] = self.class_weight
-        return weights
 
     # -- a batch in a block ------------------------------------------------------------------------
 
@@ -228,15 +248,6 @@ class Sweep:
         )
 
     # -- processes ---------------------------------------------------------------------------------
-
-    def _over_processes(self, site: str, moments: Moments) -> Moments:
-        if self.fabric.world_size == 1:
-            return moments
-        parts = {name: self.fabric.all_gather(t) for name, t in vars(moments).items()}
-        total = self._empty_moments(site)
-        for rank in range(self.fabric.world_size):
-            total.merge(Moments(**{name: part[rank] for name, part in parts.items()}))
-        return total
 
     def _gathered(self, features: list[Tensor], rows: Sequence[Tensor], count: int) -> Tensor:
         """All images' features in every process, in order."""
