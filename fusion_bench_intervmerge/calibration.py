@@ -160,7 +160,7 @@ def calibrate(
                     sums = _sums(streams, *of, anchor, tokens, settings.own_output)
                     start = START if previous is None else previous["ridge"]
                     solution, bias, ridge = sums.solve(settings.ridge, map_.scale, start)
-                    log.info("block %d, map %d: ridge %.2g", block, index, ridge)
+                    log.debug("block %d, map %d: ridge %.2g", block, index, ridge)
                     state = _written(map_.scale, merged, solution, bias) | {"ridge": ridge}
                     if states is not None and fabric.is_global_zero and states.save(name, state):
                         after = f"block {block}, map {index}"

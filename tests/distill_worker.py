@@ -27,6 +27,7 @@ from fusion_bench_intervmerge.distillation import loop
 from fusion_bench_intervmerge.distillation.loop import distill
 from fusion_bench_intervmerge.merging import mix
 from fusion_bench_intervmerge.model.model import InterventionModel
+from fusion_bench_intervmerge.solving.recalibrate import recalibrate
 from fusion_bench_intervmerge.solving.solve import solve
 from fusion_bench_intervmerge.solving.sweep import Sweep
 
@@ -76,14 +77,19 @@ def main(output: Path, states: Path, steps: int, pause: float = 0.0, processes: 
 
 
 def solved_features(fabric: L.Fabric, experts: Any, datasets: Any) -> torch.Tensor:
-    """Features of edits in closed form; the sums behind them are of all processes' images."""
+    """Features of edits in closed form, and of maps and edits solved together; the sums behind
+    them are of all processes' images.
+    """
     Sweep._batch_size = 4  # so that each process has its share
     site = {"function": "nodireft", "rank": 2, "tokens": "all", "init": "regression"}
     model = InterventionModel(hf_tower(), TASKS, {"block": site})
     solution = solve(model, experts, datasets, fabric=fabric)
+    found = [*solution.expert_features.values()]
     with torch.no_grad():
-        found = [model.encode(datasets[task], task) for task in TASKS]
-    return torch.cat([*found, *solution.expert_features.values()])
+        found += [model.encode(datasets[task], task) for task in TASKS]
+        recalibrate(model, hf_tower(), hf_tower(), experts, datasets, fabric=fabric)
+        found += [model.encode(datasets[task], task) for task in TASKS]
+    return torch.cat(found)
 
 
 def kept_step(states: Path) -> int:

@@ -24,9 +24,9 @@ from safetensors import SafetensorError
 from torch.utils.data import Subset
 
 from ..config import ConfigError, Json
-from ..data import Datasets, RunFolder, interruptible
+from ..data import RunFolder, interruptible
 from ..distillation.loop import Distillation, distill
-from ..encoders.base import ExpertLoaders, VisionTower
+from ..encoders.base import VisionTower
 from ..files import cache_root
 from ..model.artifact import check_place
 from ..model.model import InterventionModel
@@ -34,7 +34,7 @@ from ..model.protocols import Experts, Repair
 from ..results import ImagesUsed, Result
 from ..solving.fit_router import fit_router
 from ..solving.recalibrate import recalibrate
-from ..solving.solve import Solution, budget_in_numbers, solve
+from ..solving.solve import budget_in_numbers, solve
 from .calibrate import (
     CalibrationAlgorithm,
     Merged,
@@ -144,7 +144,7 @@ class IntervMergeAlgorithm(Method, Repair):
         references: dict[str, object] = {}
         if self.settings.references:
             references |= {} if merged is None else merged.models()
-            if not self.settings.recalibrate:  # else the model's own encoder is another
+            if merged is None or not self.settings.recalibrate:  # else its own is another
                 references[str(result.base)] = OneTask(repaired.model, merged=True)
         after_evaluation(self._program, repaired.done.clear, references)
         summarize_at_exit(self.log_dir)
@@ -261,9 +261,13 @@ class IntervMergeAlgorithm(Method, Repair):
         more: Json = {"fabric": self.fabric, "states": states}
         if solves(model):
             solved = solve(model, experts, images, settings, **more)
-        below = None if merged is None else merged.below
-        if solved is not None and below is not None and settings.recalibrate:
-            self._recalibrate(pool, model, below.tower, experts, images, more, solved)
+        if solved is not None and merged is not None and settings.recalibrate:
+            started, weights = time.perf_counter(), cast(CalibrationAlgorithm, self._weights)
+            own = {"data": settings.data, "seed": settings.seed}  # the images of the edits
+            how = weights.settings.model_copy(update=own)
+            towers = cast(Merged, merged.below).tower, pool.tower("_pretrained_")
+            recalibrate(model, *towers, experts, images, how, **more)
+            solved.seconds["recalibrating"] = time.perf_counter() - started
         if solved is not None and not settings.steps:
             losses, parts = torch.empty(0, len(tasks)), (solved.images, solved.seconds)
             done = Distillation(losses, *parts, solved.expert_features, states=solved.states)
@@ -282,24 +286,6 @@ class IntervMergeAlgorithm(Method, Repair):
         elif settings.router is not None:
             self._fit_router(pool, model, done, settings.router)
         return Repaired(model, done, described)
-
-    def _recalibrate(
-        self,
-        pool: ExpertPool,
-        model: InterventionModel,
-        plain: VisionTower,
-        experts: ExpertLoaders,
-        images: Datasets,
-        more: Json,
-        solved: Solution,
-    ) -> None:
-        """Solve the base's maps once more, with the edits in place, on the edits' images."""
-        started, settings = time.perf_counter(), self.settings
-        own = {"data": settings.data, "seed": settings.seed}
-        how = cast(CalibrationAlgorithm, self._weights).settings.model_copy(update=own)
-        pretrained = pool.tower("_pretrained_")
-        recalibrate(model, plain, pretrained, experts, images, how, **more)
-        solved.seconds["recalibrating"] = time.perf_counter() - started
 
     def _describe(self, model: InterventionModel, tasks: Sequence[str]) -> Json:
         """The settings that decide a result, as plain values."""
@@ -337,9 +323,9 @@ class IntervMergeAlgorithm(Method, Repair):
 
     def _announce(self, pool: ExpertPool) -> None:
         """Print what is going to be done; progress bars then show the time that is left."""
-        settings, base, where = self.settings, self.settings.base, "method.base"
+        settings, base, where, then = self.settings, self.settings.base, "method.base", ""
         while settings.coefficients is None and (weights := weights_method(base)) is not None:
-            base, where = weights.base, f"{where}.base"
+            base, where, then = weights.base, f"{where}.base", f", then {weights.name}{then}"
         name = merge_name(pool, base, settings.coefficients, where)
         own = {"coefficients": "coefficients of its own", "merged": "the pool's merged model"}
         tasks = f"{len(pool.tasks)} experts ({', '.join(pool.tasks)})"
@@ -351,7 +337,7 @@ class IntervMergeAlgorithm(Method, Repair):
         tested = " (transductive: the split that is tested)" * images.transductive
         if self.fabric.is_global_zero:
             announce(
-                f"Merge: {tasks} by {own.get(name, name)}",
+                f"Merge: {tasks} by {own.get(name, name)}{then}",
                 f"Repair: edits at {edits}{budget}",
                 f"Images: {images.in_words()}{tested}",
             )

@@ -95,6 +95,8 @@ class WeightsAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
         self.look_ahead(pool, pool.first_tower())
         prepare_task_pool(self._program)
         below = merge(pool, self.base, None, self.fabric, self._program)
+        if self.fabric.is_global_zero:
+            announce(f"{self.name.capitalize()}: {self.images_used()[-1].in_words()}")
         model = self.over(pool, below).tower.library_model()
         after_evaluation(self._program, lambda: None, below.models() if self.references else {})
         name, base = f"{below.name}/{self.name}", below.name
@@ -125,9 +127,7 @@ class WeightsAlgorithm(LightningFabricMixin, BaseAlgorithm, Repair):
         return self.solve_weights(pool, merged).library_model()
 
     def over(self, pool: ExpertPool, below: Merged) -> Merged:
-        """What a merge becomes, said on the screen."""
-        if self.fabric.is_global_zero:
-            announce(f"{self.name.capitalize()}: {self.images_used()[-1].in_words()}")
+        """What a merge becomes."""
         return Merged(self.name, self.solve_weights(pool, below.tower), below=below)
 
     def solve_weights(self, pool: ExpertPool, merged: VisionTower) -> VisionTower:
