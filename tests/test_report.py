@@ -266,6 +266,8 @@ def test_a_family_has_one_colour_in_every_picture() -> None:
     assert both["closed_form_b9"].colour == to_rgba(style.HUES[1])
     others = {both[name].colour for name in ("mine", "of another run")}
     assert len(others) == 2 and not others & {to_rgba(hue) for hue in style.HUES}
+    assert both["mine"].point["mfc"] == "none", "hollow: it has no extra parameter"
+    assert "mfc" not in both["closed_form_b9"].point
     assert palette.families(palette)[-1:] == [["intervmerge_r1", "intervmerge_r4"]]
 
 

@@ -37,7 +37,8 @@ LABELS = {
     "calibrated_r1": "calibrated, then edits, rank 1's",
     "calibrated_r4": "calibrated, then edits, rank 4's",
 }
-PALETTE = Palette((name, label, -at) for at, (name, label) in enumerate(LABELS.items()))
+FREE = 2  # the first of them have no extra parameter
+PALETTE = Palette((name, label, at // FREE) for at, (name, label) in enumerate(LABELS.items()))
 BY_IMAGES = ("calibration", "featcal", "surgery", "intervmerge_r4", "closed_form_r4")
 COUNT = 128  # images per task of the figures that show one
 

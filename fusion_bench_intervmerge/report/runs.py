@@ -71,7 +71,7 @@ class Run:
                 "base": model.base or "",
                 "method": model.method or "",
                 "label": formatting.method(shown, model.rank, model.budget),
-                "size": model.budget or model.rank or 0,
+                "size": 0 if model.extra_parameters == 0 else model.budget or model.rank or 1,
                 "images": "; ".join(images.in_words(seed=False) for images in model.images),
             }
             report = self.reports.get(name, {})

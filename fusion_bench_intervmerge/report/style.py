@@ -92,21 +92,24 @@ EXPERT = Look("experts", INK, {"color": INK, "marker": "|", "ls": "", "mew": 1.8
 
 
 class Palette(dict[str, Look]):
-    """Every method's look, from (name, label, size): one hue per family, the largest strongest."""
+    """Every method's look, from (name, label, size): one hue per family, the largest strongest.
+
+    A method without an extra parameter is hollow, as the merge is.
+    """
 
     def __init__(self, methods: Iterable[tuple[str, str, float]] = ()):
         super().__init__({"merged": MERGED, "expert": EXPERT})
         self._members: dict[str, list[str]] = {}  # family -> its methods, the largest first
         self._places: dict[str, int] = {}  # family -> its place among the hues
-        for name, label, _ in sorted(methods, key=lambda method: -method[2]):
-            self._add(name, label)
+        for name, label, size in sorted(methods, key=lambda method: -method[2]):
+            self._add(name, label, hollow=size == 0)
 
     def __missing__(self, name: str) -> Look:
         """A model that the results do not describe."""
         self._add(name, readable(name))
         return self[name]
 
-    def _add(self, name: str, label: str) -> None:
+    def _add(self, name: str, label: str, hollow: bool = False) -> None:
         own = family(name)
         members = self._members.setdefault(own, [])
         others = sum(place >= len(HUES) for place in self._places.values())
@@ -116,6 +119,8 @@ class Palette(dict[str, Look]):
         colour = to_rgba(hue, _SHADES[min(len(members), len(_SHADES) - 1)])
         marker = _MARKERS[place % len(_MARKERS)]
         point = {"color": colour, "marker": marker, "ls": "", "mew": 0, "ms": 6.2}
+        if hollow:
+            point |= {"mfc": "none", "mew": 1.4, "ms": 5.4}
         self[name] = Look(label, colour, point)
         members.append(name)
 

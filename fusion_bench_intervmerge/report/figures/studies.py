@@ -92,7 +92,7 @@ def _gains(of: Study) -> Figure:
 def _curves(of: Study, names: Sequence[str]) -> Figure:
     """One curve per series; of the average, or of each task."""
     about, series, average = of.about, of.series(), len(names) == 1
-    palette = Palette((name, name, 0) for name in series)
+    palette = Palette((name, name, 1) for name in series)
     figure, axes = blank(len(names), 3.7 if average else 1.75, columns=4, sharex=True)
     lines = of.evaluation.references(
         of.evaluation.bases[0] if len(of.evaluation.bases) == 1 else ""
