@@ -204,6 +204,32 @@ def test_a_run_fits_its_router_and_tells_the_honest_numbers(run):
     assert model.placements["block"].blocks == [3, 4, 5]
 
 
+def test_the_merge_and_the_calibration_are_evaluated_on_the_stream_too(run):
+    references = json.loads((run / "reference_report.json").read_text())
+    assert list(references) == ["pretrained", "task_arithmetic", "calibration"]
+    accuracies = {name: report["average"]["union"] for name, report in references.items()}
+    assert len({*accuracies.values()}) == 3
+    assert all("routed" not in report["average"] for report in references.values())
+
+
+@pytest.mark.parametrize("family", ["", "open"])
+def test_without_a_router_too_and_a_finished_run_leaves_no_states(family, own_cache, tmp_path):
+    in_process(
+        "method=intervmerge/closed_form",
+        *FEW,
+        f"modelpool={family}clip-vit-tiny_TA8",
+        f"taskpool={family}clip-vit-tiny_TA8_union",
+        "modelpool.tasks=[digits,counting]",
+        *evaluating("digits", "counting"),
+        "fast_dev_run=true",
+        folder=tmp_path,
+    )
+    references = json.loads((tmp_path / "log" / "reference_report.json").read_text())
+    assert {*references} - {"pretrained"} == {"task_arithmetic"}
+    assert references["task_arithmetic"]["average"].keys() == {"accuracy", "union", "routing"}
+    assert not [*own_cache.rglob("state-*")]
+
+
 def test_a_task_that_joins_is_routed_and_the_others_stay(run, tmp_path):
     in_process(
         "method=intervmerge/closed_form",

@@ -135,10 +135,11 @@ class OneTask(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(batch, 3, image_size, image_size) -> (batch, projection_dim), not normalised."""
+        if self.merged:
+            return self.model.encode(images)
         if self.task is None:
             raise ValueError("no task is named")
-        known = self.task in self.model.tasks and not self.merged
-        return self.model.encode(images, self.task if known else None)
+        return self.model.encode(images, self.task if self.task in self.model.tasks else None)
 
 
 def by_task(model: nn.Module) -> Any:
@@ -271,7 +272,7 @@ class Referenced:
 
     def _keep_answers(self: Any, model: nn.Module) -> None:
         name, watched, self._watched = self.names.get(id(model)), self._watched, {}
-        if name is None or self.fabric.world_size > 1:
+        if name is None or not watched or self.fabric.world_size > 1:
             return
         answers = self._answers = self._answers or Answers()
         for task, seen in watched.items():

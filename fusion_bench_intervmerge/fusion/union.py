@@ -25,7 +25,7 @@ from ..config import Json, Seed, Settings
 from ..data import generator_of
 from ..model.protocols import TaskConditionalModel
 from .host import one_line
-from .hosted import CLIPVisionModelTaskPool, encode_mixed, mark_unseen
+from .hosted import CLIPVisionModelTaskPool, OneTask, encode_mixed
 from .pools import Head, zero_shot_head
 
 # Severity 1 to 5. Noise: standard deviation, of pixels from 0 to 1, as in ImageNet-C. Blur: radius
@@ -184,11 +184,12 @@ class Union:
         device = self.fabric.device
         model = model.to(device).eval()
         encoder = model
-        if hasattr(self, "clip_model") and not isinstance(model, TaskConditionalModel):
+        projects = isinstance(model, (TaskConditionalModel, OneTask))
+        if hasattr(self, "clip_model") and not projects:
             self.clip_model.vision_model = model
             encoder = HFCLIPClassifier(self.clip_model, self.processor).get_image_features
         report = measure(encoder, heads, self.batches(), device)
-        return {"model_info": info, **mark_unseen(report, model)}
+        return {"model_info": info, **report}
 
     def batches(self: Any) -> Iterator[Any]:
         """The stream in batches, corrupted if the settings say so."""
@@ -214,4 +215,4 @@ class UnionCLIPVisionModelTaskPool(Union, CLIPVisionModelTaskPool):
         if not hasattr(self, "_heads"):  # zero-shot ones, which need no vision model
             clip, processor, tasks = self.clip_model, self.processor, map(str, self.test_datasets)
             self._heads = {task: zero_shot_head(clip, processor, task) for task in tasks}
-        return self.report(model, self._heads, name)
+        return self.finish(self.report(model, self._heads, name), model, self._pretrained)

@@ -19,4 +19,4 @@ class UnionOpenCLIPVisionModelTaskPool(Union, OpenCLIPVisionModelTaskPool):
         self.processor = model.val_preprocess
         if not self._is_setup:
             self.setup()
-        return self.report(model, self.classifier_heads)
+        return self.finish(self.report(model, self.classifier_heads), model)
