@@ -417,7 +417,7 @@ def test_live_models_stay_as_they_are():
     pool = ExpertPool(BaseModelPool(dict(models)))
     pool._projection = hf_tower().projection  # a live `_pretrained_` has none
     base = TaskArithmeticAlgorithm(scaling_factor=0.3)
-    merged, _ = IntervMergeAlgorithm({"attention": {}}, base=base).merge(pool)
+    merged = IntervMergeAlgorithm({"attention": {}}, base=base).merge(pool).tower
     InterventionModel(merged, TASKS, {"attention": {}})
     assert not torch.equal(
         merged.model.state_dict()["vision_model.post_layernorm.bias"],

@@ -34,8 +34,8 @@ LABELS = {
     "intervmerge_r4": "IntervMerge r=4",
     "closed_form_r1": "closed form, rank 1's budget",
     "closed_form_r4": "closed form, rank 4's budget",
-    "calibrated_r1": "calibrated, then edits, rank 1's",
-    "calibrated_r4": "calibrated, then edits, rank 4's",
+    "calibrated_r1": "calibration and edits, rank 1's",
+    "calibrated_r4": "calibration and edits, rank 4's",
 }
 FREE = 2  # the first of them have no extra parameter
 PALETTE = Palette((name, label, at // FREE) for at, (name, label) in enumerate(LABELS.items()))
@@ -91,7 +91,7 @@ def by_numbers(repairs: pd.DataFrame, experts: float) -> Figure:
         "surgery": ["surgery"],
         "featcal": ["featcal"],
     }
-    names = {"closed_form_r1": "closed form", "calibrated_r1": "calibrated, edits on top"}
+    names = {"closed_form_r1": "closed form", "calibrated_r1": "calibration and edits"}
     names |= {"intervmerge_r1": "IntervMerge", "surgery": "Surgery, SurgeryV2 r=16"}
     handles = []
     for name, starts in families.items():
