@@ -44,8 +44,8 @@ lowest: TESTED = artifact embedded_pool functions model towers
 lowest: MORE = tests/test_command.py::test_the_main_job_reports_what_it_did
 # The core has no FusionBench, which does not run beside transformers 5.
 transformers5: VERSIONS = --override $(VENV)-transformers5/newer.txt
-transformers5: TESTED = calibration distillation files functions model placement routing \
-  solving states storage towers
+transformers5: TESTED = calibration distillation files functions model placement recalibration \
+  routing solving states storage towers
 
 lowest transformers5: $(VENV)/installed
 	$(BIN)/uv venv --quiet --clear --python $(PYTHON) $(VENV)-$@
