@@ -128,7 +128,7 @@ def test_it_comes_closer_to_every_expert_and_keeps_class_and_shapes(make_tower, 
     for task, load in experts.items():
         target = load().features(datasets[task])
         distance = [(t.features(datasets[task]) - target).square().mean() for t in (tower, result)]
-        assert distance[1] < distance[0]
+        assert distance[1] < 0.97 * distance[0]
 
 
 @pytest.mark.parametrize("make", FAMILIES)
@@ -184,19 +184,24 @@ def test_towards_the_anchor_as_the_ridge_grows(merged, experts, datasets):
                 assert torch.equal(one.weight, other.weight) is close
 
 
-def test_a_stopped_run_goes_on_with_the_same_bits(merged, experts, datasets, tmp_path, monkeypatch):
-    tower, pretrained = merged
-    whole = calibrate(tower, pretrained, experts, datasets)
-    solved = []
-    original = Sums.solve
+def stops_at_the_last_block(monkeypatch) -> list[int]:
+    """Ctrl-C before the fifth map of three blocks; the list has an entry for each that began."""
+    solved, original = [], Sums.solve
 
     def stops(self, *args):
         solved.append(0)
-        if len(solved) == 5:  # the first map of the last block
+        if len(solved) == 5:
             raise KeyboardInterrupt
         return original(self, *args)
 
     monkeypatch.setattr(Sums, "solve", stops)
+    return solved
+
+
+def test_a_stopped_run_goes_on_with_the_same_bits(merged, experts, datasets, tmp_path, monkeypatch):
+    tower, pretrained = merged
+    whole = calibrate(tower, pretrained, experts, datasets)
+    solved = stops_at_the_last_block(monkeypatch)
     folder = RunFolder(tmp_path, "one")
     with pytest.raises(Interrupted, match="after block 1, map 1"):
         calibrate(tower, pretrained, experts, datasets, states=folder)

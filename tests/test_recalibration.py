@@ -9,10 +9,10 @@ import lightning as L
 import pytest
 import torch
 from conftest import TASKS, fine_tuned, hf_tower
-from test_calibration import dense, double_experts, merge
+from test_calibration import dense, double_experts, merge, stops_at_the_last_block
 
 from fusion_bench_intervmerge import InterventionModel, calibrate, recalibrate, solve
-from fusion_bench_intervmerge.calibration import CalibrationSettings, Sums, token_weights
+from fusion_bench_intervmerge.calibration import CalibrationSettings, token_weights
 from fusion_bench_intervmerge.config import ConfigError
 from fusion_bench_intervmerge.data import Interrupted, RunFolder
 from fusion_bench_intervmerge.solving.regression import Moments, Regression
@@ -114,15 +114,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(experts, datasets, tmp_path, m
     whole, tower, pretrained = calibrated(hf_tower, experts, datasets)
     stopped = copy.deepcopy(whole)
     recalibrate(whole, tower, pretrained, experts, datasets)
-    solved, original = [], Sums.solve
-
-    def stops(self, *args):
-        solved.append(0)
-        if len(solved) == 5:  # the first map of the last block
-            raise KeyboardInterrupt
-        return original(self, *args)
-
-    monkeypatch.setattr(Sums, "solve", stops)
+    solved = stops_at_the_last_block(monkeypatch)
     before = copy.deepcopy(stopped)
     folder = RunFolder(tmp_path, "one")
     with pytest.raises(Interrupted, match="after block 1, map 1"):

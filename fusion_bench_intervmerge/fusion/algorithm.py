@@ -182,9 +182,8 @@ class IntervMergeAlgorithm(Method, Repair):
         made = Merged("merged", merged)
         if self.settings.coefficients is not None:
             made = self.merge(pool)
-        elif (weights := self._weights) is not None:
-            attach(weights, self._program, self.fabric)
-            made = Merged(weights.name, weights.solve_weights(pool, merged), below=made)
+        elif self._weights is not None:
+            made = attach(self._weights, self._program, self.fabric).over(pool, made)
         repaired = self._repair(pool, made)
         # the features are large, and of no use to a comparison
         self._last = replace(repaired, done=replace(repaired.done, expert_features={}))

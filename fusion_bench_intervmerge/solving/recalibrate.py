@@ -102,11 +102,7 @@ def recalibrate(
         raise
     finally:
         model.to(home)
-    for block in range(model.tower.num_blocks):
-        maps = zip(model.tower.residual_maps(block), calibrated.residual_maps(block), strict=True)
-        for own, new in maps:
-            own.weight.data.copy_(new.weight)
-            own.bias.data.copy_(new.bias)
+    model.tower.load_weights(calibrated.weights())
 
 
 def check_sites(sites: Collection[str]) -> None:
